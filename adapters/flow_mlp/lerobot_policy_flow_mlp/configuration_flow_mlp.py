@@ -1,0 +1,78 @@
+"""Configuration of the ``flow_mlp`` LeRobot policy."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.configs.types import NormalizationMode
+from lerobot.optim.optimizers import AdamConfig
+
+
+@PreTrainedConfig.register_subclass("flow_mlp")
+@dataclass
+class FlowMlpConfig(PreTrainedConfig):
+    """An MLP vector field v(features, chunk, t) over whole action chunks (POCO, arXiv 2604.01860, section 5).
+
+    Attributes:
+        chunk_size: H, control steps in a chunk.
+        n_action_steps: steps executed before the next chunk is sampled.
+        hidden_dims: widths of the hidden layers (paper: four of 512).
+        activation: "silu" (paper) or "gelu" (tanh approximation, the authors' code).
+        num_inference_steps: K, Euler steps of the sampler.
+        vision_encoder: Hub id or folder of a frozen image encoder that `transformers.AutoModel` loads, used when the
+            policy has image inputs. The default is LeRobot's own ResNet-10, which brings its modelling code with it.
+        optimizer_lr: learning rate for ``lerobot-train``.
+    """
+
+    chunk_size: int = 5
+    n_action_steps: int = 5
+    hidden_dims: list[int] = field(default_factory=lambda: [512, 512, 512, 512])
+    activation: Literal["silu", "gelu"] = "silu"
+    num_inference_steps: int = 10
+    vision_encoder: str = "lerobot/resnet10"
+    optimizer_lr: float = 3e-4
+
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=lambda: {
+            "VISUAL": NormalizationMode.IDENTITY,
+            "STATE": NormalizationMode.MEAN_STD,
+            "ENV": NormalizationMode.MEAN_STD,
+            "ACTION": NormalizationMode.MIN_MAX,
+        }
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.n_action_steps <= self.chunk_size:
+            raise ValueError(f"n_action_steps is {self.n_action_steps}; it must lie in [1, chunk_size={self.chunk_size}]")
+        if not self.hidden_dims or min(self.hidden_dims) < 1:
+            raise ValueError(f"hidden_dims is {self.hidden_dims}; it needs at least one positive width")
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1")
+
+    @property
+    def observation_delta_indices(self) -> None:
+        return None
+
+    @property
+    def action_delta_indices(self) -> list[int]:
+        return list(range(self.chunk_size))
+
+    @property
+    def reward_delta_indices(self) -> None:
+        return None
+
+    def get_optimizer_preset(self) -> AdamConfig:
+        return AdamConfig(lr=self.optimizer_lr)
+
+    def get_scheduler_preset(self) -> None:
+        return None
+
+    def validate_features(self) -> None:
+        if self.action_feature is None:
+            raise ValueError(f'no "action" among the output features: {sorted(self.output_features or {})}')
+        if not (self.robot_state_feature or self.env_state_feature or self.image_features):
+            raise ValueError(
+                "flow_mlp needs observation.state, observation.environment_state or images among its input features; "
+                f"found {sorted(self.input_features or {})}"
+            )

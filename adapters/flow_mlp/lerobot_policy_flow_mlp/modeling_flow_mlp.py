@@ -1,0 +1,145 @@
+"""The ``flow_mlp`` LeRobot policy: vector field, sampler, loss. Needs nothing but LeRobot.
+
+Time runs from noise (t = 0) to action (t = 1); the network learns v = action - noise.
+"""
+
+import builtins
+from collections import deque
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs.types import FeatureType
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lerobot_policy_flow_mlp.configuration_flow_mlp import FlowMlpConfig
+
+STATE_KEYS = (OBS_STATE, OBS_ENV_STATE)
+
+
+class VectorField(nn.Module):
+    """v(features, chunk, t): Linear -> activation, no normalisation (POCO's actor), over [features, flat chunk, t].
+
+    The first layer's share of the features is computed once per state and added to every candidate's.
+    """
+
+    def __init__(self, feature_dim: int, chunk_dim: int, hidden: list[int], activation: str) -> None:
+        super().__init__()
+        widths = [feature_dim + chunk_dim + 1, *hidden, chunk_dim]
+        self.feature_dim = feature_dim
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
+        self.activation = nn.SiLU() if activation == "silu" else nn.GELU(approximate="tanh")
+
+    def forward(self, features: Tensor, chunk: Tensor, t: Tensor) -> Tensor:
+        """Velocity [B, N, chunk_dim] from features [B, D], chunks [B, N, chunk_dim] and times [B, N]."""
+        first, *rest = self.layers
+        of_state = F.linear(features, first.weight[:, : self.feature_dim], first.bias)
+        h = of_state[:, None] + F.linear(torch.cat([chunk, t[..., None]], dim=-1), first.weight[:, self.feature_dim :])
+        for layer in rest:
+            h = layer(self.activation(h))
+        return h
+
+
+class FlowMlpPolicy(PreTrainedPolicy):
+    """LeRobot policy over :class:`VectorField`, state inputs and optionally images through a frozen encoder."""
+
+    config_class = FlowMlpConfig
+    name = "flow_mlp"
+    config: FlowMlpConfig
+
+    def __init__(self, config: FlowMlpConfig, **_: Any) -> None:
+        super().__init__(config)
+        config.validate_features()
+        self.vision_encoder, image_dim = self._load_vision_encoder() if config.image_features else (None, 0)
+        state_dim = sum(
+            feature.shape[0]
+            for key, feature in (config.input_features or {}).items()
+            if key in STATE_KEYS and feature.type is not FeatureType.VISUAL
+        )
+        self.feature_dim = state_dim + image_dim * len(config.image_features)
+        assert config.action_feature is not None
+        self.action_dim = config.action_feature.shape[0]
+        self.net = VectorField(
+            self.feature_dim, config.chunk_size * self.action_dim, config.hidden_dims, config.activation
+        )
+        self.reset()
+
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
+        """[B, D]: states, then the spatial mean of each image's feature map. No gradient reaches the encoder."""
+        inputs = self.config.input_features or {}
+        parts = [batch[key] for key in STATE_KEYS if key in inputs]
+        if self.vision_encoder is not None:
+            self.vision_encoder.eval()
+            with torch.no_grad():
+                for key in self.config.image_features:
+                    parts.append(self.vision_encoder(batch[key]).last_hidden_state.mean(dim=(-2, -1)))
+        return torch.cat(parts, dim=-1)
+
+    def velocity(self, features: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Velocity of chunks x [B, N, H, action_dim] at times t [B, N]."""
+        return self.net(features, x.flatten(-2), t).unflatten(-1, x.shape[-2:])
+
+    def sample(self, features: Tensor, noise: Tensor) -> Tensor:
+        """Euler integration from noise [B, H, action_dim] to a chunk, not clipped."""
+        x, steps = noise[:, None], self.config.num_inference_steps
+        for k in range(steps):
+            t = torch.full(x.shape[:2], k / steps, dtype=x.dtype, device=x.device)
+            x = x + self.velocity(features, x, t) / steps
+        return x[:, 0]
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float] | None]:
+        """Flow-matching loss, mean over the entries that are not padding."""
+        action = batch[ACTION]
+        noise = torch.randn_like(action)
+        t = torch.rand(action.shape[0], dtype=action.dtype, device=action.device)
+        x = torch.lerp(noise, action, t[:, None, None])
+        v = self.velocity(self.features(batch), x[:, None], t[:, None])[:, 0]
+        error = (v - (action - noise)).square().mean(dim=-1)
+        valid = ~batch["action_is_pad"] if "action_is_pad" in batch else torch.ones_like(error, dtype=torch.bool)
+        loss = (error * valid).sum() / valid.sum()
+        return loss, {"flow_loss": loss.item()}
+
+    @torch.no_grad()
+    def predict_action_chunk(self, batch: dict[str, Tensor], *, noise: Tensor | None = None, **_: Any) -> Tensor:
+        """One sampled chunk [B, H, action_dim] per state, clipped to the normalised range [-1, 1]."""
+        self.eval()
+        features = self.features(batch)
+        if noise is None:
+            shape = (features.shape[0], self.config.chunk_size, self.action_dim)
+            noise = torch.randn(shape, dtype=features.dtype, device=features.device)
+        return self.sample(features, noise).clamp(-1, 1)
+
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:
+        """Next action [B, action_dim]: `n_action_steps` of a chunk are executed open loop before the next is sampled."""
+        if not self._queue:
+            chunk = self.predict_action_chunk(batch, **kwargs)
+            self._queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
+        return self._queue.popleft()
+
+    def reset(self) -> None:
+        self._queue: deque[Tensor] = deque()
+
+    def get_optim_params(self) -> Any:
+        return self.net.parameters()
+
+    @classmethod
+    def _load_as_safetensor(
+        cls: builtins.type["FlowMlpPolicy"], model: Any, model_file: str, map_location: str, strict: bool
+    ) -> Any:
+        # LeRobot's default (strict=False) would return a half-random model on a mismatch.
+        return super()._load_as_safetensor(model, model_file, map_location, True)
+
+    def _load_vision_encoder(self) -> tuple[nn.Module, int]:
+        """The frozen encoder and its feature width, loaded as LeRobot's own actors load theirs, safetensors only."""
+        from transformers import AutoModel
+
+        name = self.config.vision_encoder
+        # LeRobot's ResNet-10 repository carries its modelling code; a local folder of a standard class needs none.
+        encoder = AutoModel.from_pretrained(name, trust_remote_code=not Path(name).is_dir(), use_safetensors=True)
+        encoder.requires_grad_(False).eval()
+        return encoder, encoder.config.hidden_sizes[-1]

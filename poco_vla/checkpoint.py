@@ -1,0 +1,173 @@
+"""Save and resume: everything that the next update depends on, as safetensors and JSON, whole or not at all.
+
+A checkpoint is a folder ``checkpoints/<update>``:
+
+    weights.safetensors    what trains (head or LoRA), critic, target critic, zeta
+    optimizer.safetensors  Adam's moments and step counts
+    random.safetensors     states of torch generators; chunks of the running episodes
+    state.json             stage, step counts, numpy generators, seeds of the running episodes, recorded parts
+    config.json            the run's configuration
+
+The frozen backbone is not in it: the base model is loaded again.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from poco_vla.config import TrainConfig, differences, from_json, to_json
+from poco_vla.errors import CheckpointError
+
+FREE_TO_CHANGE = {"resume", "checkpoint_every", "log_every", "trackers", "num_threads", "output_dir", "eval.videos"}
+"""Configuration fields that do not change what the next update computes."""
+
+
+def save(
+    root: Path,
+    update: int,
+    *,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    config: TrainConfig,
+    keep: int = 2,
+) -> Path:
+    """Write checkpoint `update` under `root` and drop all but the newest `keep`."""
+    final = root / f"{update:08d}"
+    partial = root / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_file(_contiguous(weights), partial / "weights.safetensors")
+        moments, groups = _flatten_optimizer(optimizer)
+        save_file(moments, partial / "optimizer.safetensors")
+        save_file(_contiguous(tensors), partial / "random.safetensors")
+        write_json(partial / "state.json", {**state, "optimizer_groups": groups})
+        write_json(partial / "config.json", to_json(config))
+        replace_folder(partial, final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {final} could not be written: {error}. Earlier checkpoints are intact.") from error
+    for old in sorted(root.glob("[0-9]*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest(root: Path) -> Path:
+    """The newest checkpoint under `root`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = sorted(root.glob("[0-9]*"))
+    if not found:
+        raise CheckpointError(f"nothing to resume: no checkpoint in {root}. Run without --resume to start.")
+    return found[-1]
+
+
+def load(path: Path, config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Weights, optimizer state, tensors and state of a checkpoint.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the run had another configuration (differences are listed).
+    """
+    try:
+        old = from_json(TrainConfig, json.loads((path / "config.json").read_text()))
+        changed = [d for d in differences(old, config) if d.split(":")[0] not in FREE_TO_CHANGE]
+        if changed:
+            listed = "\n  ".join(changed)
+            raise CheckpointError(
+                f"{path} belongs to a run of another configuration (saved -> now):\n  {listed}\n"
+                "Resume with the same values, or choose another output_dir."
+            )
+        state = json.loads((path / "state.json").read_text())
+        weights = load_file(path / "weights.safetensors")
+        moments = load_file(path / "optimizer.safetensors")
+        tensors = load_file(path / "random.safetensors")
+    except (OSError, json.JSONDecodeError, SafetensorError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+    return weights, _unflatten_optimizer(moments, state.pop("optimizer_groups")), tensors, state
+
+
+def trainable_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of `module` (a Poco), each once, without what is frozen in its policy."""
+    parameters = {
+        name: p for name, p in module.named_parameters() if p.requires_grad or not name.startswith("policy.")
+    }
+    buffers = {name: buffer for name, buffer in module.named_buffers() if not name.startswith("policy.")}
+    return parameters | buffers
+
+
+def load_trainable_state(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put :func:`trainable_state` back.
+
+    Raises:
+        CheckpointError: names or shapes differ; they are listed.
+    """
+    own = trainable_state(module)
+    wrong = sorted(own.keys() ^ weights.keys()) + [
+        f"{name} {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & weights.keys())
+        if own[name].shape != weights[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(f"the checkpoint's weights do not fit this model: {'; '.join(wrong[:8])}")
+    module.load_state_dict(weights, strict=False)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON under a temporary name, then rename."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2, default=str) + "\n")
+    partial.rename(path)
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Put a finished folder in the place of an older one."""
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+
+
+def claim_folder(path: Path) -> None:
+    """Make sure that a run can write in `path`, before any long work.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"cannot write in output_dir {path}: {error.strerror or error}. Choose another.") from error
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    moments = {
+        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for index, entry in state["state"].items()
+        for name, value in entry.items()
+    }
+    return moments, state["param_groups"]
+
+
+def _unflatten_optimizer(moments: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in moments.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": groups}

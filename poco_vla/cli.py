@@ -1,0 +1,118 @@
+"""Command lines: `poco-vla train | eval | report | adapters`, and the entry of recipes."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from poco_vla.config import EnvSpec, TrainConfig
+from poco_vla.errors import PocoError
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+def run_recipe(config: TrainConfig, args: Sequence[str] | None = None) -> None:
+    """Run a recipe: its configuration as defaults, every value overridable on the command line.
+
+    Prints one line and exits with status 1 on an error that the user can mend, 130 on Ctrl-C.
+    """
+    _guarded(lambda: _train(tyro.cli(TrainConfig, default=config, args=args, config=(tyro.conf.AvoidSubcommands,))))
+
+
+@dataclass
+class Train:
+    """Supervised fine-tuning, then online POCO."""
+
+    config: tyro.conf.OmitArgPrefixes[TrainConfig]
+
+
+@dataclass
+class Eval:
+    """Success rate of an exported policy."""
+
+    policy: Annotated[str, tyro.conf.Positional]
+    """LeRobot policy folder or Hub id."""
+    adapter: str = "flow_mlp"
+    """Adapter that wraps it."""
+    env: EnvSpec = EnvSpec()  # noqa: RUF009 (frozen)
+    """Where it acts."""
+    episodes: int = 50
+    """Episodes."""
+    seed: int = 100_000
+    """Seed of the first episode."""
+
+
+@dataclass
+class Report:
+    """Table and learning curves of finished runs."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders."""
+    output: Path = Path("curves.png")
+    """Picture to write."""
+
+
+@dataclass
+class Adapters:
+    """The installed model adapters."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """`poco-vla`."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"train": Train, "eval": Eval, "report": Report, "adapters": Adapters},
+        prog="poco-vla",
+        description="POCO for vision-language-action policies: imitate first, then succeed.",
+        args=args,
+    )
+    _guarded(lambda: _run(command))
+
+
+def _run(command: object) -> None:
+    console = Console(highlight=False)
+    match command:
+        case Train():
+            _train(command.config)
+        case Eval():
+            from poco_vla.evaluate import evaluate
+            from poco_vla.registry import load_adapter
+
+            policy = load_adapter(command.adapter).from_pretrained(command.policy)
+            result = evaluate(policy, command.env, episodes=command.episodes, seed=command.seed)
+            console.print(f"success {result.success} of {command.episodes} episodes")
+        case Report():
+            from poco_vla.report import draw_curves, result_table
+
+            console.print(result_table(command.runs))
+            console.print(draw_curves(command.runs, command.output))
+        case Adapters():
+            from poco_vla.registry import available_adapters
+
+            for name, where in available_adapters().items():
+                console.print(f"{name:<16} {where}")
+
+
+def _train(config: TrainConfig) -> None:
+    from poco_vla.train import train
+
+    train(config)
+
+
+def _guarded(work: object) -> None:
+    """Run, and turn what a user can mend into one line on stderr."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    assert callable(work)
+    try:
+        work()
+    except PocoError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]{type(error).__name__}[/bold red]: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt as stop:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(str(stop) or "interrupted")
+        sys.exit(INTERRUPTED)

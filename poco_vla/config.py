@@ -1,0 +1,319 @@
+"""Configuration: frozen dataclasses, validated when they are built, never changed afterwards.
+
+Every field's docstring says its unit and where its default comes from ("paper": arXiv 2604.01860; "code": the authors'
+released simulation code; "ours": measured by this library).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from poco_vla.errors import ConfigError, UnknownNameError
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class PocoConfig:
+    """The algorithm (sections and equations of the paper)."""
+
+    num_candidates: int = 32
+    """N, candidate chunks per state in the E-step (paper: 32 for an MLP, 16 for a VLA)."""
+    eta: float = 0.1
+    """E-step temperature, in units of discounted reward (paper: 0.1 OGBench, 0.001 RoboMimic and robots)."""
+    beta: float = 1.0
+    """Weight of the posterior loss beside the anchor (paper: 1)."""
+    zeta: float | Literal["auto"] = 0.3
+    """Clip of a candidate's flow error, in units of the BC loss (paper: 0.01 to 0.3 by task). "auto" takes
+    `zeta_quantile` of the demonstrations' errors after SFT (ours)."""
+    zeta_quantile: float = 0.9
+    """Quantile for zeta = "auto", in (0, 1) (ours)."""
+    gamma: float = 0.99
+    """Discount per control step (paper)."""
+    tau: float = 0.005
+    """Share of the critic mixed into its target at every update (paper)."""
+    aggregation: Literal["mean", "min"] = "mean"
+    """How the critics' values become one, in the target and in the E-step (code: mean)."""
+    anchor: Literal["all", "demos", "demos_and_successes"] = "all"
+    """What the BC term of Eq. 23 imitates: all of D (paper), the demonstrations, or those and own successes (ours)."""
+    flow_steps: int | None = None
+    """K, Euler steps when sampling candidates; None is the model's own number (paper: 10)."""
+    warmup_bc: bool = False
+    """Go on imitating during critic warm-up (code's default; paper: the actor is frozen)."""
+    drop_crossing: bool = False
+    """Leave chunks whose episode ended before their last step out of the critic loss (code). Ours keeps them with
+    their exact n-step return."""
+    error_mean: Literal["valid", "all"] = "valid"
+    """Denominator of masked means: entries that count, or all of them (code)."""
+    critic_hidden: tuple[int, ...] = (512, 512, 512, 512)
+    """Hidden widths of each critic (paper)."""
+    critic_members: int = 2
+    """E, critics in the ensemble (paper)."""
+    critic_activation: Literal["silu", "gelu", "relu"] = "silu"
+    """Critic activation (paper: silu; code: tanh-approximated gelu)."""
+    critic_layer_norm_eps: float = 1e-5
+    """LayerNorm epsilon (code: 1e-6)."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_candidates >= 1, f"num_candidates (N) is {self.num_candidates}; it must be at least 1")
+        _require(self.eta > 0, f"eta is {self.eta}; the E-step temperature must be above 0 (0.001 is nearly greedy)")
+        _require(self.beta >= 0, f"beta is {self.beta}; it must not be negative (0 is pure imitation)")
+        _require(
+            self.zeta == "auto" or (isinstance(self.zeta, int | float) and self.zeta > 0),
+            f'zeta is {self.zeta!r}; it must be above 0, or "auto" (to switch the posterior term off, set beta to 0)',
+        )
+        _require(0 < self.zeta_quantile < 1, f"zeta_quantile is {self.zeta_quantile}; it must lie in (0, 1)")
+        _require(0 < self.gamma <= 1, f"gamma is {self.gamma}; it must lie in (0, 1]")
+        _require(0 < self.tau <= 1, f"tau is {self.tau}; it must lie in (0, 1]")
+        _require(self.flow_steps is None or self.flow_steps >= 1, f"flow_steps is {self.flow_steps}; at least 1")
+        _require(self.critic_members >= 1, f"critic_members is {self.critic_members}; at least 1")
+        _require(
+            len(self.critic_hidden) > 0 and min(self.critic_hidden) > 0,
+            f"critic_hidden is {self.critic_hidden}; it needs at least one positive width",
+        )
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What a control step is worth: the same rule for demonstrations and for online episodes.
+
+    With source "success" the reward of a step is ``step``, plus ``success`` when the step reaches success:
+    sparse 0/1 is (1, 0), the usual -1/0 is (1, -1), the authors' code is (1, -0.01).
+    """
+
+    source: Literal["success", "recorded"] = "success"
+    """"success" derives the reward from the success signal; "recorded" takes next.reward as it is."""
+    success: float = 1.0
+    """Added at the step that reaches success, in units of reward (paper: sparse 0/1)."""
+    step: float = 0.0
+    """Added at every step, in units of reward (paper's text: 0; code: -0.01)."""
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Demonstrations: any LeRobot v3 dataset with state or images and actions."""
+
+    repo_id: str = ""
+    """Hub id, or a name for a local folder."""
+    root: Path | None = None
+    """Local folder of the dataset; None downloads `repo_id` from the Hub (or takes it from LeRobot's cache)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    episodes: tuple[int, ...] | None = None
+    """Episodes to use; None is all of them."""
+    success_at_end: bool = True
+    """A dataset that records neither success nor reward is taken as demonstrations that succeed at their last step."""
+    max_image_bytes: int = 8 * 1024**3
+    """Most memory that decoded images may take, in bytes."""
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """A simulated environment, by its LeRobot name."""
+
+    type: str = "ogbench"
+    """LeRobot environment type (an `EnvConfig` choice), such as "ogbench" or "pusht"."""
+    task: str = "cube-single-singletask-task1-v0"
+    """Its task."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further fields of that EnvConfig, such as {"episode_length": 120}."""
+    num_envs: int = 4
+    """Environments stepped side by side; each chunk is sampled for all of them at once."""
+    in_process: bool = False
+    """Step them inside this process instead of in worker processes (debugging; small tests)."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_envs >= 1, f"num_envs is {self.num_envs}; at least 1")
+
+
+@dataclass(frozen=True)
+class DemonstrationConfig:
+    """Demonstrations made on the spot by the simulator's own scripted expert, kept for the next run."""
+
+    episodes: int = 30
+    """Successful episodes to record."""
+    noise: float = 0.1
+    """The expert's own noise level (OGBench: its plan oracle's `noise`)."""
+    seed: int = 0
+    """Seed of environment and expert. Not the training seed: all training seeds share one dataset."""
+    root: Path = Path("runs/data")
+    """Folder that holds the datasets, one sub-folder per task and settings."""
+
+    def __post_init__(self) -> None:
+        _require(self.episodes >= 1, f"demonstrations.episodes is {self.episodes}; at least 1")
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """The pool D of offline and online transitions."""
+
+    capacity: int = 2_000_000
+    """Online control steps that are kept; the oldest episodes go first. Demonstrations are never evicted (paper: 2M)."""
+    demo_fraction: float | None = None
+    """Share of each batch drawn from demonstrations; None draws uniformly from the whole pool (code), 0.5 is a 50/50
+    mix (RLPD)."""
+
+    def __post_init__(self) -> None:
+        _require(self.capacity >= 1, f"replay.capacity is {self.capacity}; at least 1 step")
+        _require(
+            self.demo_fraction is None or 0 <= self.demo_fraction <= 1,
+            f"replay.demo_fraction is {self.demo_fraction}; it must lie in [0, 1], or be None for one uniform pool",
+        )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation by success rate."""
+
+    episodes: int = 50
+    """Episodes per evaluation (paper: 50 in simulation)."""
+    every: int = 0
+    """Environment steps between evaluations while online; 0 evaluates only after SFT and at the end."""
+    seed: int = 100_000
+    """Seed of the first episode; episode i starts from seed + i. Every evaluation meets the same starts."""
+    videos: bool = True
+    """Write one video of a failure before and of a success after."""
+
+    def __post_init__(self) -> None:
+        _require(self.episodes >= 1, f"eval.episodes is {self.episodes}; at least 1")
+        _require(self.every >= 0, f"eval.every is {self.every}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimisation: Adam with one parameter group for the actor and one for the critic."""
+
+    batch_size: int = 256
+    """Transitions per update, over all processes (paper: 256, VLA 64)."""
+    actor_lr: float = 3e-4
+    """Learning rate of the flow head while online (paper: 3e-4, VLA 5e-5)."""
+    critic_lr: float = 3e-4
+    """Learning rate of the critic (paper)."""
+    sft_lr: float | None = None
+    """Learning rate of the flow head during SFT; None is `actor_lr`."""
+    max_grad_norm: float | None = None
+    """Clips actor and critic gradients, each group by itself; None only measures them (code: no clipping)."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; at least 1")
+        for name in ("actor_lr", "critic_lr"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
+        _require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm must be above 0, or None")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run: data, policy, both stages, evaluation. A recipe is a function that returns one."""
+
+    adapter: str = "flow_mlp"
+    """Model adapter by name (`poco-vla adapters` lists the installed ones)."""
+    policy: str | None = None
+    """LeRobot policy folder or Hub id to start from; None builds a fresh one from the dataset's features."""
+    policy_options: dict[str, Any] = field(default_factory=dict)
+    """The adapter's own options, such as {"hidden_dims": [512, 512, 512, 512]} for flow_mlp."""
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    """Offline demonstrations."""
+    demonstrations: DemonstrationConfig | None = None
+    """Make the dataset with the environment's scripted expert when it is not there yet."""
+    env: EnvSpec | None = None
+    """Where the policy acts; None trains stage 1 only."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """What a step is worth."""
+    horizon: int = 5
+    """H, control steps per chunk (paper: 5 in simulation, 4 and 10 on robots)."""
+    poco: PocoConfig = field(default_factory=PocoConfig)
+    """The algorithm."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimisation."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    """The pool."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+    sft_steps: int = 20_000
+    """Updates of stage 1 (paper: 20k to 500k by task)."""
+    warmup_steps: int = 5_000
+    """Critic updates with the actor frozen (paper: 5k in simulation, 2k VLA)."""
+    online_steps: int = 200_000
+    """Environment steps of stage 2."""
+    updates_per_step: float = 1.0
+    """Updates per environment step (code: 1 in simulation)."""
+    best_of_n: int = 1
+    """Candidates per acting step in training, the critic's favourite is executed; 1 is a plain sample (paper)."""
+    seed: int = 0
+    """Seed of initial weights, batches, draws and episode starts."""
+    output_dir: Path = Path("runs/poco")
+    """Folder of this run."""
+    resume: bool = False
+    """Continue the run in `output_dir` from its last checkpoint."""
+    checkpoint_every: int = 0
+    """Updates between checkpoints; 0 saves at the end of each stage and on Ctrl-C only."""
+    log_every: int = 50
+    """Updates between log lines."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Accelerate's mixed precision."""
+    trackers: tuple[str, ...] = ()
+    """Accelerate trackers that get the same scalars: "tensorboard", "wandb", "trackio", ..."""
+    num_threads: int | None = None
+    """Torch threads of the learner on a CPU; None is torch's own choice."""
+
+    def __post_init__(self) -> None:
+        _require(self.horizon >= 1, f"horizon (H) is {self.horizon}; at least 1")
+        for name in ("sft_steps", "warmup_steps", "online_steps", "checkpoint_every"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        _require(self.log_every >= 1, f"log_every is {self.log_every}; at least 1")
+        _require(self.best_of_n >= 1, f"best_of_n is {self.best_of_n}; at least 1")
+        _require(self.updates_per_step > 0, f"updates_per_step is {self.updates_per_step}; it must be above 0")
+        _require(
+            self.env is not None or self.online_steps == 0,
+            f"online_steps is {self.online_steps} but there is no env to act in; give one, or set online_steps to 0",
+        )
+        _require(
+            self.demonstrations is None or self.env is not None,
+            "demonstrations are made by the environment's scripted expert, but env is None",
+        )
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def from_json(cls: type[Any], values: Mapping[str, Any]) -> Any:
+    """Rebuild a configuration from :func:`to_json`. Raises UnknownNameError for a field that `cls` does not have."""
+    known = {f.name for f in fields(cls)}
+    for name in values:
+        if name not in known:
+            raise UnknownNameError(f"field of {cls.__name__}", name, known)
+    hints = get_type_hints(cls)
+    return cls(**{name: _revive(hints[name], value) for name, value in values.items()})
+
+
+def _revive(hint: Any, value: Any) -> Any:
+    options = getattr(hint, "__args__", ()) if not isinstance(hint, type) or hasattr(hint, "__origin__") else ()
+    kinds = [hint, *options]
+    if isinstance(value, dict):
+        nested = next((kind for kind in kinds if is_dataclass(kind)), None)
+        return from_json(nested, value) if isinstance(nested, type) else value
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and Path in kinds:
+        return Path(value)
+    return value
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """Fields in which two configurations differ, as "name: old -> new" lines."""
+    a, b = _flat(to_json(old)), _flat(to_json(new))
+    return [f"{name}: {a.get(name)!r} -> {b.get(name)!r}" for name in sorted(a | b) if a.get(name) != b.get(name)]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return out

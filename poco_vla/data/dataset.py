@@ -1,0 +1,182 @@
+"""A LeRobot v3 dataset -> episodes as column arrays, read once, not frame by frame."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from poco_vla.config import DatasetConfig
+from poco_vla.data.episode import Episode
+from poco_vla.errors import DataError
+
+# LeRobot tries to load torchcodec at import and logs a traceback per FFmpeg version when FFmpeg is absent; it then
+# decodes with PyAV, which is installed.
+logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a policy is built from.
+
+    Attributes:
+        features: LeRobot's feature table: key -> dtype, shape, names.
+        stats: LeRobot's statistics: key -> min, max, mean, std, quantiles.
+        fps: control steps per second.
+    """
+
+    repo_id: str
+    features: Mapping[str, Any]
+    stats: Mapping[str, Any]
+    fps: int
+
+
+def open_dataset(config: DatasetConfig) -> Any:
+    """The LeRobotDataset that `config` names, from a local folder or the Hub.
+
+    Raises:
+        DataError: it is not there or cannot be read; the message says where it was looked for.
+    """
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    if config.root is not None and not (config.root / "meta" / "info.json").is_file():
+        raise DataError(
+            f"no LeRobot v3 dataset in {config.root}: meta/info.json is missing. Give dataset.root the folder that holds "
+            "meta/ and data/, or leave it out and give dataset.repo_id a Hub id."
+        )
+    if config.root is None and not config.repo_id:
+        raise DataError("no dataset: give dataset.root a local folder, or dataset.repo_id a Hub id")
+    try:
+        episodes = list(config.episodes) if config.episodes is not None else None
+        return LeRobotDataset(
+            config.repo_id or "local/dataset",
+            root=config.root,
+            revision=config.revision,
+            episodes=episodes,
+            return_uint8=True,
+        )
+    except Exception as error:  # LeRobot, datasets, the Hub client and the network each raise their own
+        place = config.root or f'"{config.repo_id}" on the Hub'
+        raise DataError(f"the dataset {place} cannot be opened: {type(error).__name__}: {error}") from error
+
+
+def info_of(dataset: Any) -> DatasetInfo:
+    """Features, statistics and rate of an open dataset."""
+    return DatasetInfo(dataset.repo_id, dataset.meta.features, dataset.meta.stats or {}, dataset.meta.fps)
+
+
+def read_episodes(
+    dataset: Any,
+    config: DatasetConfig,
+    obs_keys: Sequence[str],
+    *,
+    horizon: int = 1,
+    fps: int | None = None,
+) -> list[Episode]:
+    """All episodes of an open LeRobotDataset.
+
+    Args:
+        dataset: from :func:`open_dataset`.
+        config: how success is told where the dataset does not record it.
+        obs_keys: observation columns to read; images are decoded to uint8.
+        horizon: H; a dataset without one episode of that length is refused.
+        fps: control rate that the data must have; None accepts any.
+
+    Raises:
+        DataError: no action column, missing observation columns, another rate, NaN, too few steps, too many images.
+    """
+    features = dataset.meta.features
+    name = str(dataset.root if config.root else dataset.repo_id)
+    missing = [key for key in ("action", *obs_keys) if key not in features]
+    if missing:
+        raise DataError(f"{name} has no column {', '.join(missing)}. Its columns: {', '.join(sorted(features))}.")
+    if fps is not None and dataset.meta.fps != fps:
+        raise DataError(
+            f"{name} was recorded at {dataset.meta.fps} fps, the environment runs at {fps}: a chunk would last another "
+            "time. Use data of the same rate."
+        )
+    columns = _columns(dataset)
+    image_keys = [key for key in obs_keys if features[key]["dtype"] in ("image", "video")]
+    columns |= _images(dataset, image_keys, config.max_image_bytes, name)
+    tasks = {int(row.task_index): str(task) for task, row in dataset.meta.tasks.iterrows()}
+
+    episodes = []
+    bounds = np.flatnonzero(np.diff(columns["episode_index"], prepend=-1, append=-1))
+    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        rows = {key: column[begin:end] for key, column in columns.items()}
+        episode = _episode(rows, obs_keys, tasks.get(int(rows["task_index"][0]), ""), config)
+        episode.check(f"{name}, episode {int(rows['episode_index'][0])}")
+        episodes.append(episode)
+    longest = max(map(len, episodes), default=0)
+    if longest < horizon:
+        raise DataError(
+            f"{name} holds {len(episodes)} episodes, the longest of {longest} steps: fewer than one chunk of {horizon}"
+        )
+    return episodes
+
+
+def _episode(rows: dict[str, np.ndarray], obs_keys: Sequence[str], task: str, config: DatasetConfig) -> Episode:
+    length = len(rows["action"])
+    last = np.arange(length) == length - 1
+    reward = rows.get("next.reward")
+    if "next.success" in rows:
+        success = rows["next.success"].reshape(length).astype(bool)
+    elif reward is not None:
+        success = reward.reshape(length) > 0
+    else:
+        success = last & config.success_at_end
+    if "next.done" in rows:
+        truncated = rows.get("next.truncated", np.zeros(length, dtype=bool)).reshape(length).astype(bool)
+        terminal = rows["next.done"].reshape(length).astype(bool) & ~truncated | success
+    else:
+        terminal = success
+    return Episode(
+        obs={key: rows[key] for key in obs_keys},
+        action=rows["action"],
+        reward=(success if reward is None else reward).reshape(length).astype(np.float32),
+        success=success,
+        terminal=terminal,
+        task=task,
+    )
+
+
+def _columns(dataset: Any) -> dict[str, np.ndarray]:
+    """Every numeric column as one array, straight from Arrow (60 to 350 times faster than per-item reads)."""
+    table = dataset.hf_dataset.with_format("arrow")[:]
+    columns = {}
+    for name in table.column_names:
+        feature = dataset.meta.features.get(name, {})
+        if feature.get("dtype") in ("image", "video", "string", "language"):
+            continue
+        flat, depth = table.column(name).combine_chunks(), 0
+        while hasattr(flat, "flatten") and hasattr(flat.type, "value_type"):
+            flat, depth = flat.flatten(), depth + 1
+        array = flat.to_numpy(zero_copy_only=False)
+        array = array.astype(np.float32) if array.dtype == np.float64 else array
+        columns[name] = np.ascontiguousarray(array.reshape(table.num_rows, *feature["shape"]) if depth else array)
+    return columns
+
+
+def _images(dataset: Any, keys: Sequence[str], budget: int, name: str) -> dict[str, np.ndarray]:
+    """Image and video columns decoded to uint8 [T, height, width, 3], within a byte budget."""
+    if not keys:
+        return {}
+    num_frames = len(dataset)
+    first = dataset[0]
+    shapes = {key: tuple(first[key].permute(1, 2, 0).shape) for key in keys}
+    needed = num_frames * sum(int(np.prod(shape)) for shape in shapes.values())
+    if needed > budget:
+        raise DataError(
+            f"{name}: {num_frames} frames of {', '.join(keys)} take {needed / 1e9:.1f} GB decoded, more than "
+            f"dataset.max_image_bytes ({budget / 1e9:.1f} GB). Raise it, or use fewer episodes."
+        )
+    logger.info("decoding %d frames of %s", num_frames, ", ".join(keys))
+    out = {key: np.empty((num_frames, *shape), dtype=np.uint8) for key, shape in shapes.items()}
+    for i in range(num_frames):
+        item = dataset[i]
+        for key in keys:
+            out[key][i] = item[key].permute(1, 2, 0).numpy()
+    return out

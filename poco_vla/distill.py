@@ -1,0 +1,94 @@
+"""M-step: flow errors of chunks and the clipped distillation of weighed candidates (POCO section 4.2)."""
+
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from poco_vla.flow import Draws, VelocityField, interpolate, target_velocity
+from poco_vla.types import ActionSpec, Metrics
+
+
+@runtime_checkable  # for the test run's machine-checked signatures
+class FlowModel(VelocityField, Protocol):
+    """What a flow error needs of a policy."""
+
+    spec: ActionSpec
+
+    def sample_time(self, shape: Any, generator: torch.Generator | None = None) -> Tensor: ...
+
+
+def flow_errors(
+    policy: FlowModel,
+    prefix: Any,
+    chunk: Float[Tensor, "B N H A"],
+    valid: Bool[Tensor, "B H"],
+    *,
+    noise: Float[Tensor, "B N H A"] | None = None,
+    t: Float[Tensor, "B N"] | None = None,
+    mean_over: Literal["valid", "all"] = "valid",
+) -> Float[Tensor, "B N"]:
+    """Flow-matching error of each chunk: mean of (v(x_t, t) - (a_1 - a_0))^2 over its valid entries (Eq. 24).
+
+    Invalid steps and padded action dimensions count for nothing, neither in the numerator nor in the denominator, so
+    that the clip threshold zeta means the same for every chunk.
+
+    Args:
+        policy: gives the velocity, the time distribution and which dimensions are real.
+        prefix: B encoded states.
+        chunk: normalised chunks; `chunk[:, j]` are the j-th chunks of the B states.
+        valid: steps that count, shared by the N chunks of a state.
+        noise: a_0, one draw per chunk; drawn here when None.
+        t: flow time per chunk; drawn from the policy's training distribution when None.
+        mean_over: "all" divides by H instead of the number of valid steps, as the authors' code does.
+    """
+    draws = Draws(torch.default_generator)
+    padding = policy.spec.width - policy.spec.action_dim
+    if padding:  # a network may read its padded inputs: what a chunk holds there must not reach it
+        chunk = F.pad(chunk[..., :-padding], (0, padding))
+    noise = draws.normal(chunk.shape, like=chunk) if noise is None else noise
+    t = draws.time(policy.sample_time, chunk.shape[:2], like=chunk) if t is None else t
+    velocity = policy.velocity(prefix, interpolate(noise, chunk, t), t)
+    error = (velocity - target_velocity(noise, chunk))[..., : policy.spec.action_dim].square().mean(dim=-1)
+    mask = valid[:, None].to(error.dtype)
+    steps = mask.sum(dim=-1).clamp_min(1) if mean_over == "valid" else float(chunk.shape[2])
+    return (error * mask).sum(dim=-1) / steps
+
+
+def clipped_distillation(
+    errors: Float[Tensor, "B N"], weights: Float[Tensor, "B N"], *, zeta: float | Tensor
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """Posterior loss: mean over states of sum_j w_j min(error_j, zeta) (Eq. 23, second term).
+
+    The clip is hard: a candidate whose error is above zeta has no gradient. No gradient reaches `weights`.
+
+    Returns:
+        The loss, and ``posterior_loss`` (the same), ``candidate_loss`` (mean error before the clip),
+        ``clipped_fraction`` (share of the B*N candidates above zeta) and ``surviving_weight`` (mean over states of
+        the posterior weight on candidates at or below zeta).
+    """
+    weights = weights.detach()
+    loss = (weights * errors.clamp(max=zeta)).sum(dim=-1).mean()
+    kept = (errors <= zeta).to(weights.dtype)
+    metrics = {
+        "posterior_loss": loss.detach(),
+        "candidate_loss": errors.detach().mean(),
+        "clipped_fraction": 1 - kept.mean(),
+        "surviving_weight": (weights * kept).sum(dim=-1).mean(),
+    }
+    return loss, metrics
+
+
+def masked_mean(x: Float[Tensor, "B"], mask: Bool[Tensor, "B"]) -> Float[Tensor, ""]:
+    """Mean of `x` where `mask`, over the global batch when several processes share it; 0 where nothing is selected.
+
+    Under data-parallel training gradients are averaged over processes, so each process divides its own sum by the
+    *mean* number of selected rows per process: the average is then the mean over all selected rows.
+    """
+    count = mask.sum().to(x.dtype)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(count)
+        count = count / torch.distributed.get_world_size()
+    return (x * mask).sum() / count.clamp_min(torch.finfo(x.dtype).tiny)

@@ -1,0 +1,96 @@
+"""Success rate with its confidence interval."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from poco_vla.config import EnvSpec
+from poco_vla.data import Episode
+from poco_vla.policy import FlowPolicy
+from poco_vla.rollout import Actor, EnvPool
+
+
+@dataclass(frozen=True)
+class SuccessRate:
+    """A share of successful episodes and its 95 % interval.
+
+    Attributes:
+        successes: episodes that succeeded.
+        episodes: episodes in all.
+        mean_length: control steps per episode.
+    """
+
+    successes: int
+    episodes: int
+    mean_length: float
+
+    @property
+    def rate(self) -> float:
+        return self.successes / self.episodes
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the rate."""
+        return wilson_interval(self.successes, self.episodes)
+
+    def figures(self) -> dict[str, Any]:
+        """Plain figures for result.json."""
+        return asdict(self) | {"success_rate": self.rate, "interval_95": list(self.interval)}
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.rate:.0%} [{low:.0%}, {high:.0%}]"
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Episodes of one evaluation, in the order of their seeds."""
+
+    episodes: tuple[Episode, ...]
+
+    @property
+    def success(self) -> SuccessRate:
+        lengths = [len(episode) for episode in self.episodes]
+        return SuccessRate(sum(e.succeeded for e in self.episodes), len(lengths), sum(lengths) / len(lengths))
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (1927); z = 1.96 is 95 %. Holds its coverage near 0 and 1."""
+    if trials == 0:
+        return 0.0, 1.0
+    p, n = successes / trials, trials
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def evaluate(
+    policy: FlowPolicy,
+    env: EnvSpec | EnvPool,
+    *,
+    episodes: int = 50,
+    seed: int = 100_000,
+    on_episode: Callable[[int], None] = lambda done: None,
+) -> EvalResult:
+    """Run `episodes` episodes of the policy's plain samples, open loop within each chunk.
+
+    Args:
+        policy: the policy to evaluate.
+        env: the environment, or a pool of it that is already running (its episodes are abandoned).
+        episodes: how many.
+        seed: episode i starts from seed + i; the policy's noise is seeded too, so that an evaluation repeats.
+        on_episode: told after each finished episode.
+    """
+    if isinstance(env, EnvSpec):
+        with EnvPool(env, policy.spec.horizon) as pool:
+            return evaluate(policy, pool, episodes=episodes, seed=seed, on_episode=on_episode)
+    actor = Actor(policy, seed)
+    env.reset(seed, episodes)
+    finished: list[Episode] = []
+    while not env.idle.all():
+        ended, _ = env.step(actor.chunks(env.obs, env.tasks))
+        finished += ended
+        if ended:
+            on_episode(len(finished))
+    return EvalResult(tuple(sorted(finished, key=lambda episode: episode.seed or 0)))

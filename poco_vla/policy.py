@@ -1,0 +1,138 @@
+"""What a model must offer to be fine-tuned by POCO, and how candidates are proposed.
+
+An adapter subclasses :class:`FlowPolicy`; :func:`poco_vla.testing.check_policy` says whether it keeps the contract.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from poco_vla.flow import integrate, uniform_time
+from poco_vla.types import ActionSpec
+
+
+@runtime_checkable  # for the test run's machine-checked signatures
+class Prefix(Protocol):
+    """Everything that does not depend on the noisy action, for B states: features, and a VLA's KV cache.
+
+    Attributes:
+        features: [B, D], what the critic sees of the state.
+    """
+
+    @property
+    def features(self) -> Float[Tensor, "B D"]: ...
+
+    def select(self, index: Any) -> "Prefix":
+        """The prefix of some of the states, by anything that indexes a tensor's first axis."""
+        ...
+
+    def to(self, device: Any) -> "Prefix": ...
+
+
+class FlowPolicy(nn.Module):
+    """A generative policy with a flow action head, behind one interface.
+
+    Only `head` trains; everything else is frozen. Subclasses are found by entry point (group ``poco_vla.adapters``).
+
+    Attributes:
+        spec: sizes of the action chunk.
+        feature_dim: D of this policy's prefixes.
+        head: the module whose parameters are trained (or that holds the LoRA).
+        preprocess: LeRobot's pre-processor pipeline of this policy: raw batch (``observation.*``, ``action``, ``task``)
+            to network units. Works on batches that hold only some of those keys.
+        postprocess: LeRobot's post-processor: normalised actions [..., action_dim] to the robot's units.
+        input_keys: the raw observation keys that `preprocess` reads.
+    """
+
+    spec: ActionSpec
+    feature_dim: int
+    head: nn.Module
+    preprocess: Callable[[dict[str, Any]], dict[str, Any]]
+    postprocess: Callable[[Tensor], Tensor]
+    input_keys: tuple[str, ...]
+
+    def encode(self, obs: Mapping[str, Any]) -> Prefix:
+        """Prefix of B processed observations: frozen, in eval mode, without gradient."""
+        raise NotImplementedError
+
+    def velocity(
+        self, prefix: Prefix, x: Float[Tensor, "B N H A"], t: Float[Tensor, "B N"]
+    ) -> Float[Tensor, "B N H A"]:
+        """v(x, t | state), every candidate with a time of its own, all N attending to the one prefix of their state."""
+        raise NotImplementedError
+
+    def sample_time(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+        """Flow times from the distribution this model trains with (t = 1 is the action)."""
+        return uniform_time(shape, generator)
+
+    def native_sample(self, obs: Mapping[str, Any], noise: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
+        """The model's *own* sampler, in the model's own convention, from this noise, not clipped.
+
+        `check_policy` holds `integrate` against it: this is what proves the adapter's time convention.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, repo_or_path: str | Path, *, horizon: int | None = None, **options: Any) -> "FlowPolicy":
+        """Load a LeRobot policy folder or Hub repository. Raises PolicyError on anything but a complete match."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dataset(
+        cls, features: Mapping[str, Any], stats: Mapping[str, Any], *, horizon: int, **options: Any
+    ) -> "FlowPolicy":
+        """A fresh policy for a dataset: its LeRobot features and statistics. For models small enough to start from
+        nothing; a VLA raises PolicyError and asks for a pretrained base."""
+        raise NotImplementedError
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> "FlowPolicy":
+        """The real architecture with small random weights, for tests and CPUs."""
+        raise NotImplementedError
+
+    def example_obs(self, batch_size: int, seed: int = 0) -> dict[str, Any]:
+        """Random processed observations of the right keys and shapes, for the conformance kit."""
+        raise NotImplementedError
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a folder that LeRobot itself loads: config, weights, both processors."""
+        raise NotImplementedError
+
+
+@torch.no_grad()
+def propose(
+    policy: FlowPolicy,
+    prefix: Prefix,
+    n: int,
+    *,
+    steps: int | None = None,
+    generator: torch.Generator | None = None,
+    noise: Float[Tensor, "B N H A"] | None = None,
+) -> Float[Tensor, "B N H A"]:
+    """N plain samples of the policy in each of B states (POCO section 4.1): no gradient, clipped, padding zero.
+
+    Args:
+        policy: the current policy.
+        prefix: B encoded states; all candidates of a state share its prefix.
+        n: candidates per state.
+        steps: Euler steps; the model's own number when None.
+        generator: draws the noise a_0; torch's default when None.
+        noise: a_0 itself, when the caller has drawn it.
+    """
+    spec = policy.spec
+    if noise is None:
+        features = prefix.features
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        place = generator.device if generator is not None else features.device
+        shape = (features.shape[0], n, spec.horizon, spec.width)
+        noise = torch.randn(shape, generator=generator, device=place, dtype=dtype).to(features.device)
+    x = integrate(policy, prefix, noise, steps or spec.flow_steps)
+    if spec.clip is not None:
+        x = x.clamp(*spec.clip)
+    if spec.action_dim < spec.width:
+        x[..., spec.action_dim :] = 0
+    return x

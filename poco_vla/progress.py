@@ -1,0 +1,84 @@
+"""What a person sees while a run goes on: one live bar per stage, and plain lines where there is no terminal."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
+
+
+class Display:
+    """Stage, bar with the time left, and the scalars that say how learning goes. Silent when not `enabled`.
+
+    Args:
+        enabled: only the main process shows anything.
+        interval: seconds between plain lines where the output is no terminal.
+    """
+
+    def __init__(self, *, enabled: bool = True, interval: float = 10.0) -> None:
+        self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        self.interval = interval
+        self._started = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """One line that stays, with the seconds since the start."""
+        self.console.print(f"[dim]{time.monotonic() - self._started:6.1f}s[/dim]  {text}")
+
+    @contextmanager
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator["Bar"]:
+        """A bar for `total` steps, `done` of which lie behind."""
+        progress = Progress(
+            TextColumn("[bold]{task.description:<20}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("<"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            refresh_per_second=2,
+            disable=not self.console.is_terminal,
+        )
+        bar = Bar(self, progress, name, total, done)
+        with progress:
+            yield bar
+        bar.close()
+
+
+class Bar:
+    """The bar of one stage."""
+
+    def __init__(self, display: Display, progress: Progress, name: str, total: int, done: int) -> None:
+        self._display, self._progress = display, progress
+        self._name, self._total, self.done = name, total, done
+        self._note = ""
+        self._shown = time.monotonic()
+        self._task = progress.add_task(name, total=total, completed=done, note="")
+
+    def advance(self, steps: int = 1) -> None:
+        """`steps` more are done."""
+        self.to(self.done + steps)
+
+    def to(self, done: int) -> None:
+        """`done` steps are done."""
+        self.done = done
+        self._progress.update(self._task, completed=done, note=self._note)
+        if not self._display.console.is_terminal and time.monotonic() - self._shown > self._display.interval:
+            self._plain()
+
+    def note(self, scalars: Mapping[str, float | str]) -> None:
+        """Scalars shown beside the bar."""
+        self._note = "  ".join(f"{k} {v if isinstance(v, str) else format(v, '.3g')}" for k, v in scalars.items())
+
+    def close(self) -> None:
+        """The stage is over."""
+        if not self._display.console.is_terminal:
+            self._plain()
+
+    def _plain(self) -> None:
+        self._shown = time.monotonic()
+        self._display.say(f"{self._name}: {self.done}/{self._total}  {self._note}")

@@ -1,0 +1,136 @@
+"""Pictures and tables of runs, from the files that a run writes."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from poco_vla.evaluate import wilson_interval
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+WINDOW = 20
+SFT, POCO = "#8a8f98", "#0b6bcb"
+
+
+def finish(run: Path, console: Console) -> None:
+    """Draw a finished run's curve and print what it brought."""
+    curve = draw_curves([run], run / "curve.png")
+    console.print(result_table([run]))
+    result = read_result(run)
+    console.print(f"learning curve  {curve}")
+    for name in ("failure_before.mp4", "success_after.mp4"):
+        if (run / name).exists():
+            console.print(f"video           {run / name}")
+    console.print(f"figures         {run / 'result.json'}")
+    console.print(f"policy          {run / result['policy']}")
+    command = eval_command(run)
+    if command:
+        console.print(f"\nLeRobot evaluates it with:\n\n  {command}\n")
+
+
+def eval_command(run: Path) -> str | None:
+    """The lerobot-eval command line of a run's exported policy."""
+    result = read_result(run)
+    env = result["env"]
+    if env is None:
+        return None
+    options = "".join(f" --env.{name}={value}" for name, value in env["options"].items())
+    return (
+        f"lerobot-eval --policy.path={run / result['policy']} --policy.device=cpu"
+        f" --env.discover_packages_path=poco_vla.rollout.environments --env.type={env['type']} --env.task={env['task']}"
+        f"{options} --eval.n_episodes=50 --eval.batch_size=10"
+    )
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """``result.json`` of a finished run."""
+    return json.loads((run / "result.json").read_text())
+
+
+def result_table(runs: Sequence[Path]) -> Table:
+    """Success before and after with 95 % intervals, steps, wall time: one row per run."""
+    table = Table(title="success rate, 95 % interval (Wilson)", title_justify="left")
+    for name in ("run", "SFT", "after POCO", "gain", "env steps", "updates", "wall time"):
+        table.add_column(name, justify="left" if name == "run" else "right")
+    for run in runs:
+        result = read_result(run)
+        before, after = result["before"], result["after"]
+        gain = f"{100 * (after['success_rate'] - before['success_rate']):+.0f} points" if before else ""
+        minutes, seconds = divmod(round(result["seconds"]), 60)
+        table.add_row(
+            str(run),
+            _rate(before),
+            _rate(after),
+            gain,
+            f"{result['env_steps']:,}",
+            f"{result['updates']:,}",
+            f"{minutes} min {seconds:02d} s",
+        )
+    return table
+
+
+def _rate(figures: dict[str, Any] | None) -> str:
+    if figures is None:
+        return "-"
+    low, high = figures["interval_95"]
+    return f"{figures['success_rate']:.0%}  [{low:.0%}, {high:.0%}]  n={figures['episodes']}"
+
+
+def draw_curves(runs: Sequence[Path], path: Path) -> Path:
+    """Success against environment steps: running average over training episodes, evaluations with their intervals."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    for run in runs:
+        _draw_run(axes, run, single=len(runs) == 1)
+    axes.set(xlabel="environment steps", ylabel="success rate", ylim=(-0.02, 1.02))
+    axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _draw_run(axes: Axes, run: Path, *, single: bool) -> None:
+    result = read_result(run)
+    (line,) = axes.plot(*_running_success(run), linewidth=1.8, color=POCO if single else None)
+    line.set_label(f"training episodes, average of {WINDOW}" if single else f"seed {result['seed']}")
+    if single and result["before"]:
+        axes.axhline(result["before"]["success_rate"], color=SFT, linestyle="--", linewidth=1.2, label="after SFT")
+    steps = [e["env_steps"] for e in result["evaluations"]]
+    rates = np.array([e["success_rate"] for e in result["evaluations"]])
+    if len(rates) == 0:
+        return
+    low, high = np.array([e["interval_95"] for e in result["evaluations"]]).T
+    axes.errorbar(
+        steps,
+        rates,
+        yerr=[rates - low, high - rates],
+        fmt="o",
+        markersize=5,
+        capsize=3,
+        color=line.get_color(),
+        label=f"evaluation, {result['evaluations'][0]['episodes']} episodes, 95 % interval" if single else None,
+    )
+
+
+def _running_success(run: Path) -> tuple[list[int], list[float]]:
+    path = run / "episodes.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    success = [line["success"] for line in lines]
+    steps = [line["env_steps"] for line in lines]
+    # The first episodes average over what there is, once a quarter of the window is filled.
+    points = [i for i in range(len(lines)) if i + 1 >= WINDOW // 4]
+    return [steps[i] for i in points], [float(np.mean(success[max(0, i + 1 - WINDOW) : i + 1])) for i in points]
+
+
+__all__ = ["draw_curves", "eval_command", "finish", "read_result", "result_table", "wilson_interval"]

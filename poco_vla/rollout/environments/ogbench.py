@@ -1,0 +1,48 @@
+"""OGBench's manipulation tasks as LeRobot environment type ``ogbench``."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.envs.configs import EnvConfig
+from lerobot.utils.constants import ACTION, OBS_STATE
+
+from poco_vla.rollout.environments import ogbench_gym
+
+
+@EnvConfig.register_subclass("ogbench")
+@dataclass
+class OGBenchConfig(EnvConfig):
+    """A single-task OGBench environment (arXiv 2410.20092), state observations.
+
+    Attributes:
+        task: OGBench id, such as "cube-single-singletask-task1-v0".
+        episode_length: time limit in control steps; None is OGBench's own.
+        success_timing: "post" checks success after the step (the published behaviour), "pre" before it.
+    """
+
+    task: str | None = "cube-single-singletask-task1-v0"
+    fps: int = ogbench_gym.FPS
+    episode_length: int | None = None
+    success_timing: Literal["pre", "post"] = "post"
+    features: dict[str, PolicyFeature] = field(default_factory=dict)
+    features_map: dict[str, str] = field(default_factory=lambda: {ACTION: ACTION, "agent_pos": OBS_STATE})
+
+    def __post_init__(self) -> None:
+        state_dim, action_dim = ogbench_gym.dimensions(self.task or "")
+        self.features = {
+            ACTION: PolicyFeature(FeatureType.ACTION, (action_dim,)),
+            "agent_pos": PolicyFeature(FeatureType.STATE, (state_dim,)),
+        }
+
+    @property
+    def package_name(self) -> str:
+        return ogbench_gym.__name__
+
+    @property
+    def gym_id(self) -> str:
+        return ogbench_gym.GYM_ID
+
+    @property
+    def gym_kwargs(self) -> dict[str, Any]:
+        return {"task": self.task, "episode_length": self.episode_length, "success_timing": self.success_timing}

@@ -1,0 +1,121 @@
+"""Episodes written back as LeRobot v3 datasets."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from poco_vla.config import DatasetConfig
+from poco_vla.data import Episode, open_dataset, read_episodes
+
+SIGNALS = {
+    "next.reward": {"dtype": "float32", "shape": (1,), "names": None},
+    "next.done": {"dtype": "bool", "shape": (1,), "names": None},
+    "next.truncated": {"dtype": "bool", "shape": (1,), "names": None},
+    "next.success": {"dtype": "bool", "shape": (1,), "names": None},
+}
+"""Columns beside observations and action, by LeRobot's names (lerobot.utils.constants)."""
+
+
+def write_dataset(episodes: Sequence[Episode], root: Path, *, fps: int, repo_id: str) -> Path:
+    """A LeRobot v3 dataset of these episodes in `root`, which must not exist. It appears whole or not at all."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    root.parent.mkdir(parents=True, exist_ok=True)
+    partial = root.with_name(f".{root.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    features = _features(episodes[0])
+    videos = any(feature["dtype"] == "video" for feature in features.values())
+    dataset = LeRobotDataset.create(repo_id, fps=fps, features=features, root=partial, use_videos=videos)
+    for episode in episodes:
+        for frame in _frames(episode):
+            dataset.add_frame(frame)
+        dataset.save_episode()
+    dataset.finalize()
+    partial.rename(root)
+    return root
+
+
+class EpisodeRecorder:
+    """Online episodes as a row of small LeRobot datasets, `root/part-00000` and so on, each written whole.
+
+    Args:
+        root: folder of the parts.
+        fps: control steps per second.
+    """
+
+    def __init__(self, root: Path, fps: int) -> None:
+        self.root = root
+        self.fps = fps
+        self.parts: list[str] = []
+        self._pending: list[Episode] = []
+
+    def add(self, episode: Episode) -> None:
+        """Keep an episode for the next `flush`."""
+        self._pending.append(episode)
+
+    def flush(self) -> list[str]:
+        """Write what is pending as the next part; give the names of all parts, oldest first."""
+        if self._pending:
+            name = f"part-{len(self.parts):05d}"
+            # A part that a crash left behind a checkpoint is not in `parts`: its episodes are run again.
+            shutil.rmtree(self.root / name, ignore_errors=True)
+            write_dataset(self._pending, self.root / name, fps=self.fps, repo_id=f"local/{name}")
+            self.parts.append(name)
+            self._pending = []
+        return self.parts
+
+    def load(self, parts: Sequence[str], obs_keys: Sequence[str]) -> list[Episode]:
+        """The episodes of these parts, in the order they were recorded; further parts will follow them."""
+        self.parts = list(parts)
+        episodes: list[Episode] = []
+        for name in parts:
+            config = DatasetConfig(repo_id=f"local/{name}", root=self.root / name)
+            episodes += read_episodes(open_dataset(config), config, obs_keys)
+        return episodes
+
+    def merge(self, root: Path) -> Path | None:
+        """All parts as one LeRobot dataset in `root`; None when nothing was recorded."""
+        from lerobot.datasets.aggregate import aggregate_datasets
+
+        parts = self.flush()
+        if not parts:
+            return None
+        shutil.rmtree(root, ignore_errors=True)
+        aggregate_datasets(
+            repo_ids=[f"local/{name}" for name in parts],
+            aggr_repo_id=f"local/{root.name}",
+            roots=[self.root / name for name in parts],
+            aggr_root=root,
+        )
+        return root
+
+
+def _features(episode: Episode) -> dict[str, dict[str, Any]]:
+    features: dict[str, dict[str, Any]] = {
+        "action": {"dtype": "float32", "shape": episode.action.shape[1:], "names": None}
+    }
+    for key, column in episode.obs.items():
+        if column.dtype == np.uint8:
+            features[key] = {"dtype": "video", "shape": column.shape[1:], "names": ["height", "width", "channels"]}
+        else:
+            features[key] = {"dtype": "float32", "shape": column.shape[1:], "names": None}
+    return features | SIGNALS
+
+
+def _frames(episode: Episode) -> list[Mapping[str, Any]]:
+    last = len(episode) - 1
+    return [
+        {key: column[k] for key, column in episode.obs.items()}
+        | {
+            "action": episode.action[k],
+            "next.reward": episode.reward[k : k + 1],
+            "next.done": np.array([k == last]),
+            "next.truncated": np.array([k == last and not episode.terminal[k]]),
+            "next.success": episode.success[k : k + 1],
+            "task": episode.task,
+        }
+        for k in range(len(episode))
+    ]

@@ -1,0 +1,578 @@
+"""The Accelerate loop: supervised fine-tuning, then online POCO, with evaluation, checkpoints and export.
+
+One process or many (`accelerate launch`): every process draws the same global batch and trains on its share; only the
+main process acts, evaluates and writes.
+"""
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast
+from torch import Tensor
+
+from poco_vla import checkpoint, report
+from poco_vla.algorithm import Poco, Stage
+from poco_vla.config import TrainConfig, to_json
+from poco_vla.data import BatchSource, Episode, Replay, chunk_batch, open_dataset, read_episodes
+from poco_vla.data.dataset import info_of
+from poco_vla.distill import flow_errors
+from poco_vla.errors import ConfigError, NonFiniteError
+from poco_vla.evaluate import SuccessRate, evaluate
+from poco_vla.flow import Draws
+from poco_vla.policy import FlowPolicy
+from poco_vla.progress import Bar, Display
+from poco_vla.registry import load_adapter
+from poco_vla.rollout import Actor, EnvPool, EpisodeRecorder, ensure_demonstrations, environment
+from poco_vla.rollout.demonstrations import demonstrations_root
+from poco_vla.rollout.video import write_episode_video
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 20
+"""Training episodes in the running success rate (paper)."""
+
+
+class Interrupted(KeyboardInterrupt):  # noqa: N818 (an interruption, not an error)
+    """Ctrl-C, after everything was saved. `checkpoint` says where."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(f"interrupted; saved in {checkpoint}. Continue with --resume.")
+        self.checkpoint = checkpoint
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ends with, also in ``result.json``.
+
+    Attributes:
+        output_dir: the run's folder.
+        policy_dir: the exported LeRobot policy.
+        before: success after SFT, None without an environment.
+        after: success at the end, likewise.
+        env_steps: environment steps taken online.
+        seconds: wall time, interruptions left out.
+    """
+
+    output_dir: Path
+    policy_dir: Path
+    before: SuccessRate | None
+    after: SuccessRate | None
+    env_steps: int
+    seconds: float
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Run both stages of POCO as `config` says.
+
+    Raises:
+        PocoError: a bad configuration, dataset, policy or checkpoint, before any long work.
+        Interrupted: Ctrl-C; the run is saved and can be resumed.
+    """
+    trainer = Trainer(config)
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
+
+
+@dataclass
+class Progress:
+    """How far the run is: everything in state.json that counts."""
+
+    stage: Stage | str = "sft"
+    update: int = 0
+    stage_update: int = 0
+    env_steps: int = 0
+    owed_updates: float = 0.0
+    recent: list[bool] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Trainer:
+    """One run. `train` is the door; this class is for those who want to step through it."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self._clock = time.monotonic()
+        checkpoint.claim_folder(config.output_dir)
+        self._refuse_to_overwrite()
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=list(config.trackers) or None,
+            project_dir=config.output_dir,
+            # Before the critic learns, and while the actor is frozen, one of the two has no gradient.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        self.is_main = self.accelerator.is_main_process
+        self.display = Display(enabled=self.is_main)
+        self.progress = Progress()
+        self._envs: EnvPool | None = None
+        self._eval_envs: EnvPool | None = None
+        self._stop = False
+        self._saved = 0
+        self._sums: dict[str, Tensor] = {}
+        self._num_summed = 0
+
+        self._open_data()
+        self._build()
+        if config.resume:
+            self._resume()
+        elif self.is_main:
+            checkpoint.write_json(config.output_dir / "config.json", to_json(config))
+        if config.trackers:
+            self.accelerator.init_trackers("poco_vla", config=to_json(config))
+
+    # -- the run ------------------------------------------------------------------------------------------------
+
+    def run(self) -> TrainResult:
+        """Both stages, evaluation before and after, export, report."""
+        with self._watch_interrupts():
+            if self.progress.stage == "sft":
+                self._imitate()
+                self._calibrate()
+                self._evaluate("after SFT")
+                self._enter("online")
+                self._save()
+            if self.progress.stage == "online":
+                self._learn_online()
+                if self.config.online_steps:
+                    self._evaluate("after POCO")
+                self._enter("done")
+                self._save()
+        return self._finish()
+
+    def close(self) -> None:
+        """Stop workers and trackers."""
+        for pool in (self._envs, self._eval_envs):
+            if pool is not None:
+                pool.close()
+        if self.config.trackers:
+            self.accelerator.end_training()
+
+    # -- stages -------------------------------------------------------------------------------------------------
+
+    def _imitate(self) -> None:
+        self._set_actor_lr(self.config.optim.sft_lr or self.config.optim.actor_lr)
+        total = self.config.sft_steps
+        with self.display.stage("SFT", total, self.progress.stage_update) as bar:
+            while self.progress.stage_update < total:
+                self._update("sft", bar)
+                bar.advance()
+                self._after_update()
+
+    def _learn_online(self) -> None:
+        """Act for a chunk, learn meanwhile from what earlier chunks brought, take the chunk's steps in."""
+        config, now = self.config, self.progress
+        self._set_actor_lr(config.optim.actor_lr)
+        if self._envs is None and self.is_main and config.online_steps:
+            self._envs = EnvPool(self._env, config.horizon)
+            self._envs.reset(1_000_000 * (config.seed + 1))
+        with self.display.stage("online", config.online_steps, now.env_steps) as bar:
+            while now.env_steps < config.online_steps:
+                if self._envs is not None:
+                    self._envs.send(self.actor.chunks(self._envs.obs, self._envs.tasks))
+                while now.owed_updates >= 1:
+                    now.owed_updates -= 1
+                    self._update("warmup" if now.stage_update < config.warmup_steps else "online", bar)
+                episodes, steps = self._share(*(self._envs.receive() if self._envs is not None else ([], 0)))
+                self._take(episodes)
+                before, now.env_steps = now.env_steps, now.env_steps + steps
+                now.owed_updates += steps * config.updates_per_step if self._can_learn() else 0
+                bar.to(min(now.env_steps, config.online_steps))
+                every = config.eval.every
+                if every and before // every != now.env_steps // every and now.env_steps < config.online_steps:
+                    self._evaluate(f"at {now.env_steps} steps")
+                self._after_update()
+
+    def _update(self, stage: Stage, bar: Bar) -> None:
+        """One update of a stage: loss, backward, step, target."""
+        batch = next(self.batches)
+        loss, metrics = self.module(batch, stage)
+        if not torch.isfinite(loss):
+            raise NonFiniteError(
+                f"{stage} update {self.progress.stage_update}: the loss is {loss.item()} "
+                f"({', '.join(f'{k} {v.item():.3g}' for k, v in metrics.items())}); nothing was changed by it"
+            )
+        self.accelerator.backward(loss)
+        metrics |= self._clip_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if stage != "sft":
+            self.poco.update_target()
+        self.progress.update += 1
+        self.progress.stage_update += 1
+        self._log(stage, metrics, bar)
+
+    def _calibrate(self) -> None:
+        if self.config.poco.zeta != "auto":
+            return
+        rng = np.random.default_rng(self.config.seed)
+        batch = chunk_batch(self.policy, self.replay.demo_transitions(4096, rng))
+        with torch.no_grad():
+            prefix = self.policy.encode(batch.obs)
+            draws = Draws(torch.Generator().manual_seed(self.config.seed))
+            chunk = batch.actions[:, None]
+            errors = flow_errors(
+                self.policy,
+                prefix,
+                chunk,
+                batch.valid,
+                noise=draws.normal(chunk.shape, like=chunk),
+                t=draws.time(self.policy.sample_time, chunk.shape[:2], like=chunk),
+            )
+        zeta = self.poco.calibrate_zeta(errors[:, 0])
+        self.display.say(f"zeta = auto: {zeta:.4f}, the {self.config.poco.zeta_quantile:.0%} quantile of the demonstrations")
+
+    def _evaluate(self, label: str) -> None:
+        if not self.is_main or self.config.env is None:
+            self.accelerator.wait_for_everyone()
+            return
+        if self._eval_envs is None:
+            self._eval_envs = EnvPool(self._env, self.config.horizon)
+        settings = self.config.eval
+        with self.display.stage(f"evaluating {label}", settings.episodes) as bar:
+            result = evaluate(
+                self.policy, self._eval_envs, episodes=settings.episodes, seed=settings.seed, on_episode=bar.to
+            )
+        now = self.progress
+        self.display.say(f"success {label}: [bold]{result.success}[/bold] of {settings.episodes} episodes")
+        now.evaluations.append({"label": label, "env_steps": now.env_steps} | result.success.figures())
+        # A failure of the policy that only imitates, a success of the one that learned.
+        wanted = [e for e in result.episodes if e.succeeded == (now.stage != "sft")]
+        if settings.videos and wanted:
+            name = "failure_before.mp4" if now.stage == "sft" else "success_after.mp4"
+            write_episode_video(wanted[0], self._env, self.config.output_dir / name)
+        self.accelerator.wait_for_everyone()
+
+    def _finish(self) -> TrainResult:
+        config, now = self.config, self.progress
+        policy_dir = config.output_dir / "policy"
+        rates = [SuccessRate(e["successes"], e["episodes"], e["mean_length"]) for e in now.evaluations]
+        before, after = (rates[0], rates[-1]) if rates else (None, None)
+        if self.is_main:
+            self._export(policy_dir)
+            self.recorder.merge(config.output_dir / "online_episodes")
+            checkpoint.write_json(config.output_dir / "result.json", self._figures())
+            report.finish(config.output_dir, self.display.console)
+        self.accelerator.wait_for_everyone()
+        return TrainResult(config.output_dir, policy_dir, before, after, now.env_steps, self._seconds())
+
+    # -- parts --------------------------------------------------------------------------------------------------
+
+    def _open_data(self) -> None:
+        config = self.config
+        self.dataset_config = config.dataset
+        env_config = environment(config.env) if config.env is not None else None
+        self.fps: int | None = env_config.fps if env_config is not None else None
+        if config.demonstrations is not None:
+            assert config.env is not None
+            root = demonstrations_root(config.env, config.demonstrations)
+            if self.is_main and not (root / "meta" / "info.json").is_file():
+                with self.display.stage("demonstrations", config.demonstrations.episodes) as bar:
+                    ensure_demonstrations(config.env, config.demonstrations, bar.to)
+            self.accelerator.wait_for_everyone()
+            self.dataset_config = replace(config.dataset, repo_id=f"local/{root.name}", root=root)
+        self.dataset = open_dataset(self.dataset_config)
+        self.info = info_of(self.dataset)
+
+    def _build(self) -> None:
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.policy = self._make_policy()
+        demos = read_episodes(
+            self.dataset, self.dataset_config, self.policy.input_keys, horizon=config.horizon, fps=self.fps
+        )
+        self.replay = Replay(
+            horizon=config.horizon,
+            gamma=config.poco.gamma,
+            reward=config.reward,
+            capacity=config.replay.capacity,
+            demo_fraction=config.replay.demo_fraction,
+        )
+        self.replay.extend(demos, is_demo=True)
+        self._columns = demos[0]
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.draws = Draws(torch.Generator().manual_seed(config.seed), rank, world_size)
+        self.poco = Poco(self.policy, config.poco, self.draws)
+        self.actor_parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        self.critic_parameters = list(self.poco.critic.parameters())
+        optimizer = torch.optim.Adam(
+            [
+                {"params": self.actor_parameters, "lr": config.optim.actor_lr},
+                {"params": self.critic_parameters, "lr": config.optim.critic_lr},
+            ],
+            fused=True,
+        )
+        self.module, self.optimizer = self.accelerator.prepare(self.poco, optimizer)
+        self.batches = BatchSource(
+            self.replay, self.policy, config.optim.batch_size, seed=config.seed, rank=rank, world_size=world_size
+        )
+        self.actor = Actor(
+            self.policy, config.seed, config.best_of_n, self.poco.target_critic if config.best_of_n > 1 else None
+        )
+        self.recorder = EpisodeRecorder(config.output_dir / "episodes", self.info.fps)
+        steps = self.replay.num_demo_steps
+        trained = sum(p.numel() for p in self.actor_parameters)
+        self.display.say(
+            f"{config.adapter}: {trained:,} trained parameters on {self.accelerator.device}; "
+            f"{len(demos)} demonstrations, {steps:,} steps"
+        )
+
+    def _make_policy(self) -> FlowPolicy:
+        config = self.config
+        adapter = load_adapter(config.adapter)
+        options = config.policy_options | {"device": str(self.accelerator.device)}
+        if config.policy is None:
+            return adapter.from_dataset(self.info.features, self.info.stats, horizon=config.horizon, **options)
+        return adapter.from_pretrained(config.policy, horizon=config.horizon, **config.policy_options)
+
+    @property
+    def _env(self) -> Any:
+        assert self.config.env is not None
+        return self.config.env
+
+    def _can_learn(self) -> bool:
+        return self.replay.num_online_steps > 0
+
+    def _set_actor_lr(self, lr: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = lr
+
+    def _clip_gradients(self) -> dict[str, Tensor]:
+        limit = self.config.optim.max_grad_norm or float("inf")
+        norms = {}
+        for name, parameters in (("actor", self.actor_parameters), ("critic", self.critic_parameters)):
+            if any(p.grad is not None for p in parameters):
+                norm = self.accelerator.clip_grad_norm_(parameters, limit)
+                assert norm is not None
+                norms[f"{name}_grad_norm"] = norm.detach()
+        return norms
+
+    def _take(self, episodes: list[Episode]) -> None:
+        for episode in episodes:
+            self.replay.add(episode, is_demo=False)
+            self.progress.recent = [*self.progress.recent, episode.succeeded][-WINDOW:]
+            if self.is_main:
+                self.recorder.add(episode)
+                self._write_line(
+                    "episodes.jsonl",
+                    {"env_steps": self.progress.env_steps, "length": len(episode), "success": episode.succeeded},
+                )
+
+    def _share(self, episodes: list[Episode], steps: int) -> tuple[list[Episode], int]:
+        """The main process's episodes on every process, as plain tensors."""
+        if self.accelerator.num_processes == 1:
+            return episodes, steps
+        device = self.accelerator.device
+        head = broadcast(torch.tensor([steps, len(episodes)], device=device))
+        steps, count = (int(x) for x in head)
+        if count == 0:
+            return [], steps
+        lengths = torch.tensor([len(e) for e in episodes] or [0] * count, device=device)
+        lengths = [int(x) for x in broadcast(lengths)]
+        columns = {}
+        for name, like in _columns_of(self._columns).items():
+            shape = (sum(lengths), *like.shape[1:])
+            mine = np.concatenate([_columns_of(e)[name] for e in episodes]) if episodes else np.zeros(shape, like.dtype)
+            columns[name] = broadcast(torch.from_numpy(mine).to(device)).cpu().numpy()
+        task = self._columns.task if not episodes else episodes[0].task
+        bounds = np.cumsum([0, *lengths])
+        shared = [
+            _from_columns({name: column[a:b] for name, column in columns.items()}, task)
+            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+        return shared, steps
+
+    # -- what is seen and kept ----------------------------------------------------------------------------------
+
+    def _log(self, stage: Stage, metrics: Mapping[str, Tensor], bar: Bar) -> None:
+        if self._sums.keys() != metrics.keys():
+            self._sums, self._num_summed = {}, 0
+        self._sums = {name: self._sums[name] + value if self._sums else value for name, value in metrics.items()}
+        self._num_summed += 1
+        if self._num_summed < self.config.log_every:
+            return
+        means = torch.stack([value.float() for value in self._sums.values()]) / self._num_summed
+        means = self.accelerator.reduce(means, "mean")
+        assert isinstance(means, Tensor)
+        scalars = dict(zip(self._sums, means.tolist(), strict=True))
+        self._sums, self._num_summed = {}, 0
+        now = self.progress
+        if stage != "sft" and now.recent:
+            scalars["train_success"] = sum(now.recent) / len(now.recent)
+        bar.note(_headline(scalars))
+        self.accelerator.log({f"{stage}/{name}": value for name, value in scalars.items()}, step=now.update)
+        if self.is_main:
+            line = {"stage": stage, "update": now.update, "env_steps": now.env_steps, "seconds": round(self._seconds(), 2)}
+            self._write_line("metrics.jsonl", line | scalars)
+
+    def _write_line(self, name: str, values: Mapping[str, Any]) -> None:
+        with (self.config.output_dir / name).open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def _figures(self) -> dict[str, Any]:
+        now, config = self.progress, self.config
+        return {
+            "seed": config.seed,
+            "env": to_json(config.env) if config.env else None,
+            "before": now.evaluations[0] if now.evaluations else None,
+            "after": now.evaluations[-1] if now.evaluations else None,
+            "evaluations": now.evaluations,
+            "sft_steps": config.sft_steps,
+            "updates": now.update,
+            "env_steps": now.env_steps,
+            "online_episodes": self.replay.num_online_episodes,
+            "seconds": round(self._seconds(), 1),
+            "policy": "policy",
+            "demonstrations": {"steps": self.replay.num_demo_steps, "repo_id": self.dataset_config.repo_id},
+        }
+
+    def _export(self, path: Path) -> None:
+        partial = path.with_name(f".{path.name}.partial")
+        self.policy.save_pretrained(partial)
+        checkpoint.replace_folder(partial, path)
+
+    def _seconds(self) -> float:
+        return self.progress.seconds + time.monotonic() - self._clock
+
+    def _enter(self, stage: str) -> None:
+        self.progress.stage, self.progress.stage_update = stage, 0
+
+    # -- interruption, checkpoints ------------------------------------------------------------------------------
+
+    @contextmanager
+    def _watch_interrupts(self) -> Iterator[None]:
+        """The first Ctrl-C (or SIGTERM) lets the current update end and saves; a second one is Python's own."""
+
+        def stop(signum: int, _: Any) -> None:
+            self._stop = True
+            self.display.say("stopping after this update; press Ctrl-C again to stop at once without saving")
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _after_update(self) -> None:
+        every = self.config.checkpoint_every
+        if self._stop:
+            raise Interrupted(self._save())
+        if every and self.progress.update // every != self._saved // every:
+            self._save()
+
+    def _save(self) -> Path:
+        """Everything that the next update depends on. Called where no chunk is in flight."""
+        config, now = self.config, self.progress
+        now.seconds, self._clock = self._seconds(), time.monotonic()
+        self._saved = now.update
+        root = config.output_dir / "checkpoints"
+        path = root / f"{now.update:08d}"
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            envs = self._envs.state() if self._envs is not None else {"seeds": [], "chunks": []}
+            tensors = {f"chunks.{i}": torch.from_numpy(chunks) for i, chunks in enumerate(envs["chunks"])}
+            tensors |= {"draws": self.draws.generator.get_state(), "actor": self.actor.generator.get_state()}
+            state = {
+                "progress": asdict(now),
+                "batches": self.batches.rng.bit_generator.state,
+                "seeds": envs["seeds"],
+                "parts": self.recorder.flush(),
+                "sums": {name: value.item() for name, value in self._sums.items()},
+                "num_summed": self._num_summed,
+            }
+            path = checkpoint.save(
+                root,
+                now.update,
+                weights=checkpoint.trainable_state(self.poco),
+                optimizer=self.optimizer.state_dict(),
+                tensors=tensors,
+                state=state,
+                config=config,
+            )
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _resume(self) -> None:
+        path = checkpoint.latest(self.config.output_dir / "checkpoints")
+        weights, optimizer, tensors, state = checkpoint.load(path, self.config)
+        checkpoint.load_trainable_state(self.poco, weights)
+        self.optimizer.load_state_dict(optimizer)
+        self.progress = Progress(**state["progress"])
+        self._saved = self.progress.update
+        self.draws.generator.set_state(tensors["draws"])
+        self.actor.generator.set_state(tensors["actor"])
+        self.batches.rng.bit_generator.state = state["batches"]
+        self._sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in state["sums"].items()}
+        self._num_summed = state["num_summed"]
+        for episode in self.recorder.load(state["parts"], self.policy.input_keys):
+            self.replay.add(episode, is_demo=False)
+        if self.is_main and state["seeds"]:
+            self._envs = EnvPool(self._env, self.config.horizon)
+            self._envs.restore(
+                {"seeds": state["seeds"], "chunks": [tensors[f"chunks.{i}"].numpy() for i in range(len(state["seeds"]))]}
+            )
+        if self.is_main:
+            self._cut_logs()
+        self.display.say(f"resumed from {path}: stage {self.progress.stage}, update {self.progress.update}")
+
+    def _cut_logs(self) -> None:
+        """Drop log lines from after the checkpoint: their updates are run again."""
+        now = self.progress
+        for name, key, limit in (("metrics.jsonl", "update", now.update), ("episodes.jsonl", "env_steps", now.env_steps)):
+            path = self.config.output_dir / name
+            if path.exists():
+                lines = [line for line in path.read_text().splitlines() if json.loads(line)[key] <= limit]
+                partial = path.with_name(f".{name}.partial")
+                partial.write_text("".join(f"{line}\n" for line in lines))
+                partial.rename(path)
+
+    def _refuse_to_overwrite(self) -> None:
+        folder, config = self.config.output_dir, self.config
+        if config.resume:
+            checkpoint.latest(folder / "checkpoints")
+        elif (folder / "config.json").exists():
+            raise ConfigError(
+                f"{folder} already holds a run. Continue it with --resume, choose another --output-dir, or delete it."
+            )
+
+
+def _headline(scalars: Mapping[str, float]) -> dict[str, float | str]:
+    """The scalars that fit beside a bar."""
+    names = {
+        "train_success": "success",
+        "bc_loss": "bc",
+        "q": "Q",
+        "critic_loss": "td",
+        "posterior_loss": "post",
+        "clipped_fraction": "clipped",
+        "effective_sample_size": "ess",
+    }
+    out: dict[str, float | str] = {short: scalars[name] for name, short in names.items() if name in scalars}
+    if "train_success" in scalars:
+        out["success"] = f"{scalars['train_success']:.0%}"
+    return out
+
+
+def _columns_of(episode: Episode) -> dict[str, np.ndarray]:
+    signals = {name: getattr(episode, name) for name in ("action", "reward", "success", "terminal")}
+    return dict(episode.obs) | signals
+
+
+def _from_columns(columns: Mapping[str, np.ndarray], task: str) -> Episode:
+    obs = {key: column for key, column in columns.items() if key.startswith("observation.")}
+    return Episode(obs=obs, task=task, **{key: column for key, column in columns.items() if key not in obs})

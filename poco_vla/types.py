@@ -1,0 +1,79 @@
+"""The batch that every equation reads, and the letters its shapes are written in.
+
+Shape legend, used in signatures, docstrings and tests::
+
+    B  batch (states)              H  chunk horizon, in control steps (the paper's T)
+    N  candidate chunks per state  A  action width of the network (padding included)
+    D  prefix feature width        E  critics in the ensemble
+    K  flow (Euler) steps          t  flow time: 0 is noise, 1 is the action
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+type Metrics = dict[str, Tensor]
+"""Named scalars of one update: 0-d tensors on the device of the loss, fetched only when they are logged."""
+
+
+@dataclass(frozen=True)
+class ActionSpec:
+    """What a policy's action chunk looks like in normalised units.
+
+    Attributes:
+        horizon: H, control steps in a chunk.
+        width: A, the network's action width.
+        action_dim: the robot's real action dimensions, the first ``action_dim`` of ``width``; the rest is padding.
+        flow_steps: K, Euler steps of the model's own sampler.
+        clip: range that a sampled chunk is clipped to (specs: the normalised action range); None leaves it as it is.
+    """
+
+    horizon: int
+    width: int
+    action_dim: int
+    flow_steps: int
+    clip: tuple[float, float] | None = (-1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        assert 0 < self.action_dim <= self.width, f"action_dim {self.action_dim} outside (0, width {self.width}]"
+        assert self.horizon > 0
+        assert self.flow_steps > 0
+
+
+@dataclass(frozen=True)
+class ChunkBatch:
+    """B transitions of one chunk each, ready for the network: processed observations, normalised actions.
+
+    Attributes:
+        obs: processed observation at the chunk's first step; every tensor has B rows.
+        next_obs: processed observation at the state that the return bootstraps from. Where ``discount`` is 0 it is
+            a placeholder that no result depends on.
+        actions: the chunk that was executed, normalised; steps that are not ``valid`` repeat the last valid one.
+        valid: True for steps that were executed inside the episode. The only mask there is.
+        returns: sum of gamma^k r over the steps before the bootstrap state, in units of reward.
+        discount: gamma^n * not_terminal, n the number of those steps. The only word about episode ends.
+        is_demo: the chunk comes from the offline demonstrations.
+        is_success: the chunk's episode ended in success.
+    """
+
+    obs: Mapping[str, Tensor]
+    next_obs: Mapping[str, Tensor]
+    actions: Float[Tensor, "B H A"]
+    valid: Bool[Tensor, "B H"]
+    returns: Float[Tensor, "B"]
+    discount: Float[Tensor, "B"]
+    is_demo: Bool[Tensor, "B"]
+    is_success: Bool[Tensor, "B"]
+
+    def __len__(self) -> int:
+        return self.actions.shape[0]
+
+    def to(self, device: object) -> "ChunkBatch":
+        """The same batch on another device."""
+        moved = {
+            name: {k: v.to(device) for k, v in value.items()} if isinstance(value, Mapping) else value.to(device)
+            for name, value in vars(self).items()
+        }
+        return replace(self, **moved)
