@@ -130,7 +130,7 @@ class Poco(nn.Module):
         polyak_update(self.target_critic, self.critic, self.config.tau)
 
     @torch.no_grad()
-    def calibrate_zeta(self, errors: Float[Tensor, "M"]) -> float:
+    def calibrate_zeta(self, errors: Float[Tensor, " M"]) -> float:
         """`zeta="auto"`: the clip becomes the `zeta_quantile` of the demonstrations' flow errors after SFT."""
         self.zeta.fill_(torch.quantile(errors.float(), self.config.zeta_quantile))
         return self.zeta.item()
@@ -140,7 +140,7 @@ class Poco(nn.Module):
             raise ConfigError('zeta = "auto" was not calibrated: call calibrate_zeta() on demonstration errors first')
         return self.zeta
 
-    def _anchor(self, errors: Float[Tensor, "B"], batch: ChunkBatch) -> tuple[Tensor, Metrics]:
+    def _anchor(self, errors: Float[Tensor, " B"], batch: ChunkBatch) -> tuple[Tensor, Metrics]:
         """The BC term of Eq. 23 on the chunks that `anchor` selects (paper: all of D)."""
         anchored = {
             "all": torch.ones_like(batch.is_demo),
@@ -159,11 +159,7 @@ class Poco(nn.Module):
         steps = self.config.flow_steps
         return propose(self.policy, prefix, n, steps=steps, noise=self.draws.normal(shape, like=like))
 
-    def _flow_errors(
-        self, prefix: Prefix, batch: ChunkBatch, chunk: Float[Tensor, "B N H A"]
-    ) -> Float[Tensor, "B N"]:
+    def _flow_errors(self, prefix: Prefix, batch: ChunkBatch, chunk: Float[Tensor, "B N H A"]) -> Float[Tensor, "B N"]:
         noise = self.draws.normal(chunk.shape, like=chunk)
         t = self.draws.time(self.policy.sample_time, chunk.shape[:2], like=chunk)
-        return flow_errors(
-            self.policy, prefix, chunk, batch.valid, noise=noise, t=t, mean_over=self.config.error_mean
-        )
+        return flow_errors(self.policy, prefix, chunk, batch.valid, noise=noise, t=t, mean_over=self.config.error_mean)

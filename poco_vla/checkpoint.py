@@ -56,7 +56,9 @@ def save(
         replace_folder(partial, final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"checkpoint {final} could not be written: {error}. Earlier checkpoints are intact.") from error
+        raise CheckpointError(
+            f"checkpoint {final} could not be written: {error}. Earlier checkpoints are intact."
+        ) from error
     for old in sorted(root.glob("[0-9]*"))[:-keep]:
         shutil.rmtree(old)
     return final
@@ -74,7 +76,9 @@ def latest(root: Path) -> Path:
     return found[-1]
 
 
-def load(path: Path, config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+def load(
+    path: Path, config: TrainConfig
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Weights, optimizer state, tensors and state of a checkpoint.
 
     Raises:
@@ -100,9 +104,7 @@ def load(path: Path, config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of `module` (a Poco), each once, without what is frozen in its policy."""
-    parameters = {
-        name: p for name, p in module.named_parameters() if p.requires_grad or not name.startswith("policy.")
-    }
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad or not name.startswith("policy.")}
     buffers = {name: buffer for name, buffer in module.named_buffers() if not name.startswith("policy.")}
     return parameters | buffers
 
@@ -132,9 +134,13 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Put a finished folder in the place of an older one."""
-    shutil.rmtree(final, ignore_errors=True)
+    """Put a finished folder in the place of an older one, which stays whole until then."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
     partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def claim_folder(path: Path) -> None:
@@ -149,7 +155,9 @@ def claim_folder(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise CheckpointError(f"cannot write in output_dir {path}: {error.strerror or error}. Choose another.") from error
+        raise CheckpointError(
+            f"cannot write in output_dir {path}: {error.strerror or error}. Choose another."
+        ) from error
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,12 +3,13 @@
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 from poco_vla.config import EnvSpec, TrainConfig
 from poco_vla.errors import PocoError
@@ -29,7 +30,7 @@ def run_recipe(config: TrainConfig, args: Sequence[str] | None = None) -> None:
 class Train:
     """Supervised fine-tuning, then online POCO."""
 
-    config: tyro.conf.OmitArgPrefixes[TrainConfig]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: TrainConfig(env=EnvSpec()))
 
 
 @dataclass
@@ -70,6 +71,7 @@ def main(args: Sequence[str] | None = None) -> None:
         prog="poco-vla",
         description="POCO for vision-language-action policies: imitate first, then succeed.",
         args=args,
+        config=(tyro.conf.AvoidSubcommands,),
     )
     _guarded(lambda: _run(command))
 
@@ -111,8 +113,12 @@ def _guarded(work: object) -> None:
     try:
         work()
     except PocoError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]{type(error).__name__}[/bold red]: {error}")
+        _stderr().print(f"[bold red]{type(error).__name__}[/bold red]: {escape(str(error))}")
         sys.exit(1)
     except KeyboardInterrupt as stop:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(str(stop) or "interrupted")
+        _stderr().print(escape(str(stop)) or "interrupted")
         sys.exit(INTERRUPTED)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)

@@ -194,6 +194,9 @@ class OptimConfig:
     """Learning rate of the flow head while online (paper: 3e-4, VLA 5e-5)."""
     critic_lr: float = 3e-4
     """Learning rate of the critic (paper)."""
+    actor_lr_end: float | None = None
+    """Learning rate of the flow head at the last online step, reached along a half cosine; None keeps `actor_lr`
+    (paper). A policy that is judged where it ends is steadier for it (ours)."""
     sft_lr: float | None = None
     """Learning rate of the flow head during SFT; None is `actor_lr`."""
     max_grad_norm: float | None = None
@@ -203,6 +206,9 @@ class OptimConfig:
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; at least 1")
         for name in ("actor_lr", "critic_lr"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("actor_lr_end", "sft_lr"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} is {value}; it must be above 0, or None")
         _require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm must be above 0, or None")
 
 
@@ -246,10 +252,10 @@ class TrainConfig:
     """Candidates per acting step in training, the critic's favourite is executed; 1 is a plain sample (paper)."""
     seed: int = 0
     """Seed of initial weights, batches, draws and episode starts."""
-    output_dir: Path = Path("runs/poco")
-    """Folder of this run."""
+    output_dir: Path = Path("runs/poco/{time}")
+    """Folder of this run; "{time}" becomes its start time."""
     resume: bool = False
-    """Continue the run in `output_dir` from its last checkpoint."""
+    """Continue the run in `output_dir` (with "{time}": the newest one) from its last checkpoint."""
     checkpoint_every: int = 0
     """Updates between checkpoints; 0 saves at the end of each stage and on Ctrl-C only."""
     log_every: int = 50

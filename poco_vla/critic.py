@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -53,7 +54,7 @@ class ChunkCritic(nn.Module):
         self.activation = ACTIVATIONS[activation]
         self.layer_norm_eps = layer_norm_eps
         widths = (feature_dim + horizon * action_dim, *hidden, 1)
-        sizes = list(zip(widths[:-1], widths[1:], strict=True))
+        sizes = list(pairwise(widths))
         self.weights = nn.ParameterList(nn.Parameter(torch.empty(members, i, o)) for i, o in sizes)
         self.biases = nn.ParameterList(nn.Parameter(torch.empty(members, 1, o)) for _, o in sizes)
         self.gains = nn.ParameterList(nn.Parameter(torch.ones(members, 1, o)) for o in hidden)
@@ -88,8 +89,8 @@ def aggregate(q: Float[Tensor, "E B N"], how: Literal["mean", "min"] = "mean") -
 
 
 def td_target(
-    returns: Float[Tensor, "B"], discount: Float[Tensor, "B"], next_q: Float[Tensor, "B"]
-) -> Float[Tensor, "B"]:
+    returns: Float[Tensor, " B"], discount: Float[Tensor, " B"], next_q: Float[Tensor, " B"]
+) -> Float[Tensor, " B"]:
     """Chunk TD target y = returns + discount * Q(s', a') (Eq. 14). No gradient reaches `next_q`.
 
     Args:

@@ -81,7 +81,7 @@ def clipped_distillation(
     return loss, metrics
 
 
-def masked_mean(x: Float[Tensor, "B"], mask: Bool[Tensor, "B"]) -> Float[Tensor, ""]:
+def masked_mean(x: Float[Tensor, " B"], mask: Bool[Tensor, " B"]) -> Float[Tensor, ""]:
     """Mean of `x` where `mask`, over the global batch when several processes share it; 0 where nothing is selected.
 
     Under data-parallel training gradients are averaged over processes, so each process divides its own sum by the

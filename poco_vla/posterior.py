@@ -17,6 +17,6 @@ def posterior_weights(q: Float[Tensor, "B N"], *, eta: float) -> Float[Tensor, "
     return torch.softmax((q - best) / eta, dim=-1)
 
 
-def effective_sample_size(w: Float[Tensor, "B N"]) -> Float[Tensor, "B"]:
+def effective_sample_size(w: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
     """1 / sum_j w_j^2: 1 when one candidate takes all, N when all count alike (Kish, 1965)."""
     return 1 / w.square().sum(dim=-1)

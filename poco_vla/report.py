@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from poco_vla.errors import DataError
 from poco_vla.evaluate import wilson_interval
 
 mpl.use("Agg")
@@ -51,8 +52,17 @@ def eval_command(run: Path) -> str | None:
 
 
 def read_result(run: Path) -> dict[str, Any]:
-    """``result.json`` of a finished run."""
-    return json.loads((run / "result.json").read_text())
+    """``result.json`` of a finished run.
+
+    Raises:
+        DataError: the folder holds none, or a damaged one.
+    """
+    try:
+        return json.loads((run / "result.json").read_text())
+    except FileNotFoundError as error:
+        raise DataError(f"no result.json in {run}: not the folder of a finished run") from error
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"{run / 'result.json'} cannot be read: {error}") from error
 
 
 def result_table(runs: Sequence[Path]) -> Table:

@@ -6,11 +6,13 @@ main process acts, evaluates and writes.
 
 import json
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from poco_vla.config import TrainConfig, to_json
 from poco_vla.data import BatchSource, Episode, Replay, chunk_batch, open_dataset, read_episodes
 from poco_vla.data.dataset import info_of
 from poco_vla.distill import flow_errors
-from poco_vla.errors import ConfigError, NonFiniteError
+from poco_vla.errors import CheckpointError, ConfigError, NonFiniteError
 from poco_vla.evaluate import SuccessRate, evaluate
 from poco_vla.flow import Draws
 from poco_vla.policy import FlowPolicy
@@ -34,6 +36,7 @@ from poco_vla.progress import Bar, Display
 from poco_vla.registry import load_adapter
 from poco_vla.rollout import Actor, EnvPool, EpisodeRecorder, ensure_demonstrations, environment
 from poco_vla.rollout.demonstrations import demonstrations_root
+from poco_vla.rollout.fit import check_fit
 from poco_vla.rollout.video import write_episode_video
 
 logger = logging.getLogger(__name__)
@@ -42,7 +45,7 @@ WINDOW = 20
 """Training episodes in the running success rate (paper)."""
 
 
-class Interrupted(KeyboardInterrupt):  # noqa: N818 (an interruption, not an error)
+class Interrupted(KeyboardInterrupt):
     """Ctrl-C, after everything was saved. `checkpoint` says where."""
 
     def __init__(self, checkpoint: Path) -> None:
@@ -103,19 +106,19 @@ class Trainer:
     """One run. `train` is the door; this class is for those who want to step through it."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config
         self._clock = time.monotonic()
-        checkpoint.claim_folder(config.output_dir)
-        self._refuse_to_overwrite()
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             log_with=list(config.trackers) or None,
-            project_dir=config.output_dir,
             # Before the critic learns, and while the actor is frozen, one of the two has no gradient.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
+        self.config = config = replace(config, output_dir=self._choose_folder(config))
+        checkpoint.claim_folder(config.output_dir)
+        self._refuse_to_overwrite()
+        self.accelerator.project_configuration.set_directories(str(config.output_dir))
         self.is_main = self.accelerator.is_main_process
         self.display = Display(enabled=self.is_main)
         self.progress = Progress()
@@ -176,7 +179,6 @@ class Trainer:
     def _learn_online(self) -> None:
         """Act for a chunk, learn meanwhile from what earlier chunks brought, take the chunk's steps in."""
         config, now = self.config, self.progress
-        self._set_actor_lr(config.optim.actor_lr)
         if self._envs is None and self.is_main and config.online_steps:
             self._envs = EnvPool(self._env, config.horizon)
             self._envs.reset(1_000_000 * (config.seed + 1))
@@ -184,12 +186,16 @@ class Trainer:
             while now.env_steps < config.online_steps:
                 if self._envs is not None:
                     self._envs.send(self.actor.chunks(self._envs.obs, self._envs.tasks))
+                self._set_actor_lr(
+                    _cosine(config.optim.actor_lr, config.optim.actor_lr_end, now.env_steps / config.online_steps)
+                )
                 while now.owed_updates >= 1:
                     now.owed_updates -= 1
                     self._update("warmup" if now.stage_update < config.warmup_steps else "online", bar)
                 episodes, steps = self._share(*(self._envs.receive() if self._envs is not None else ([], 0)))
-                self._take(episodes)
+                # Counted first: a line of episodes.jsonl that a checkpoint does not cover lies beyond its count.
                 before, now.env_steps = now.env_steps, now.env_steps + steps
+                self._take(episodes)
                 now.owed_updates += steps * config.updates_per_step if self._can_learn() else 0
                 bar.to(min(now.env_steps, config.online_steps))
                 every = config.eval.every
@@ -234,7 +240,9 @@ class Trainer:
                 t=draws.time(self.policy.sample_time, chunk.shape[:2], like=chunk),
             )
         zeta = self.poco.calibrate_zeta(errors[:, 0])
-        self.display.say(f"zeta = auto: {zeta:.4f}, the {self.config.poco.zeta_quantile:.0%} quantile of the demonstrations")
+        self.display.say(
+            f"zeta = auto: {zeta:.4f}, the {self.config.poco.zeta_quantile:.0%} quantile of the demonstrations"
+        )
 
     def _evaluate(self, label: str) -> None:
         if not self.is_main or self.config.env is None:
@@ -287,6 +295,8 @@ class Trainer:
             self.dataset_config = replace(config.dataset, repo_id=f"local/{root.name}", root=root)
         self.dataset = open_dataset(self.dataset_config)
         self.info = info_of(self.dataset)
+        if env_config is not None:
+            check_fit(self.info, env_config)
 
     def _build(self) -> None:
         config = self.config
@@ -334,7 +344,9 @@ class Trainer:
     def _make_policy(self) -> FlowPolicy:
         config = self.config
         adapter = load_adapter(config.adapter)
-        options = config.policy_options | {"device": str(self.accelerator.device)}
+        device = self.accelerator.device
+        # Of several processes on a CPU each has a "cpu:0", a name that LeRobot refuses.
+        options = config.policy_options | {"device": device.type if device.type == "cpu" else str(device)}
         if config.policy is None:
             return adapter.from_dataset(self.info.features, self.info.stats, horizon=config.horizon, **options)
         return adapter.from_pretrained(config.policy, horizon=config.horizon, **config.policy_options)
@@ -391,7 +403,7 @@ class Trainer:
         bounds = np.cumsum([0, *lengths])
         shared = [
             _from_columns({name: column[a:b] for name, column in columns.items()}, task)
-            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+            for a, b in pairwise(bounds)
         ]
         return shared, steps
 
@@ -415,7 +427,12 @@ class Trainer:
         bar.note(_headline(scalars))
         self.accelerator.log({f"{stage}/{name}": value for name, value in scalars.items()}, step=now.update)
         if self.is_main:
-            line = {"stage": stage, "update": now.update, "env_steps": now.env_steps, "seconds": round(self._seconds(), 2)}
+            line = {
+                "stage": stage,
+                "update": now.update,
+                "env_steps": now.env_steps,
+                "seconds": round(self._seconds(), 2),
+            }
             self._write_line("metrics.jsonl", line | scalars)
 
     def _write_line(self, name: str, values: Mapping[str, Any]) -> None:
@@ -517,14 +534,19 @@ class Trainer:
         self.draws.generator.set_state(tensors["draws"])
         self.actor.generator.set_state(tensors["actor"])
         self.batches.rng.bit_generator.state = state["batches"]
-        self._sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in state["sums"].items()}
+        self._sums = {
+            name: torch.tensor(value, device=self.accelerator.device) for name, value in state["sums"].items()
+        }
         self._num_summed = state["num_summed"]
         for episode in self.recorder.load(state["parts"], self.policy.input_keys):
             self.replay.add(episode, is_demo=False)
         if self.is_main and state["seeds"]:
             self._envs = EnvPool(self._env, self.config.horizon)
             self._envs.restore(
-                {"seeds": state["seeds"], "chunks": [tensors[f"chunks.{i}"].numpy() for i in range(len(state["seeds"]))]}
+                {
+                    "seeds": state["seeds"],
+                    "chunks": [tensors[f"chunks.{i}"].numpy() for i in range(len(state["seeds"]))],
+                }
             )
         if self.is_main:
             self._cut_logs()
@@ -533,13 +555,30 @@ class Trainer:
     def _cut_logs(self) -> None:
         """Drop log lines from after the checkpoint: their updates are run again."""
         now = self.progress
-        for name, key, limit in (("metrics.jsonl", "update", now.update), ("episodes.jsonl", "env_steps", now.env_steps)):
+        for name, key, limit in (
+            ("metrics.jsonl", "update", now.update),
+            ("episodes.jsonl", "env_steps", now.env_steps),
+        ):
             path = self.config.output_dir / name
             if path.exists():
                 lines = [line for line in path.read_text().splitlines() if json.loads(line)[key] <= limit]
                 partial = path.with_name(f".{name}.partial")
                 partial.write_text("".join(f"{line}\n" for line in lines))
                 partial.rename(path)
+
+    def _choose_folder(self, config: TrainConfig) -> Path:
+        """`output_dir`, "{time}" in it replaced: by the start time, alike on all processes, or by the newest run's."""
+        pattern = str(config.output_dir)
+        if "{time}" not in pattern:
+            return config.output_dir
+        if config.resume:
+            runs = sorted(Path().glob(pattern.replace("{time}", "*") + "/checkpoints"))
+            if not runs:
+                raise CheckpointError(f"nothing to resume: no run with a checkpoint matches {pattern}")
+            return runs[-1].parent
+        seconds = torch.tensor([int(time.time())], device=self.accelerator.device)
+        start = time.localtime(int(broadcast(seconds)))
+        return Path(pattern.format(time=time.strftime("%Y%m%d-%H%M%S", start)))
 
     def _refuse_to_overwrite(self) -> None:
         folder, config = self.config.output_dir, self.config
@@ -566,6 +605,11 @@ def _headline(scalars: Mapping[str, float]) -> dict[str, float | str]:
     if "train_success" in scalars:
         out["success"] = f"{scalars['train_success']:.0%}"
     return out
+
+
+def _cosine(start: float, end: float | None, progress: float) -> float:
+    """Half a cosine from `start` to `end` (None: `start` all along)."""
+    return start if end is None else end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def _columns_of(episode: Episode) -> dict[str, np.ndarray]:

@@ -62,10 +62,10 @@ class ChunkBatch:
     next_obs: Mapping[str, Tensor]
     actions: Float[Tensor, "B H A"]
     valid: Bool[Tensor, "B H"]
-    returns: Float[Tensor, "B"]
-    discount: Float[Tensor, "B"]
-    is_demo: Bool[Tensor, "B"]
-    is_success: Bool[Tensor, "B"]
+    returns: Float[Tensor, " B"]
+    discount: Float[Tensor, " B"]
+    is_demo: Bool[Tensor, " B"]
+    is_success: Bool[Tensor, " B"]
 
     def __len__(self) -> int:
         return self.actions.shape[0]

@@ -1,6 +1,6 @@
 """OGBench cube-single with a small MLP flow policy: imitates, then succeeds. What `make demo` runs.
 
-    accelerate launch recipes/mlp_cube.py [--seed 1] [--help]
+accelerate launch recipes/mlp_cube.py [--seed 1] [--help]
 """
 
 from pathlib import Path
@@ -20,7 +20,11 @@ from poco_vla.config import (
 def config() -> TrainConfig:
     return TrainConfig(
         adapter="flow_mlp",
-        policy_options={"hidden_dims": [128, 128, 128], "num_inference_steps": 10},
+        policy_options={
+            "hidden_dims": [128, 128, 128],
+            "num_inference_steps": 5,
+            "normalization_mapping": {"STATE": "IDENTITY", "ACTION": "MIN_MAX"},
+        },
         env=EnvSpec(type="ogbench", task="cube-single-singletask-task1-v0", options={"episode_length": 120}),
         demonstrations=DemonstrationConfig(episodes=30, noise=0.1),
         reward=RewardConfig(success=1.0, step=-1.0),
@@ -42,7 +46,7 @@ def config() -> TrainConfig:
         online_steps=15_000,
         updates_per_step=0.5,
         num_threads=1,
-        output_dir=Path("runs/mlp_cube"),
+        output_dir=Path("runs/mlp_cube/{time}"),
     )
 
 

@@ -72,19 +72,17 @@ class BatchSource(Iterator[ChunkBatch]):
 def _rows(raw: Transitions, rows: slice) -> Transitions:
     if rows == slice(0, len(raw.actions)):
         return raw
-    return Transitions(
-        **{
-            name: {key: column[rows] for key, column in value.items()} if isinstance(value, Mapping) else value[rows]
-            for name, value in vars(raw).items()
-        }
-    )
+    columns: dict[str, Any] = {
+        name: {key: column[rows] for key, column in value.items()} if isinstance(value, Mapping) else value[rows]
+        for name, value in vars(raw).items()
+    }
+    return Transitions(**columns)
 
 
 def _tensors(obs: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Images uint8 [B, height, width, 3] become float32 [B, 3, height, width] in [0, 1], as LeRobot's loader gives them."""
+    """Images uint8 [B, height, width, 3] become float32 [B, 3, height, width] in [0, 1], as LeRobot loads them."""
     out = {}
     for key, column in obs.items():
         tensor = torch.from_numpy(column)
         out[key] = tensor.permute(0, 3, 1, 2).float() / 255 if tensor.dtype == torch.uint8 else tensor
     return out
-

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,8 @@ def open_dataset(config: DatasetConfig) -> Any:
 
     if config.root is not None and not (config.root / "meta" / "info.json").is_file():
         raise DataError(
-            f"no LeRobot v3 dataset in {config.root}: meta/info.json is missing. Give dataset.root the folder that holds "
-            "meta/ and data/, or leave it out and give dataset.repo_id a Hub id."
+            f"no LeRobot v3 dataset in {config.root}: meta/info.json is missing. Give dataset.root the folder that "
+            "holds meta/ and data/, or leave it out and give dataset.repo_id a Hub id."
         )
     if config.root is None and not config.repo_id:
         raise DataError("no dataset: give dataset.root a local folder, or dataset.repo_id a Hub id")
@@ -105,7 +106,7 @@ def read_episodes(
 
     episodes = []
     bounds = np.flatnonzero(np.diff(columns["episode_index"], prepend=-1, append=-1))
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         rows = {key: column[begin:end] for key, column in columns.items()}
         episode = _episode(rows, obs_keys, tasks.get(int(rows["task_index"][0]), ""), config)
         episode.check(f"{name}, episode {int(rows['episode_index'][0])}")
@@ -156,7 +157,9 @@ def _columns(dataset: Any) -> dict[str, np.ndarray]:
             flat, depth = flat.flatten(), depth + 1
         array = flat.to_numpy(zero_copy_only=False)
         array = array.astype(np.float32) if array.dtype == np.float64 else array
-        columns[name] = np.ascontiguousarray(array.reshape(table.num_rows, *feature["shape"]) if depth else array)
+        # LeRobot stores a column of shape (1,) as bare numbers; its own index and signal columns are meant so.
+        vector = depth or name == "action" or name.startswith("observation.")
+        columns[name] = np.ascontiguousarray(array.reshape(table.num_rows, *feature["shape"]) if vector else array)
     return columns
 
 
@@ -178,5 +181,7 @@ def _images(dataset: Any, keys: Sequence[str], budget: int, name: str) -> dict[s
     for i in range(num_frames):
         item = dataset[i]
         for key in keys:
-            out[key][i] = item[key].permute(1, 2, 0).numpy()
+            frame = item[key].permute(1, 2, 0)
+            # Videos come as uint8, image columns as float32 in [0, 1].
+            out[key][i] = (frame * 255).round() if frame.is_floating_point() else frame
     return out

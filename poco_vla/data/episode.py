@@ -56,5 +56,5 @@ class Episode:
                     frame = int(bad.argmax())
                     raise DataError(
                         f'{where}: "{name}" is not finite at frame {frame} ({column[frame]}); '
-                        f"{int(bad.sum())} of {len(column)} frames are affected. Remove the episode or repair the column."
+                        f"{int(bad.sum())} of {len(column)} frames are affected. Remove the episode or repair it."
                     )

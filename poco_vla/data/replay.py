@@ -55,6 +55,7 @@ class Replay:
         self._powers = gamma ** np.arange(horizon + 1)
         self._demos = _EpisodeRing(None)
         self._online = _EpisodeRing(capacity)
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._tasks: list[str] = []
         self._task_ids: dict[str, int] = {}
 
@@ -71,24 +72,28 @@ class Replay:
         return self._online.num_episodes
 
     def add(self, episode: Episode, *, is_demo: bool) -> None:
-        """Append a finished episode.
+        """Append a finished episode. The first one settles the pool's columns; what later ones have beside is left out.
 
         Raises:
-            DataError: it has no step, other columns than the pool, or is longer than the capacity.
+            DataError: it has no step, lacks a column of the pool or has another shape, or is longer than the capacity.
         """
         if len(episode) == 0:
             raise DataError("an episode without a single step cannot enter the pool")
+        # Environments that go on after success mark no end there: the rule is the same as for datasets.
+        terminal = episode.terminal | episode.success
         columns = {
             **episode.obs,
             "action": episode.action,
             "reward": episode.rewards(self.reward),
-            "terminal": episode.terminal,
+            "terminal": terminal,
             "succeeded": np.full(len(episode), episode.succeeded),
             "task": np.full(len(episode), self._task_id(episode.task), dtype=np.int32),
         }
+        self._check_shapes(columns)
+        columns = {name: columns[name] for name in self._shapes}
         # A cut-off episode has no stored state after its last step, so that step cannot start a transition:
         # its chunks bootstrap one step earlier, exactly, from the last stored state.
-        num_starts = len(episode) if episode.terminal[-1] else len(episode) - 1
+        num_starts = len(episode) if terminal[-1] else len(episode) - 1
         (self._demos if is_demo else self._online).add(columns, num_starts)
 
     def extend(self, episodes: list[Episode], *, is_demo: bool) -> None:
@@ -102,7 +107,9 @@ class Replay:
         """`batch_size` transitions, uniform over start steps (of the pool, or of each side under `demo_fraction`)."""
         demo_starts, online_starts = self._demos.num_starts, self._online.num_starts
         if demo_starts + online_starts == 0:
-            raise DataError("the pool holds no transition to sample: every episode is a single cut-off step, or none is")
+            raise DataError(
+                "the pool holds no transition to sample: every episode is a single cut-off step, or none is"
+            )
         if online_starts == 0:
             num_demos = batch_size
         elif demo_starts == 0:
@@ -158,6 +165,18 @@ class Replay:
             is_success=column("succeeded", "start"),
             tasks=[self._tasks[i] for i in column("task", "start")],
         )
+
+    def _check_shapes(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Demonstrations and online episodes meet in one batch: they must fit together."""
+        shapes = {name: column.shape[1:] for name, column in columns.items()}
+        self._shapes = self._shapes or shapes
+        for name, shape in self._shapes.items():
+            if name not in shapes:
+                raise DataError(
+                    f'the episode has no "{name}", which the pool holds; its columns: {", ".join(sorted(shapes))}'
+                )
+            if shapes[name] != shape:
+                raise DataError(f'"{name}" has shape {shapes[name]} per step, the pool holds {shape}')
 
     def _task_id(self, task: str) -> int:
         if task not in self._task_ids:
@@ -237,7 +256,9 @@ class _EpisodeRing:
     def add(self, columns: Mapping[str, np.ndarray], num_starts: int) -> None:
         length = len(columns["action"])
         if self.capacity is not None and length > self.capacity:
-            raise DataError(f"an episode of {length} steps does not fit a pool of {self.capacity}; raise replay.capacity")
+            raise DataError(
+                f"an episode of {length} steps does not fit a pool of {self.capacity}; raise replay.capacity"
+            )
         self._allocate(columns, length)
         if self.capacity is not None and self._pointer + length > self.capacity:
             # The rest of the array stays unused until the pointer comes round: episodes are never split.
@@ -284,13 +305,6 @@ class _EpisodeRing:
                 name: np.zeros((size, *column.shape[1:]), dtype=column.dtype) for name, column in columns.items()
             }
             self.last = np.zeros(size, dtype=np.int64)
-        for name in self._columns.keys() | columns.keys():
-            if name not in columns or name not in self._columns:
-                raise DataError(f"episode columns {sorted(columns)} differ from the pool's {sorted(self._columns)}")
-            if columns[name].shape[1:] != self._columns[name].shape[1:]:
-                raise DataError(
-                    f'"{name}" has shape {columns[name].shape[1:]} per step, the pool holds {self._columns[name].shape[1:]}'
-                )
 
     def _grow(self, size: int) -> None:
         if size <= len(self.last):

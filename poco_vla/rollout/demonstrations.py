@@ -40,7 +40,9 @@ def ensure_demonstrations(
     env_config = environment(spec)
     env: Any = make_env(env_config.package_name, env_config.gym_id, env_config.gym_kwargs).unwrapped
     if not hasattr(env, "expert"):
-        raise ConfigError(f'environment "{spec.type}" has no scripted expert; give dataset.repo_id or dataset.root instead')
+        raise ConfigError(
+            f'environment "{spec.type}" has no scripted expert; give dataset.repo_id or dataset.root instead'
+        )
     rng = np.random.default_rng(config.seed)
     episodes: list[Episode] = []
     attempts = 0

@@ -2,11 +2,11 @@
 
 import multiprocessing
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from typing import Any, Self
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -153,14 +153,14 @@ class EnvPool:
         self.fps: int = config.fps
         make = partial(_make_chunk_env, config.package_name, config.gym_id, config.gym_kwargs, horizon)
         makers = [partial(make, index, spec.num_envs) for index in range(spec.num_envs)]
-        self._envs = _vectorise(makers, in_process=spec.in_process)
+        self._envs = _vectorise(makers, getattr(config, "preload", ()), in_process=spec.in_process)
         self._chunks: np.ndarray | None = None
         space = self._envs.single_action_space
         assert isinstance(space, gym.spaces.Box)
         self.action_dim = space.shape[-1]
         self.tasks = _instructions(self._envs)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "EnvPool":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -274,7 +274,9 @@ def make_env(package: str, gym_id: str, kwargs: Mapping[str, Any]) -> gym.Env:
         try:
             import_module(package)
         except ModuleNotFoundError as error:
-            raise ConfigError(f'the environment "{gym_id}" needs the package {package}, which is not installed') from error
+            raise ConfigError(
+                f'the environment "{gym_id}" needs the package {package}, which is not installed'
+            ) from error
     return gym.make(gym_id, disable_env_checker=True, **kwargs)
 
 
@@ -287,11 +289,11 @@ def _make_chunk_env(
     return ChunkEnv(make_env(package, gym_id, kwargs), horizon, index, num_envs)
 
 
-def _vectorise(makers: list[Any], *, in_process: bool) -> VectorEnv:
+def _vectorise(makers: list[Any], preload: Sequence[str], *, in_process: bool) -> VectorEnv:
     if in_process:
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED, copy=True)
     # forkserver: workers are forked from a clean process that has imported this module once, never from the learner.
-    multiprocessing.set_forkserver_preload([__name__])
+    multiprocessing.set_forkserver_preload([__name__, *preload])
     return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED, context="forkserver", copy=True)
 
 
@@ -301,7 +303,9 @@ def _instructions(envs: VectorEnv) -> list[str]:
 
 def _leaves(space: gym.Space) -> dict[str, gym.Space]:
     if not isinstance(space, gym.spaces.Dict):
-        raise ConfigError(f"the environment's observations are a {space}, expected a Dict with LeRobot's names (agent_pos, ...)")
+        raise ConfigError(
+            f"the environment's observations are a {space}, expected a Dict with LeRobot's names (agent_pos, ...)"
+        )
     out: dict[str, gym.Space] = {}
     for name, value in space.items():
         out |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, gym.spaces.Dict) else {name: value}

@@ -1,7 +1,9 @@
 """Episodes written back as LeRobot v3 datasets."""
 
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +22,28 @@ SIGNALS = {
 
 
 def write_dataset(episodes: Sequence[Episode], root: Path, *, fps: int, repo_id: str) -> Path:
-    """A LeRobot v3 dataset of these episodes in `root`, which must not exist. It appears whole or not at all."""
+    """A LeRobot v3 dataset of these episodes in `root`. It appears whole or not at all.
+
+    When another process has put the same dataset there meanwhile, that one stays.
+    """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     root.parent.mkdir(parents=True, exist_ok=True)
-    partial = root.with_name(f".{root.name}.partial")
+    partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     features = _features(episodes[0])
     videos = any(feature["dtype"] == "video" for feature in features.values())
-    dataset = LeRobotDataset.create(repo_id, fps=fps, features=features, root=partial, use_videos=videos)
-    for episode in episodes:
-        for frame in _frames(episode):
-            dataset.add_frame(frame)
-        dataset.save_episode()
-    dataset.finalize()
-    partial.rename(root)
+    with _without_progress_bars():
+        dataset = LeRobotDataset.create(repo_id, fps=fps, features=features, root=partial, use_videos=videos)
+        for episode in episodes:
+            for frame in _frames(episode):
+                dataset.add_frame(frame)
+            dataset.save_episode()
+        dataset.finalize()
+    if root.exists():
+        shutil.rmtree(partial)
+    else:
+        partial.rename(root)
     return root
 
 
@@ -84,13 +93,21 @@ class EpisodeRecorder:
         if not parts:
             return None
         shutil.rmtree(root, ignore_errors=True)
-        aggregate_datasets(
-            repo_ids=[f"local/{name}" for name in parts],
-            aggr_repo_id=f"local/{root.name}",
-            roots=[self.root / name for name in parts],
-            aggr_root=root,
-        )
+        with _without_progress_bars():
+            aggregate_datasets(
+                repo_ids=[f"local/{name}" for name in parts],
+                aggr_repo_id=f"local/{root.name}",
+                roots=[self.root / name for name in parts],
+                aggr_root=root,
+            )
         return root
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """LeRobot and datasets draw one bar per episode and per file on stderr; the run shows its own."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        yield
 
 
 def _features(episode: Episode) -> dict[str, dict[str, Any]]:

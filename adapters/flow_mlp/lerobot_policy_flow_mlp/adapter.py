@@ -11,12 +11,12 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
-from poco_vla import ActionSpec, FlowPolicy, PolicyError
 from torch import Tensor
 
 from lerobot_policy_flow_mlp.configuration_flow_mlp import FlowMlpConfig
 from lerobot_policy_flow_mlp.modeling_flow_mlp import FlowMlpPolicy
 from lerobot_policy_flow_mlp.processor_flow_mlp import make_flow_mlp_pre_post_processors
+from poco_vla import ActionSpec, FlowPolicy, PolicyError
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,19 @@ class FlowMlp(FlowPolicy):
     @classmethod
     def from_pretrained(cls, repo_or_path: str | Path, *, horizon: int | None = None, **options: Any) -> Self:
         if options:
-            raise PolicyError(f"a pretrained flow_mlp takes no options, got {sorted(options)}: its config.json fixes them")
-        config = PreTrainedConfig.from_pretrained(str(repo_or_path))
+            raise PolicyError(
+                f"a pretrained flow_mlp takes no options, got {sorted(options)}: its config.json fixes them"
+            )
+        try:
+            config = PreTrainedConfig.from_pretrained(str(repo_or_path))
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"no LeRobot policy in {repo_or_path}: {error}") from error
         if not isinstance(config, FlowMlpConfig):
             raise PolicyError(f'{repo_or_path} holds a policy of type "{config.type}", expected "flow_mlp"')
         if horizon is not None and horizon != config.chunk_size:
-            raise PolicyError(f"{repo_or_path} was trained with chunks of {config.chunk_size} steps, asked for {horizon}")
+            raise PolicyError(
+                f"{repo_or_path} was trained with chunks of {config.chunk_size} steps, asked for {horizon}"
+            )
         try:
             model = FlowMlpPolicy.from_pretrained(str(repo_or_path), config=config, strict=True)
         except RuntimeError as error:

@@ -21,6 +21,8 @@ class FlowMlpConfig(PreTrainedConfig):
         num_inference_steps: K, Euler steps of the sampler.
         vision_encoder: Hub id or folder of a frozen image encoder that `transformers.AutoModel` loads, used when the
             policy has image inputs. The default is LeRobot's own ResNet-10, which brings its modelling code with it.
+        normalization_mapping: LeRobot's normalisation per kind of feature. "STATE": "IDENTITY" suits observations that
+            are scaled by design (OGBench's): a nearly constant dimension otherwise becomes noise of unit variance.
         optimizer_lr: learning rate for ``lerobot-train``.
     """
 
@@ -43,8 +45,13 @@ class FlowMlpConfig(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.normalization_mapping = {
+            kind: NormalizationMode(mode) for kind, mode in self.normalization_mapping.items()
+        }
         if not 1 <= self.n_action_steps <= self.chunk_size:
-            raise ValueError(f"n_action_steps is {self.n_action_steps}; it must lie in [1, chunk_size={self.chunk_size}]")
+            raise ValueError(
+                f"n_action_steps is {self.n_action_steps}; it must lie in [1, chunk_size={self.chunk_size}]"
+            )
         if not self.hidden_dims or min(self.hidden_dims) < 1:
             raise ValueError(f"hidden_dims is {self.hidden_dims}; it needs at least one positive width")
         if self.num_inference_steps < 1:

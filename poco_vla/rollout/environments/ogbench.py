@@ -36,6 +36,11 @@ class OGBenchConfig(EnvConfig):
         }
 
     @property
+    def preload(self) -> tuple[str, ...]:
+        """Modules that a worker server imports once, for all its workers."""
+        return (self.package_name, "ogbench.manipspace.envs.manipspace_env")
+
+    @property
     def package_name(self) -> str:
         return ogbench_gym.__name__
 

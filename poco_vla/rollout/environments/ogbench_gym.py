@@ -2,7 +2,7 @@
 
 import warnings
 from functools import cache
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -12,6 +12,8 @@ from poco_vla.rollout.render import render
 
 # OGBench builds its action space from float64 bounds, several times an episode; Gymnasium warns each time.
 warnings.filterwarnings("ignore", message=".*Box (high|low)'s precision lowered")
+# MuJoCo's viewer looks for a display at import; poco_vla.rollout.render finds its own way to draw.
+warnings.filterwarnings("ignore", module="glfw")
 
 GYM_ID = "poco_vla/OGBench-v0"
 FPS = 20

@@ -1,0 +1,61 @@
+# Every verb sets up what it needs in .venv; a set-up that is already there costs nothing.
+
+PYTHON := .venv/bin/python
+STAMP  := .venv/.setup-done
+ARGS   ?=
+
+# One process, and every choice spelled out, so that it runs alike with and without a GPU and warns of no default.
+LAUNCH := .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# One thread in each of a few workers: small tensors gain nothing from more.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadgroup
+
+# A sourced ROS puts the packages of another Python on this path.
+unexport PYTHONPATH
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+# The stamp holds the folder it was made in: an environment that was moved or copied is made anew.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(STAMP): FORCE
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint typecheck pytest bench format pins clean FORCE
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r verb text; do printf '  make %-10s %s\n' "$$verb" "$$text"; done
+
+setup: $(STAMP)  ## make .venv with everything that the other verbs need
+	@echo "setup: .venv is complete"
+
+$(STAMP): pyproject.toml $(wildcard adapters/*/pyproject.toml) .ci/constraints.txt .ci/overrides.txt .ci/setup
+	@bash .ci/setup
+
+demo: $(STAMP)  ## run recipes/mlp_cube.py; options go into ARGS="--seed 1"
+	$(LAUNCH) recipes/mlp_cube.py $(ARGS)
+
+test: $(STAMP)  ## check style, types and behaviour; all three run even if one fails
+	@$(MAKE) --no-print-directory --keep-going lint typecheck pytest
+
+lint: $(STAMP)  ## check style
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+typecheck: $(STAMP)  ## check types
+	.venv/bin/pyright
+
+pytest: $(STAMP)  ## run the tests alone; options go into ARGS="-k flow"
+	$(PYTEST) $(ARGS)
+
+bench: $(STAMP)  ## measure one update
+	$(PYTHON) tests/benchmarks/bench_update.py $(ARGS)
+
+format: $(STAMP)  ## put the style right where ruff can
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+pins:  ## resolve the newest versions into .ci/constraints.txt
+	@bash .ci/setup pins
+
+clean:  ## remove .venv and caches; what runs wrote stays
+	rm -rf .venv .ci/.venv .pytest_cache .ruff_cache .hypothesis build dist
+	find poco_vla adapters recipes tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,34 @@
+"""Whether a dataset and an environment belong together, told from their descriptions alone."""
+
+from typing import Any
+
+from lerobot.configs.types import FeatureType
+from lerobot.envs.utils import env_to_policy_features
+
+from poco_vla.data import DatasetInfo
+from poco_vla.errors import DataError
+
+
+def check_fit(info: DatasetInfo, env: Any) -> None:
+    """Raise DataError unless the dataset has the environment's rate, actions and states.
+
+    Args:
+        info: of the dataset.
+        env: LeRobot EnvConfig.
+    """
+    if "action" not in info.features:
+        raise DataError(f"{info.repo_id} has no column action. Its columns: {', '.join(sorted(info.features))}.")
+    if info.fps != env.fps:
+        raise DataError(
+            f"{info.repo_id} was recorded at {info.fps} fps, the environment runs at {env.fps}: a chunk would last "
+            "another time. Use data of the same rate."
+        )
+    for key, feature in env_to_policy_features(env).items():
+        if feature.type is FeatureType.VISUAL or key not in info.features:
+            continue  # images are resized on their way in; what a policy reads is its own affair
+        shape = tuple(info.features[key]["shape"])
+        if shape != tuple(feature.shape):
+            raise DataError(
+                f'"{key}" has shape {shape} in {info.repo_id} and {tuple(feature.shape)} in the environment '
+                f'"{env.type}" (task {env.task}): the data comes from another robot or task.'
+            )

@@ -1,0 +1,60 @@
+"""Rewards, success and the check of one episode's columns."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from poco_vla.config import RewardConfig
+from poco_vla.data import Episode
+from poco_vla.errors import DataError
+
+
+def episode():
+    return Episode(
+        obs={"observation.state": np.zeros((3, 2), np.float32), "observation.image": np.zeros((3, 4, 4, 3), np.uint8)},
+        action=np.zeros((3, 2), np.float32),
+        reward=np.array([5, 6, 7], np.float32),
+        success=np.array([False, False, True]),
+        terminal=np.array([False, False, True]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "rewards"),
+    [
+        (RewardConfig(), [0, 0, 1]),
+        (RewardConfig(success=1.0, step=-1.0), [-1, -1, 0]),
+        (RewardConfig(success=1.0, step=-0.01), [-0.01, -0.01, 0.99]),
+        (RewardConfig(source="recorded", success=1.0, step=-1.0), [5, 6, 7]),
+    ],
+)
+def test_reward_is_step_plus_success_or_what_was_recorded(config, rewards):
+    """Success at the third of three steps: step, step, step + success."""
+    found = episode().rewards(config)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, rewards, rtol=1e-6)
+
+
+def test_success_at_any_step_is_a_success():
+    assert episode().succeeded
+    assert replace(episode(), success=np.array([True, False, False])).succeeded
+    assert not replace(episode(), success=np.zeros(3, bool)).succeeded
+
+
+def test_its_length_is_its_number_of_actions():
+    assert len(episode()) == 3
+
+
+def test_finite_numbers_and_images_pass_the_check():
+    episode().check("here")
+
+
+@pytest.mark.parametrize("name", ["action", "next.reward", "observation.state"])
+def test_the_check_names_column_frame_and_extent(name):
+    """Frames 1 and 2 are bad: the first is named, both are counted."""
+    bad = episode()
+    column = {"action": bad.action, "next.reward": bad.reward}.get(name, bad.obs.get(name))
+    column[1:] = np.nan
+    with pytest.raises(DataError, match=f'my data, episode 4: "{name}" is not finite at frame 1 .* 2 of 3 frames'):
+        bad.check("my data, episode 4")

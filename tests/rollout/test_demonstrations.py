@@ -1,0 +1,120 @@
+"""Demonstrations by a simulator's own expert: successful, reproducible, made once."""
+
+import numpy as np
+import pytest
+import tiny_gym  # noqa: F401 (registers the environments)
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from tiny_env import FPS, point_spec
+
+from poco_vla.config import DatasetConfig, DemonstrationConfig, EnvSpec
+from poco_vla.data import open_dataset, read_episodes
+from poco_vla.errors import ConfigError
+from poco_vla.rollout import ensure_demonstrations
+from poco_vla.rollout.demonstrations import demonstrations_root
+
+
+def expert_spec(**options):
+    return point_spec(kind="ExpertPoint", **options)
+
+
+def wanted(root, episodes=4, **options):
+    return DemonstrationConfig(episodes=episodes, root=root, **options)
+
+
+def read(root):
+    config = DatasetConfig(repo_id="local/demos", root=root)
+    return read_episodes(open_dataset(config), config, ["observation.state"])
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x.action, y.action)
+        np.testing.assert_array_equal(x.obs["observation.state"], y.obs["observation.state"])
+
+
+def test_every_demonstration_succeeds_and_is_counted_aloud(tmp_path):
+    told = []
+    root = ensure_demonstrations(expert_spec(), wanted(tmp_path), told.append)
+    assert told == [1, 2, 3, 4]
+    episodes = read(root)
+    assert len(episodes) == 4
+    for episode in episodes:
+        assert episode.success.tolist() == episode.terminal.tolist() == [False] * (len(episode) - 1) + [True]
+    assert LeRobotDataset("local/demos", root=root).meta.fps == FPS
+
+
+def test_failed_attempts_are_not_kept(tmp_path):
+    """At this noise and time limit the expert fails now and then; those who ask for 8 get 8 successes."""
+    spec, config = expert_spec(episode_length=5), wanted(tmp_path, episodes=8, noise=0.5)
+    episodes = read(ensure_demonstrations(spec, config))
+    assert len(episodes) == 8
+    assert all(e.succeeded for e in episodes)
+
+
+def test_the_same_seed_gives_the_same_demonstrations(tmp_path):
+    a, b = (read(ensure_demonstrations(expert_spec(), wanted(tmp_path / name))) for name in "ab")
+    assert_same(a, b)
+
+
+def test_another_seed_gives_others(tmp_path):
+    a, b = (read(ensure_demonstrations(expert_spec(), wanted(tmp_path, seed=seed))) for seed in (0, 1))
+    assert any(x.obs["observation.state"][0, 0] != y.obs["observation.state"][0, 0] for x, y in zip(a, b, strict=True))
+
+
+def test_the_second_call_takes_what_is_there(tmp_path):
+    root = ensure_demonstrations(expert_spec(), wanted(tmp_path))
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
+    told = []
+    assert ensure_demonstrations(expert_spec(), wanted(tmp_path), told.append) == root
+    assert told == []
+    assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
+
+
+def test_whatever_decides_the_content_is_in_the_folders_name(tmp_path):
+    specs = [expert_spec(), expert_spec(episode_length=7), EnvSpec()]
+    configs = [wanted(tmp_path), wanted(tmp_path, episodes=5), wanted(tmp_path, noise=0.2), wanted(tmp_path, seed=1)]
+    roots = {demonstrations_root(spec, config) for spec in specs for config in configs}
+    assert len(roots) == len(specs) * len(configs)
+    for spec in specs:
+        side_by_side = EnvSpec(type=spec.type, task=spec.task, options=spec.options, num_envs=9)
+        assert demonstrations_root(side_by_side, configs[0]) == demonstrations_root(spec, configs[0])
+
+
+def test_an_environment_without_an_expert_asks_for_a_dataset(tmp_path):
+    with pytest.raises(ConfigError, match=r'"tiny_point" has no scripted expert; give dataset.repo_id or dataset.root'):
+        ensure_demonstrations(point_spec(), wanted(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_expert_that_fails_too_often_gives_up_and_says_why(tmp_path):
+    """No expert reaches the origin, 1 away, in one step of 0.3 each way. For one episode it tries 20 + 10 times."""
+    with pytest.raises(ConfigError, match=r"succeeded in 0 of 31 attempts at noise 0.1; lower the noise"):
+        ensure_demonstrations(expert_spec(episode_length=1), wanted(tmp_path, episodes=1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_ogbenchs_expert_solves_cube_single_reproducibly(tmp_path):
+    spec = EnvSpec(type="ogbench", task="cube-single-singletask-task1-v0", options={"episode_length": 120})
+    a, b = (read(ensure_demonstrations(spec, wanted(tmp_path / name, episodes=2))) for name in "ab")
+    assert_same(a, b)
+    for episode in a:
+        assert episode.action.shape == (len(episode), 5)
+        assert episode.obs["observation.state"].shape == (len(episode), 28)
+        assert np.abs(episode.action).max() <= 1
+        assert episode.success[-1]
+        assert 20 < len(episode) <= 120
+
+
+def test_ogbench_tasks_without_an_expert_say_which_have_one(tmp_path):
+    spec = EnvSpec(type="ogbench", task="cube-double-singletask-task1-v0")
+    with pytest.raises(ConfigError, match=r'no scripted expert for "cube-double-singletask-task1-v0".*cube-single'):
+        ensure_demonstrations(spec, wanted(tmp_path, episodes=1))
+
+
+def test_the_expert_leaves_numpys_global_generator_alone(tmp_path):
+    spec = EnvSpec(options={"episode_length": 120})
+    np.random.seed(3)
+    expected = np.random.random(3)
+    np.random.seed(3)
+    ensure_demonstrations(spec, wanted(tmp_path, episodes=1))
+    np.testing.assert_array_equal(np.random.random(3), expected)

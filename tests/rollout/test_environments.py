@@ -1,0 +1,186 @@
+"""OGBench as a LeRobot environment: reproducible bit for bit, and LeRobot's own factory and semantics hold."""
+
+import hashlib
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import tiny_gym  # noqa: F401 (registers the environments)
+from lerobot.envs.configs import EnvConfig
+from lerobot.envs.factory import make_env, make_env_config
+from lerobot.envs.utils import check_env_attributes_and_types, preprocess_observation
+from tiny_env import point_spec
+
+from poco_vla.config import EnvSpec
+from poco_vla.errors import ConfigError, UnknownNameError
+from poco_vla.rollout import environment
+from poco_vla.rollout.environments.ogbench_gym import OGBenchEnv
+
+TASK = "cube-single-singletask-task1-v0"
+
+
+def digest(env, seed, steps=40):
+    """Everything that an episode of random actions shows, as one hash."""
+    rng = np.random.default_rng(seed)
+    found = hashlib.sha256()
+    observation, _ = env.reset(seed=seed)
+    for _ in range(steps):
+        found.update(observation["agent_pos"].tobytes())
+        observation, reward, terminated, truncated, info = env.step(rng.uniform(-1, 1, 5).astype(np.float32))
+        found.update(repr((reward, terminated, truncated, info["is_success"])).encode())
+    found.update(observation["agent_pos"].tobytes())
+    return found.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def env():
+    return OGBenchEnv(TASK)
+
+
+def test_a_seed_repeats_bit_for_bit_after_another_episode_and_in_another_instance(env):
+    first = digest(env, 3)
+    other = digest(env, 4)
+    assert first != other
+    assert digest(env, 3) == first
+    assert digest(OGBenchEnv(TASK), 3) == first
+
+
+def test_a_seed_repeats_bit_for_bit_in_a_fresh_process(env):
+    program = (
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
+        "from test_environments import OGBenchEnv, TASK, digest\n"
+        "print('digest', digest(OGBenchEnv(TASK), 3))"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert f"digest {digest(env, 3)}" in out
+
+
+def test_spaces_hold_what_comes_and_goes(env):
+    observation, info = env.reset(seed=0)
+    assert env.observation_space.contains(observation)
+    assert observation["agent_pos"].shape == (28,)
+    assert env.action_space.shape == (5,)
+    assert info == {"is_success": False}
+
+
+def test_actions_beyond_the_range_are_clipped(env):
+    env.reset(seed=0)
+    beyond = env.step(np.full(5, 3.0, np.float32))[0]["agent_pos"]
+    env.reset(seed=0)
+    np.testing.assert_array_equal(beyond, env.step(np.ones(5, np.float32))[0]["agent_pos"])
+
+
+@pytest.mark.parametrize(("length", "limit"), [(7, 7), (None, 200)])
+def test_the_time_limit_truncates_and_does_not_terminate(length, limit):
+    """OGBench's own limit on cube-single is 200 steps."""
+    env = OGBenchEnv(TASK, episode_length=length)
+    env.reset(seed=0)
+    ends = [env.step(np.zeros(5, np.float32))[2:4] for _ in range(limit)]
+    assert ends == [(False, False)] * (limit - 1) + [(False, True)]
+
+
+def test_unknown_tasks_are_answered_with_those_there_are():
+    with pytest.raises(UnknownNameError, match=r'no OGBench single task named "cube-singel.*Did you mean "cube-single'):
+        OGBenchEnv("cube-singel-singletask-task1-v0")
+
+
+def test_unknown_environment_types_are_answered_with_those_there_are():
+    with pytest.raises(UnknownNameError, match=r'no environment type named "ogbensh".*ogbench.*Did you mean "ogbench"'):
+        environment(EnvSpec(type="ogbensh"))
+
+
+def test_options_that_a_type_does_not_have_are_named():
+    with pytest.raises(ConfigError, match=r'environment "ogbench": .*epsiode_length'):
+        environment(EnvSpec(options={"epsiode_length": 3}))
+
+
+def test_a_third_partys_environment_is_found_by_its_type():
+    """Whoever registers a LeRobot EnvConfig is found by name."""
+    assert environment(point_spec(episode_length=9)).gym_kwargs["episode_length"] == 9
+
+
+# -- LeRobot's own door ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def config():
+    environment(EnvSpec())  # registers the choice, as `--env.discover_packages_path` does
+    return make_env_config("ogbench", task=TASK, episode_length=120)
+
+
+def test_lerobots_registry_knows_ogbench(config):
+    assert EnvConfig.get_choice_class("ogbench") is type(config)
+    assert config.type == "ogbench"
+    assert config.features["action"].shape == (5,)
+    assert config.features["agent_pos"].shape == (28,)
+
+
+def test_lerobots_discovery_path_registers_the_type():
+    """What `lerobot-eval --env.discover_packages_path` does, in a fresh process."""
+    program = (
+        "from lerobot.configs.parser import load_plugin\n"
+        "from lerobot.envs.configs import EnvConfig\n"
+        "load_plugin('poco_vla.rollout.environments')\n"
+        "assert 'ogbench' in EnvConfig.get_known_choices()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.fixture(scope="module")
+def vector(config):
+    made = make_env(config, n_envs=2)
+    assert list(made) == ["ogbench"]
+    vector = made["ogbench"][0]
+    yield vector
+    vector.close()
+
+
+def test_lerobots_factory_makes_environments_that_its_own_check_accepts(vector, recwarn):
+    """Its check warns of what is missing; then its evaluation asks for the time limit and the instruction."""
+    assert isinstance(vector, gym.vector.VectorEnv)
+    check_env_attributes_and_types(vector)
+    assert not [w for w in recwarn if "task_description" in str(w.message)]
+    observation, _ = vector.reset(seed=[0, 1])
+    assert preprocess_observation(observation)["observation.state"].shape == (2, 28)
+    assert list(vector.call("_max_episode_steps")) == [120, 120]
+    assert len(set(vector.call("task_description"))) == 1
+    assert vector.call("task_description")[0]
+
+
+def expert_actions(seed, rng_seed=0):
+    env = OGBenchEnv(TASK, episode_length=120)
+    env.reset(seed=seed)
+    expert = env.expert(0.0, np.random.default_rng(rng_seed))
+    actions, done = [], False
+    while not done:
+        actions.append(expert.action())
+        _, _, terminated, truncated, info = env.step(actions[-1])
+        done = terminated or truncated
+    assert info["is_success"]
+    return actions
+
+
+def test_lerobots_evaluation_reads_success_where_an_episode_ends(vector):
+    """SAME_STEP autoreset: the step that ends an episode carries final_info with one is_success per environment, which
+    is all that lerobot-eval looks at. The expert solves environment 0, environment 1 stands still."""
+    vector.reset(seed=[7, 8])
+    actions = expert_actions(7)
+    for k, action in enumerate(actions):
+        _, _, terminated, truncated, info = vector.step(np.stack([action, np.zeros(5, np.float32)]))
+        last = k == len(actions) - 1
+        assert terminated.tolist() == [last, False]
+        assert not truncated.any()
+        assert ("final_info" in info) == last
+    assert info["final_info"]["is_success"].tolist() == [True, False]
+
+
+def test_lerobots_evaluation_reads_failure_at_the_time_limit(config):
+    vector = make_env(make_env_config("ogbench", task=TASK, episode_length=3), n_envs=2)["ogbench"][0]
+    vector.reset(seed=[0, 1])
+    for _ in range(3):
+        _, _, terminated, truncated, info = vector.step(np.zeros((2, 5), np.float32))
+    assert (terminated.tolist(), truncated.tolist()) == ([False] * 2, [True] * 2)
+    assert info["final_info"]["is_success"].tolist() == [False, False]
+    vector.close()

@@ -1,0 +1,179 @@
+"""Episodes written as LeRobot datasets: LeRobot opens them, what was played is read back, nothing is half written."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny_gym  # noqa: F401 (registers the environments)
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from tiny_env import FPS, homing_chunks, point_spec
+
+from poco_vla.config import DatasetConfig
+from poco_vla.data import Episode, Replay, open_dataset, read_episodes
+from poco_vla.rollout import EnvPool, EpisodeRecorder
+from poco_vla.rollout.recorder import write_dataset
+
+STATE = ("observation.state",)
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    """Played in the tiny environment: successes, a failure and time limits."""
+    played = []
+    with EnvPool(point_spec(3, episode_length=5), 4) as pool:
+        for seed, count, sign in ((0, 8, 1), (50, 1, -1)):
+            pool.reset(seed, count)
+            while not pool.idle.all():
+                played += pool.step(sign * homing_chunks(pool.obs, 4))[0]
+    assert {(bool(e.success[-1]), bool(e.terminal[-1])) for e in played} == {
+        (True, True),
+        (False, True),
+        (False, False),
+    }
+    return played
+
+
+def read(root, obs_keys=STATE):
+    config = DatasetConfig(repo_id="local/test", root=root)
+    return read_episodes(open_dataset(config), config, obs_keys)
+
+
+def assert_same_content(a, b):
+    for name in ("action", "reward", "success", "terminal"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+        assert getattr(a, name).dtype == getattr(b, name).dtype
+    np.testing.assert_array_equal(a.obs["observation.state"], b.obs["observation.state"])
+    assert a.task == b.task
+
+
+def test_lerobot_opens_what_was_written(tmp_path, episodes):
+    root = write_dataset(episodes, tmp_path / "data", fps=FPS, repo_id="local/played")
+    dataset = LeRobotDataset("local/played", root=root)
+    assert dataset.meta.total_episodes == len(episodes)
+    assert len(dataset) == sum(map(len, episodes))
+    assert dataset.meta.fps == FPS
+    frame = dataset[len(episodes[0])]
+    np.testing.assert_array_equal(frame["observation.state"], episodes[1].obs["observation.state"][0])
+    np.testing.assert_array_equal(frame["action"], episodes[1].action[0])
+    assert frame["task"] == episodes[1].task
+    assert frame["next.reward"] == pytest.approx(float(episodes[1].reward[0]))
+
+
+def test_the_last_frame_of_each_episode_says_how_it_ended(tmp_path, episodes):
+    """LeRobot's names: done at every end, truncated at a time limit, success at success."""
+    dataset = LeRobotDataset(
+        "local/played", root=write_dataset(episodes, tmp_path / "data", fps=FPS, repo_id="local/played")
+    )
+    table = dataset.hf_dataset.with_format("numpy")[:]
+    ends = np.cumsum([len(e) for e in episodes]) - 1
+    assert np.flatnonzero(table["next.done"]).tolist() == ends.tolist()
+    assert table["next.truncated"][ends].tolist() == [not e.terminal[-1] for e in episodes]
+    assert table["next.success"][ends].tolist() == [bool(e.success[-1]) for e in episodes]
+
+
+def test_episodes_read_back_are_those_played(tmp_path, episodes):
+    back = read(write_dataset(episodes, tmp_path / "data", fps=FPS, repo_id="local/played"))
+    for a, b in zip(episodes, back, strict=True):
+        assert_same_content(a, b)
+
+
+def test_one_dimensional_states_and_actions_come_back(tmp_path):
+    """LeRobot stores a vector of length 1 as a bare number."""
+    column = np.arange(4, dtype=np.float32)[:, None]
+    signals = np.zeros(4, np.float32), np.zeros(4, bool), np.array([False, False, False, True])
+    episode = Episode({"observation.state": column}, column + 10, *signals, task="slide")
+    (back,) = read(write_dataset([episode], tmp_path / "data", fps=FPS, repo_id="local/slide"))
+    assert_same_content(episode, back)
+
+
+def test_the_pool_cannot_tell_episodes_read_back_from_those_played(tmp_path, episodes):
+    """What a resumed run samples is what the interrupted one would have, also where success did not end an episode."""
+    late = replace(episodes[0], success=np.arange(len(episodes[0])) == 1, terminal=np.zeros(len(episodes[0]), bool))
+    played = [*episodes, late]
+    back = read(write_dataset(played, tmp_path / "data", fps=FPS, repo_id="local/played"))
+    samples = []
+    for source in (played, back):
+        replay = Replay(horizon=3, gamma=0.9)
+        replay.extend(source, is_demo=False)
+        samples.append(replay.sample(300, np.random.default_rng(0)))
+    for name in ("actions", "valid", "returns", "discount", "is_success"):
+        np.testing.assert_array_equal(getattr(samples[0], name), getattr(samples[1], name), err_msg=name)
+
+
+def test_images_are_written_as_videos_and_read_back_nearly(tmp_path):
+    with EnvPool(point_spec(1, pixels=True, episode_length=6), 3) as pool:
+        pool.reset(0, 1)
+        (episode,) = [e for _ in range(2) for e in pool.step(homing_chunks(pool.obs, 3) / 4)[0]]
+    root = write_dataset([episode], tmp_path / "data", fps=FPS, repo_id="local/filmed")
+    (back,) = read(root, ("observation.state", "observation.images.top"))
+    assert list((root / "videos").rglob("*.mp4"))
+    wrote = episode.obs["observation.images.top"].astype(float)
+    assert wrote[:, 0, 0, 0].std() > 5
+    np.testing.assert_allclose(back.obs["observation.images.top"], wrote, atol=6)
+
+
+def test_a_write_that_fails_leaves_no_dataset_and_can_be_repeated(tmp_path, episodes):
+    root = tmp_path / "data"
+    bad = [episodes[0], replace(episodes[1], action=np.zeros((len(episodes[1]), 7), np.float32))]
+    with pytest.raises(ValueError, match="action"):
+        write_dataset(bad, root, fps=FPS, repo_id="local/played")
+    assert not root.exists()
+    write_dataset(episodes[:2], root, fps=FPS, repo_id="local/played")
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+    assert len(read(root)) == 2
+
+
+def test_a_finished_dataset_stays_when_a_second_writer_comes(tmp_path, episodes):
+    for written in (episodes[:1], episodes[1:3]):
+        root = write_dataset(written, tmp_path / "data", fps=FPS, repo_id="local/played")
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+    (found,) = read(root)
+    assert_same_content(found, episodes[0])
+
+
+def test_parts_hold_the_episodes_in_order(tmp_path, episodes):
+    recorder = EpisodeRecorder(tmp_path, FPS)
+    for episode in episodes[:3]:
+        recorder.add(episode)
+    assert recorder.flush() == ["part-00000"]
+    assert recorder.flush() == ["part-00000"]
+    recorder.add(episodes[3])
+    assert recorder.flush() == ["part-00000", "part-00001"]
+    again = EpisodeRecorder(tmp_path, FPS)
+    for a, b in zip(again.load(["part-00000", "part-00001"], STATE), episodes[:4], strict=True):
+        assert_same_content(a, b)
+    again.add(episodes[4])
+    assert again.flush() == ["part-00000", "part-00001", "part-00002"]
+
+
+def test_a_part_from_after_the_checkpoint_is_written_anew(tmp_path, episodes):
+    """A crash left part-00001 behind a checkpoint that knows part-00000 only: its episodes are run again."""
+    crashed = EpisodeRecorder(tmp_path, FPS)
+    for episode in episodes[:2]:
+        crashed.add(episode)
+        crashed.flush()
+    resumed = EpisodeRecorder(tmp_path, FPS)
+    resumed.load(["part-00000"], STATE)
+    resumed.add(episodes[5])
+    parts = resumed.flush()
+    loaded = EpisodeRecorder(tmp_path, FPS).load(parts, STATE)
+    for a, b in zip(loaded, [episodes[0], episodes[5]], strict=True):
+        assert_same_content(a, b)
+
+
+def test_parts_merge_into_one_dataset_that_lerobot_opens(tmp_path, episodes):
+    recorder = EpisodeRecorder(tmp_path / "parts", FPS)
+    for i, episode in enumerate(episodes):
+        recorder.add(episode)
+        if i % 3 == 0:
+            recorder.flush()
+    for _ in range(2):  # a resumed run that is already done merges again
+        root = recorder.merge(tmp_path / "all")
+        assert LeRobotDataset("local/all", root=root).meta.total_episodes == len(episodes)
+        for a, b in zip(read(root), episodes, strict=True):
+            assert_same_content(a, b)
+
+
+def test_nothing_recorded_is_nothing_merged(tmp_path):
+    assert EpisodeRecorder(tmp_path / "parts", FPS).merge(tmp_path / "all") is None
+    assert not (tmp_path / "all").exists()

@@ -1,0 +1,183 @@
+"""What is saved comes back exactly, whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from toy_policies import ToyPolicy, toy_batch
+
+from poco_vla import Poco, PocoConfig, checkpoint
+from poco_vla.config import EnvSpec, TrainConfig
+from poco_vla.errors import CheckpointError
+
+CONFIG = TrainConfig(env=EnvSpec())
+
+
+def toy_poco(seed=0):
+    torch.manual_seed(seed)
+    return Poco(ToyPolicy(seed=seed), PocoConfig(num_candidates=3, critic_hidden=(8,)))
+
+
+def trained(poco, steps=2):
+    optimizer = torch.optim.Adam([p for p in poco.parameters() if p.requires_grad], lr=0.01)
+    for seed in range(steps):
+        loss, _ = poco(toy_batch(poco.policy, seed=seed), "online")
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        poco.update_target()
+    return optimizer
+
+
+def saved(root, update=7, *, poco=None, **changes):
+    poco = poco or toy_poco()
+    parts = {
+        "weights": checkpoint.trainable_state(poco),
+        "optimizer": trained(poco).state_dict(),
+        "tensors": {"draws": torch.Generator().get_state(), "chunks.0": torch.zeros(0, 3, 2)},
+        "state": {"progress": {"update": update}},
+        "config": CONFIG,
+    }
+    return checkpoint.save(root, update, **(parts | changes))
+
+
+def test_weights_moments_and_tensors_come_back_bit_for_bit(tmp_path):
+    poco = toy_poco()
+    optimizer = trained(poco)
+    tensors = {"draws": torch.Generator().manual_seed(5).get_state(), "chunks.0": torch.zeros(0, 3, 2)}
+    path = saved(tmp_path, poco=poco, optimizer=optimizer.state_dict(), tensors=tensors)
+    expected = {name: value.clone() for name, value in checkpoint.trainable_state(poco).items()}
+
+    weights, moments, back, state = checkpoint.load(path, CONFIG)
+    other = toy_poco(seed=1)
+    checkpoint.load_trainable_state(other, weights)
+    assert all(torch.equal(value, expected[name]) for name, value in checkpoint.trainable_state(other).items())
+    assert state == {"progress": {"update": 7}}
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    old = optimizer.state_dict()
+    assert [group["params"] for group in moments["param_groups"]] == [group["params"] for group in old["param_groups"]]
+    assert [group["lr"] for group in moments["param_groups"]] == [group["lr"] for group in old["param_groups"]]
+    assert moments["state"].keys() == old["state"].keys()
+    for index, entry in old["state"].items():
+        assert all(torch.equal(moments["state"][index][name], value) for name, value in entry.items())
+
+
+def test_an_optimizer_that_was_restored_takes_the_same_step(tmp_path):
+    one, two = toy_poco(), toy_poco()
+    path = saved(tmp_path, poco=one, optimizer=(first := trained(one)).state_dict())
+    second = trained(two, steps=0)
+    weights, moments, _, _ = checkpoint.load(path, CONFIG)
+    checkpoint.load_trainable_state(two, weights)
+    second.load_state_dict(moments)
+    for poco, optimizer in ((one, first), (two, second)):
+        torch.manual_seed(3)
+        poco(toy_batch(poco.policy, seed=9), "online")[0].backward()
+        optimizer.step()
+    for name, value in checkpoint.trainable_state(one).items():
+        assert torch.equal(value, checkpoint.trainable_state(two)[name]), name
+
+
+def test_a_frozen_backbone_is_not_in_the_checkpoint():
+    poco = toy_poco()
+    poco.policy.backbone = torch.nn.Linear(4, 4).requires_grad_(False)
+    names = checkpoint.trainable_state(poco)
+    assert not any("backbone" in name for name in names)
+    assert "zeta" in names
+    assert any(name.startswith("policy.head") for name in names)
+    assert any(name.startswith("target_critic") for name in names)
+
+
+def test_the_newest_two_are_kept_and_the_newest_is_found(tmp_path):
+    for update in (5, 90, 1000):
+        saved(tmp_path, update)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000090", "00001000"]
+    assert checkpoint.latest(tmp_path).name == "00001000"
+
+
+def test_saving_the_same_update_again_replaces_it(tmp_path):
+    saved(tmp_path, state={"progress": "first"})
+    path = saved(tmp_path, state={"progress": "second"})
+    assert [found.name for found in tmp_path.iterdir()] == ["00000007"]
+    assert checkpoint.load(path, CONFIG)[3] == {"progress": "second"}
+
+
+def test_what_a_crash_left_half_written_is_never_resumed(tmp_path):
+    saved(tmp_path, 5)
+    partial = tmp_path / ".00000009.partial"
+    partial.mkdir()
+    (partial / "weights.safetensors").write_bytes(b"half")
+    assert checkpoint.latest(tmp_path).name == "00000005"
+    saved(tmp_path, 9)
+    assert not partial.exists()
+    assert checkpoint.latest(tmp_path).name == "00000009"
+
+
+def test_a_disk_that_refuses_leaves_earlier_checkpoints_whole(tmp_path, monkeypatch):
+    path = saved(tmp_path, 5)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(CheckpointError, match=r"00000009 could not be written: .*No space left.*Earlier .* intact"):
+        saved(tmp_path, 9)
+    monkeypatch.undo()
+    assert [found.name for found in tmp_path.iterdir()] == ["00000005"]
+    checkpoint.load(path, CONFIG)
+
+
+def test_an_empty_folder_has_nothing_to_resume(tmp_path):
+    with pytest.raises(CheckpointError, match="nothing to resume: no checkpoint"):
+        checkpoint.latest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weights", "optimizer", "random"])
+def test_a_truncated_file_is_damage(name, tmp_path):
+    path = saved(tmp_path)
+    file = path / f"{name}.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="00000007 is damaged"):
+        checkpoint.load(path, CONFIG)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.json", "config.json"])
+def test_a_missing_file_is_damage(name, tmp_path):
+    path = saved(tmp_path)
+    (path / name).unlink()
+    with pytest.raises(CheckpointError, match=f"is damaged.*{name}"):
+        checkpoint.load(path, CONFIG)
+
+
+def test_broken_json_is_damage(tmp_path):
+    path = saved(tmp_path)
+    (path / "state.json").write_text('{"progress": ')
+    with pytest.raises(CheckpointError, match="is damaged: JSONDecodeError"):
+        checkpoint.load(path, CONFIG)
+
+
+def test_only_what_changes_no_update_may_differ_on_resume(tmp_path):
+    path = saved(tmp_path)
+    values = {"resume": True, "log_every": 1, "checkpoint_every": 3, "output_dir": tmp_path, "num_threads": 2}
+    checkpoint.load(path, TrainConfig(env=EnvSpec(), **values))
+    with pytest.raises(CheckpointError, match="seed: 0 -> 1"):
+        checkpoint.load(path, TrainConfig(env=EnvSpec(), seed=1, **values))
+
+
+def test_weights_of_another_model_are_refused_by_name_and_shape():
+    poco = toy_poco()
+    weights = dict(checkpoint.trainable_state(poco))
+    name = "policy.head.0.weight"
+    shape = tuple(weights[name].shape)
+    with pytest.raises(CheckpointError, match=r"do not fit this model: policy.head.0.weight \(1, 1\), expected"):
+        checkpoint.load_trainable_state(poco, weights | {name: torch.zeros(1, 1)})
+    del weights[name]
+    with pytest.raises(CheckpointError, match="do not fit this model: policy.head.0.weight"):
+        checkpoint.load_trainable_state(poco, weights)
+    assert tuple(poco.policy.head[0].weight.shape) == shape
+
+
+def test_json_appears_whole_under_its_own_name(tmp_path):
+    checkpoint.write_json(tmp_path / "a.json", {"path": Path("x")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"path": "x"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

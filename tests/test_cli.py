@@ -1,0 +1,126 @@
+"""Command lines: help, overrides, one-line errors with exit status 1."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+from pointmass_run import small
+
+from poco_vla import available_adapters
+from poco_vla.cli import main, run_recipe
+from poco_vla.config import TrainConfig
+from poco_vla.train import train
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a small run that is done."""
+    folder = tmp_path_factory.mktemp("cli")
+    return train(small(folder / "run", folder / "data", online_steps=0)).output_dir
+
+
+def field_names(kind, prefix=""):
+    for field in fields(kind):
+        name = prefix + field.name.replace("_", "-")
+        nested = getattr(field, "default_factory", None)
+        if isinstance(nested, type) and is_dataclass(nested):
+            yield from field_names(nested, f"{name}.")
+        else:
+            yield name
+
+
+def test_help_of_a_recipe_says_what_each_value_means_and_loads_no_robotics_library():
+    """Every field's name and docstring, without paying for imports that only training needs."""
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['recipe', '--help']\n"
+        "try:\n    runpy.run_path('recipes/mlp_cube.py', run_name='__main__')\n"
+        "finally:\n    print('LOADED', sorted({'lerobot', 'accelerate', 'mujoco'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=HERE.parent,
+        env=os.environ | {"COLUMNS": "400"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "LOADED []" in done.stdout
+    missing = [name for name in field_names(TrainConfig) if f"--{name}" not in done.stdout]
+    assert missing == []
+    for words in ("E-step temperature", "Clip of a candidate's flow error", "Transitions per update"):
+        assert words in done.stdout
+
+
+def test_a_value_on_the_command_line_overrides_the_recipe(tmp_path):
+    config = small(tmp_path / "run", tmp_path, online_steps=0)
+    run_recipe(config, ["--sft-steps", "7", "--poco.eta", "0.3", "--optim.batch-size", "8", "--seed", "5"])
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (saved["sft_steps"], saved["poco"]["eta"], saved["optim"]["batch_size"]) == (7, 0.3, 8)
+    assert saved["poco"]["zeta"] == config.poco.zeta
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["updates"], result["seed"]) == (7, 5)
+
+
+def test_adapters_lists_each_installed_one(capsys):
+    main(["adapters"])
+    shown = capsys.readouterr().out
+    assert "flow_mlp" in available_adapters()
+    for name, where in available_adapters().items():
+        assert name in shown
+        assert where in shown
+
+
+def test_report_prints_a_table_and_draws_the_curves(run, tmp_path, capsys):
+    main(["report", str(run), "--output", str(tmp_path / "curves.png")])
+    assert "success rate" in capsys.readouterr().out
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_eval_reports_the_success_of_an_exported_policy(run, capsys):
+    """The policy of 40 updates docks in none of 4 episodes: 0 %, and Wilson's upper end 3.84 / (4 + 3.84) = 49 %."""
+    env = ["--env.type", "pointmass", "--env.task", "dock", "--env.num-envs", "2", "--env.in-process"]
+    main(["eval", str(run / "policy"), *env, "--episodes", "4"])
+    assert "success 0% [0%, 49%] of 4 episodes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["report", "{tmp}"], "no result.json in"),
+        (["eval", "{tmp}", "--adapter", "flow_mpl"], 'no adapter named "flow_mpl"'),
+        (["eval", "{tmp}/nowhere"], "nowhere"),
+        (["train", "--output-dir", "{tmp}/run", "--adapter", "flow_mlp"], "no dataset"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_status_1(arguments, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([word.format(tmp=tmp_path) for word in arguments])
+    assert stop.value.code == 1
+    shown = capsys.readouterr().err
+    assert words in shown
+    assert len(shown.strip().splitlines()) == 1
+    assert "Traceback" not in shown
+
+
+def test_an_error_keeps_its_square_brackets(tmp_path, capsys):
+    """Rich would take [name] for markup and swallow it, as in: pip install "poco-vla[ogbench]"."""
+    config = small(tmp_path / "run[bold]", tmp_path, resume=True)
+    with pytest.raises(SystemExit):
+        run_recipe(config, [])
+    assert "run[bold]" in capsys.readouterr().err
+
+
+def test_a_value_that_cannot_work_is_refused_before_training(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_recipe(small(tmp_path / "run", tmp_path), ["--poco.eta", "0"])
+    assert stop.value.code in (1, 2)
+    assert "eta is 0" in "".join(capsys.readouterr())
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,69 @@
+"""The algorithm's options: the paper's defaults, and values that cannot work."""
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from poco_vla import PocoConfig, PocoError
+from poco_vla.errors import ConfigError
+
+
+def test_defaults_are_the_papers():
+    """Table of hyper-parameters, online simulation on OGBench."""
+    c = PocoConfig()
+    assert (c.num_candidates, c.eta, c.beta, c.zeta, c.gamma, c.tau) == (32, 0.1, 1.0, 0.3, 0.99, 0.005)
+    assert (c.critic_hidden, c.critic_members, c.critic_activation) == ((512,) * 4, 2, "silu")
+    assert (c.anchor, c.aggregation, c.warmup_bc) == ("all", "mean", False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_candidates", 0),
+        ("eta", 0.0),
+        ("eta", -1.0),
+        ("beta", -0.1),
+        ("zeta", 0.0),
+        ("zeta", -0.3),
+        ("zeta_quantile", 0.0),
+        ("zeta_quantile", 1.0),
+        ("gamma", 0.0),
+        ("gamma", 1.01),
+        ("tau", 0.0),
+        ("tau", 1.5),
+        ("flow_steps", 0),
+        ("critic_members", 0),
+        ("critic_hidden", ()),
+        ("critic_hidden", (64, 0)),
+        ("eta", float("nan")),
+        ("beta", float("nan")),
+        ("zeta", float("nan")),
+    ],
+)
+def test_values_that_cannot_work_are_named(field, value):
+    with pytest.raises(ConfigError) as error:
+        PocoConfig(**{field: value})
+    assert isinstance(error.value, PocoError)
+    assert field in str(error.value)
+    assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("zeta", "auto"),
+        ("zeta", float("inf")),
+        ("beta", 0.0),
+        ("gamma", 1.0),
+        ("tau", 1.0),
+        ("flow_steps", 1),
+        ("eta", 1e-3),
+    ],
+)
+def test_border_values_that_do_work(field, value):
+    assert getattr(PocoConfig(**{field: value}), field) == value
+
+
+def test_a_config_never_changes():
+    with pytest.raises(FrozenInstanceError):
+        PocoConfig().eta = 0.2

@@ -1,0 +1,371 @@
+"""check_policy passes what keeps the contract and says in words what does not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from lerobot_policy_flow_mlp.adapter import FlowMlp, MlpPrefix
+from torch import nn
+from torch.nn import functional as F
+
+from poco_vla import PolicyError, check_policy
+
+
+def complaint(policy, **options):
+    with pytest.raises(PolicyError) as error:
+        check_policy(policy, **options)
+    return str(error.value)
+
+
+def test_a_sound_adapter_passes():
+    check_policy(FlowMlp.tiny())
+    check_policy(FlowMlp.tiny(seed=1), FlowMlp.tiny().example_obs(5, seed=3), seed=4)
+
+
+def test_nothing_is_left_changed():
+    policy = FlowMlp.tiny()
+    policy.train()
+    policy.model.eval()
+    first = next(policy.head.parameters())
+    first.grad = torch.ones_like(first)
+    modes = [module.training for module in policy.modules()]
+    weights = [p.clone() for p in policy.parameters()]
+    state = torch.get_rng_state()
+    check_policy(policy)
+    assert [module.training for module in policy.modules()] == modes
+    assert all(torch.equal(p, w) for p, w in zip(policy.parameters(), weights, strict=True))
+    assert [p.grad is not None for p in policy.head.parameters()].count(True) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class MirroredTime(FlowMlp):
+    def velocity(self, prefix, x, t):
+        return super().velocity(prefix, x, 1 - t)
+
+
+class WrongSign(FlowMlp):
+    def velocity(self, prefix, x, t):
+        return -super().velocity(prefix, x, t)
+
+
+class MirroredTimeAndSign(FlowMlp):
+    """pi0.5's own convention, not converted."""
+
+    def velocity(self, prefix, x, t):
+        return -super().velocity(prefix, x, 1 - t)
+
+
+class OtherSteps(FlowMlp):
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.spec = replace(self.spec, flow_steps=8)
+
+
+class ClippedSample(FlowMlp):
+    def native_sample(self, obs, noise):
+        return super().native_sample(obs, noise).clamp(-1, 1)
+
+
+class UnrelatedSample(FlowMlp):
+    def native_sample(self, obs, noise):
+        return noise.flip(-1)
+
+
+class SharedTime(FlowMlp):
+    def velocity(self, prefix, x, t):
+        return super().velocity(prefix, x, t[:, :1].expand_as(t))
+
+
+class MeanTime(FlowMlp):
+    def velocity(self, prefix, x, t):
+        return super().velocity(prefix, x, t.mean(dim=1, keepdim=True).expand_as(t))
+
+
+class NoTime(FlowMlp):
+    def velocity(self, prefix, x, t):
+        return super().velocity(prefix, x, torch.zeros_like(t))
+
+
+class MixedCandidates(FlowMlp):
+    """As attention among candidates does; a single one is right."""
+
+    def velocity(self, prefix, x, t):
+        v = super().velocity(prefix, x, t)
+        return v + 0.1 * (v.mean(dim=1, keepdim=True) - v)
+
+
+class MutatingVelocity(FlowMlp):
+    def velocity(self, prefix, x, t):
+        v = super().velocity(prefix, x, t)
+        prefix.features.add_(0.1)
+        return v
+
+
+class GrowingPrefix(MlpPrefix):
+    calls = 0
+
+
+class GrowingCache(FlowMlp):
+    """What a KV cache does that is appended to at every call: nothing of it shows in the features."""
+
+    def encode(self, obs):
+        return GrowingPrefix(super().encode(obs).features)
+
+    def velocity(self, prefix, x, t):
+        object.__setattr__(prefix, "calls", prefix.calls + 1)
+        return super().velocity(prefix, x, t) * prefix.calls
+
+
+class OverwritesInput(FlowMlp):
+    def velocity(self, prefix, x, t):
+        return super().velocity(prefix, x.mul_(0.5), t)
+
+
+class RandomVelocity(FlowMlp):
+    def velocity(self, prefix, x, t):
+        return F.dropout(super().velocity(prefix, x, t), 0.1, training=True)
+
+
+class LeakyBackbone(FlowMlp):
+    """An encoder of its own that nobody froze, run with gradient."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.backbone = nn.Linear(6, 6)
+
+    def encode(self, obs):
+        return MlpPrefix(self.backbone(self.model.features(dict(obs))))
+
+    def native_sample(self, obs, noise):
+        return self.model.sample(self.encode(obs).features, noise)
+
+
+class TrainModeBackbone(LeakyBackbone):
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.requires_grad_(False)
+        self.head.requires_grad_(True)
+
+    def encode(self, obs):
+        with torch.no_grad():
+            return MlpPrefix(F.dropout(super().encode(obs).features, 0.3, training=self.training))
+
+
+class BatchNormBackbone(TrainModeBackbone):
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.norm = nn.BatchNorm1d(6, affine=False)
+
+    def encode(self, obs):
+        with torch.no_grad():
+            return MlpPrefix(self.norm(self.model.features(dict(obs))))
+
+
+class StatesSeeEachOther(FlowMlp):
+    def encode(self, obs):
+        features = super().encode(obs).features
+        return MlpPrefix(features - features.mean(dim=0))
+
+
+class WrongSelect(FlowMlp):
+    def encode(self, obs):
+        prefix = super().encode(obs)
+        object.__setattr__(prefix, "select", lambda index: MlpPrefix(prefix.features[:1]))
+        return prefix
+
+
+class NanFeatures(FlowMlp):
+    def encode(self, obs):
+        features = super().encode(obs).features.clone()
+        features[0, 0] = torch.nan
+        return MlpPrefix(features)
+
+
+class WrongFeatureDim(FlowMlp):
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.feature_dim = 7
+
+
+class FlatVelocity(FlowMlp):
+    def velocity(self, prefix, x, t):
+        return super().velocity(prefix, x, t).flatten(0, 1)
+
+
+class HalfVelocity(FlowMlp):
+    def velocity(self, prefix, x, t):
+        return super().velocity(prefix, x, t).bfloat16()
+
+
+class FrozenHead(FlowMlp):
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.head.requires_grad_(False)
+
+
+class DetachedHead(FlowMlp):
+    @torch.no_grad()
+    def velocity(self, prefix, x, t):
+        return super().velocity(prefix, x, t)
+
+
+class UnusedWeight(FlowMlp):
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.head.spare = nn.Parameter(torch.zeros(2))
+
+    def save_pretrained(self, path):
+        spare, self.head.spare = self.head.spare, None
+        super().save_pretrained(path)
+        self.head.spare = spare
+
+
+class ImpatientTime(FlowMlp):
+    def sample_time(self, shape, generator=None):
+        return 2 * torch.rand(shape)
+
+
+class CannotSave(FlowMlp):
+    def save_pretrained(self, path):
+        raise NotImplementedError
+
+
+class ForgetfulLoad(FlowMlp):
+    @classmethod
+    def from_pretrained(cls, repo_or_path, **options):
+        return cls.tiny(seed=9)
+
+
+class Padded(FlowMlp):
+    """A network of width 5 for 3 real dimensions, which it cuts out, as it should."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.spec = replace(self.spec, width=5)
+
+    def velocity(self, prefix, x, t):
+        return F.pad(super().velocity(prefix, x[..., :3], t), (0, 2))
+
+    def native_sample(self, obs, noise):
+        return F.pad(super().native_sample(obs, noise[..., :3]), (0, 2))
+
+
+class PaddingRead(Padded):
+    """Reads what the model's own sampler does not."""
+
+    def velocity(self, prefix, x, t):
+        return super().velocity(prefix, x, t) + F.pad(
+            x[..., 3:].mean(dim=-1, keepdim=True).expand_as(x[..., :3]), (0, 2)
+        )
+
+
+class NoiseInPadding(PaddingRead):
+    """Reads the noise in its padded dimensions, as its own sampler does: what pi0.5 and GR00T were trained with."""
+
+    def native_sample(self, obs, noise):
+        x, prefix, steps = noise[:, None], self.encode(obs), self.spec.flow_steps
+        for k in range(steps):
+            x = x + self.velocity(prefix, x, torch.full(x.shape[:2], k / steps)) / steps
+        return x[:, 0]
+
+
+@pytest.mark.parametrize("adapter", [Padded, NoiseInPadding])
+def test_sound_padded_adapters_pass(adapter):
+    check_policy(adapter.tiny())
+
+
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        (MirroredTime, ["time convention: ", "the time is mirrored", "pass it 1 - t"]),
+        (WrongSign, ["time convention: ", "the velocity has the wrong sign", "negate"]),
+        (MirroredTimeAndSign, ["time convention: ", "time is mirrored and the sign is wrong"]),
+        (OtherSteps, ["time convention: ", "agreement returns with 5 steps", "spec.flow_steps = 5"]),
+        (ClippedSample, ["time convention: ", "native_sample clips"]),
+        (UnrelatedSample, ["time convention: ", "Neither mirrored time nor the sign"]),
+        (SharedTime, ["candidate times: ", "own t[b, j]", "time of candidate 0 is used for all"]),
+        (MeanTime, ["candidate times: ", "mean time of a state is used for all"]),
+        (NoTime, ["velocity: ", "the flow time does not reach the network"]),
+        (MixedCandidates, ["candidates: ", "depends on the candidates beside it", "mask attention"]),
+        (MutatingVelocity, ["purity: ", "changes prefix.features in place", "fresh one"]),
+        (GrowingCache, ["purity: ", "changes the prefix", "KV cache grows"]),
+        (OverwritesInput, ["purity: ", "inputs x or t in place"]),
+        (RandomVelocity, ["purity: ", "velocity is random"]),
+        (LeakyBackbone, ["gradients: ", "backbone.weight, backbone.bias does", "flows into backbone.weight",
+                         "features requires grad", "requires_grad_(False)"]),
+        (TrainModeBackbone, ["encode: ", "two prefixes of the same observations are not equal", "eval mode"]),
+        (BatchNormBackbone, ["encode: ", "changes the buffer norm.running_mean", "policy.train() changes the prefix"]),
+        (StatesSeeEachOther, ["prefix.select: ", "encoding that state alone", "states see each other"]),
+        (WrongSelect, ["prefix.select: ", "select([1]) is not what encoding that state alone gives"]),
+        (NanFeatures, ["1 of 18 features are NaN"]),
+        (WrongFeatureDim, ["encode: ", "[3, 6]", "feature_dim=7", "nothing else could be checked"]),
+        (FlatVelocity, ["velocity: ", "[B, N, H, A] = [3, 3, 4, 3]"]),
+        (HalfVelocity, ["velocity: ", "torch.bfloat16 for x of torch.float32", "cast"]),
+        (FrozenHead, ["gradients: ", "no parameter of policy.head requires grad"]),
+        (DetachedHead, ["gradients: ", "reaches none of the head's 6 trainable parameters"]),
+        (UnusedWeight, ["gradients: ", "does not reach the head parameter spare"]),
+        (ImpatientTime, ["sample_time: ", "expected [0, 1]", "generators of one seed"]),
+        (CannotSave, ["save and load: ", "raised NotImplementedError"]),
+        (ForgetfulLoad, ["save and load: ", "gives another velocity"]),
+        (PaddingRead, ["padding: ", "reads the padded dimensions of x", "Cut x to action_dim",
+                       "when their noise is zero"]),
+    ],
+)  # fmt: skip
+def test_a_broken_adapter_is_told_what_is_wrong(adapter, words):
+    message = complaint(adapter.tiny())
+    assert message.startswith(f"{adapter.__name__} breaks the contract of poco_vla.FlowPolicy in ")
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        MirroredTime,
+        WrongSign,
+        OtherSteps,
+        ClippedSample,
+        MixedCandidates,
+        SharedTime,
+        CannotSave,
+        FrozenHead,
+        UnusedWeight,
+    ],
+)
+def test_one_mistake_is_one_point(adapter):
+    """No avalanche: a candidates' mix-up or a shared time leaves the sampler of one candidate right, for instance."""
+    assert "in 1 point:\n1. " in complaint(adapter.tiny())
+
+
+def test_all_points_are_listed_at_once():
+    class Several(MirroredTime, LeakyBackbone, CannotSave, ImpatientTime):
+        pass
+
+    message = complaint(Several.tiny())
+    for title in ("sample_time: ", "encode: ", "time convention: ", "gradients: ", "save and load: "):
+        assert title in message
+    assert message.count("\n") == int(message.split(" points")[0].split()[-1])
+
+
+def test_a_missing_method_does_not_end_the_check():
+    class NoSampler(CannotSave):
+        native_sample = None
+
+    message = complaint(NoSampler.tiny())
+    assert "time convention: raised TypeError" in message
+    assert "save and load: raised NotImplementedError" in message
+
+
+def test_two_states_are_the_least():
+    assert "hold 1 state, the checks need at least 2" in complaint(FlowMlp.tiny(), obs=FlowMlp.tiny().example_obs(1))
+
+
+def test_tolerance_is_the_callers():
+    """A velocity that is off by 1e-3 in relation to the model's own sampler."""
+
+    class Rounded(FlowMlp):
+        def velocity(self, prefix, x, t):
+            return super().velocity(prefix, x, t) + 1e-3
+
+    assert "time convention" in complaint(Rounded.tiny())
+    check_policy(Rounded.tiny(), atol=0.05)
