@@ -33,6 +33,8 @@ class Poco(nn.Module):
         draws: source of all random numbers; torch's default generator when None.
     """
 
+    zeta: Tensor
+
     def __init__(self, policy: FlowPolicy, config: PocoConfig, draws: Draws | None = None) -> None:
         super().__init__()
         self.policy = policy
@@ -103,7 +105,7 @@ class Poco(nn.Module):
         return loss, metrics
 
     def critic_loss(self, prefix: Prefix, batch: ChunkBatch) -> tuple[Tensor, Metrics]:
-        """Mean over critics and batch of (Q_e - y)^2, y from one plain policy sample at the bootstrap state (Eq. 14)."""
+        """Mean over critics and batch of (Q_e - y)^2, y from one plain sample at the bootstrap state (Eq. 14)."""
         cfg = self.config
         next_prefix = self.policy.encode(batch.next_obs)
         next_chunk = self._propose(next_prefix, 1)

@@ -153,7 +153,7 @@ class ReplayConfig:
     """The pool D of offline and online transitions."""
 
     capacity: int = 2_000_000
-    """Online control steps that are kept; the oldest episodes go first. Demonstrations are never evicted (paper: 2M)."""
+    """Online control steps that are kept; the oldest episodes go first. Demonstrations always stay (paper: 2M)."""
     demo_fraction: float | None = None
     """Share of each batch drawn from demonstrations; None draws uniformly from the whole pool (code), 0.5 is a 50/50
     mix (RLPD)."""
@@ -287,6 +287,12 @@ class TrainConfig:
 def to_json(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON values."""
     return json.loads(json.dumps(asdict(config), default=str))
+
+
+def to_scalars(config: Any) -> dict[str, int | float | str]:
+    """A configuration as one flat table of plain values, as trackers show it; what is neither is its text."""
+    flat = _flat(to_json(config))
+    return {name: value if isinstance(value, int | float | str) else str(value) for name, value in flat.items()}
 
 
 def from_json(cls: type[Any], values: Mapping[str, Any]) -> Any:

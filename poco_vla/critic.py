@@ -105,4 +105,5 @@ def td_target(
 @torch.no_grad()
 def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     """target <- (1 - tau) target + tau online, parameter by parameter, in place."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+    # One call for all parameters; torch exports no public name for it.
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)  # pyright: ignore[reportPrivateImportUsage]

@@ -62,7 +62,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     p, n = successes / trials, trials
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # The interval holds p; at 0 and 1 rounding would leave it outside, by 1e-16, and no plot draws a negative error bar.
+    # The interval holds p; at 0 and 1 rounding would leave it outside by 1e-16: a negative error bar.
     return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 

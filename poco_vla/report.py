@@ -16,6 +16,7 @@ from poco_vla.evaluate import wilson_interval
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
 
 WINDOW = 20
 SFT, POCO = "#8a8f98", "#0b6bcb"
@@ -100,7 +101,7 @@ def draw_curves(runs: Sequence[Path], path: Path) -> Path:
     for run in runs:
         _draw_run(axes, run, single=len(runs) == 1)
     axes.set(xlabel="environment steps", ylabel="success rate", ylim=(-0.02, 1.02))
-    axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)

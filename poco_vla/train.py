@@ -7,6 +7,7 @@ main process acts, evaluates and writes.
 import json
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -19,16 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from torch import Tensor
 
 from poco_vla import checkpoint, report
 from poco_vla.algorithm import Poco, Stage
-from poco_vla.config import TrainConfig, to_json
+from poco_vla.config import TrainConfig, to_json, to_scalars
 from poco_vla.data import BatchSource, Episode, Replay, chunk_batch, open_dataset, read_episodes
 from poco_vla.data.dataset import info_of
 from poco_vla.distill import flow_errors
-from poco_vla.errors import CheckpointError, ConfigError, NonFiniteError
+from poco_vla.errors import CheckpointError, ConfigError, NonFiniteError, UnknownNameError
 from poco_vla.evaluate import SuccessRate, evaluate
 from poco_vla.flow import Draws
 from poco_vla.policy import FlowPolicy
@@ -109,16 +111,25 @@ class Trainer:
         self._clock = time.monotonic()
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
+        self._refuse_unknown_trackers(config)
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             log_with=list(config.trackers) or None,
+            project_dir=config.output_dir,  # trackers want one here; it becomes the run's own folder below
             # Before the critic learns, and while the actor is frozen, one of the two has no gradient.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.accelerator.num_processes:
+            raise ConfigError(
+                f"{launched} processes were launched, but Accelerate sees {self.accelerator.num_processes}: each would "
+                "train by itself. On CPUs set ACCELERATE_USE_CPU=true."
+            )
         self.config = config = replace(config, output_dir=self._choose_folder(config))
         checkpoint.claim_folder(config.output_dir)
         self._refuse_to_overwrite()
-        self.accelerator.project_configuration.set_directories(str(config.output_dir))
+        folders = self.accelerator.project_configuration
+        folders.project_dir = folders.logging_dir = str(config.output_dir)
         self.is_main = self.accelerator.is_main_process
         self.display = Display(enabled=self.is_main)
         self.progress = Progress()
@@ -136,7 +147,7 @@ class Trainer:
         elif self.is_main:
             checkpoint.write_json(config.output_dir / "config.json", to_json(config))
         if config.trackers:
-            self.accelerator.init_trackers("poco_vla", config=to_json(config))
+            self.accelerator.init_trackers("poco_vla", config=to_scalars(config))
 
     # -- the run ------------------------------------------------------------------------------------------------
 
@@ -146,13 +157,14 @@ class Trainer:
             if self.progress.stage == "sft":
                 self._imitate()
                 self._calibrate()
-                self._evaluate("after SFT")
+                # A failure of the policy that only imitates, a success of the one that learned.
+                self._evaluate("after SFT", video="failure_before")
                 self._enter("online")
                 self._save()
             if self.progress.stage == "online":
                 self._learn_online()
                 if self.config.online_steps:
-                    self._evaluate("after POCO")
+                    self._evaluate("after POCO", video="success_after")
                 self._enter("done")
                 self._save()
         return self._finish()
@@ -244,7 +256,7 @@ class Trainer:
             f"zeta = auto: {zeta:.4f}, the {self.config.poco.zeta_quantile:.0%} quantile of the demonstrations"
         )
 
-    def _evaluate(self, label: str) -> None:
+    def _evaluate(self, label: str, *, video: str | None = None) -> None:
         if not self.is_main or self.config.env is None:
             self.accelerator.wait_for_everyone()
             return
@@ -258,11 +270,9 @@ class Trainer:
         now = self.progress
         self.display.say(f"success {label}: [bold]{result.success}[/bold] of {settings.episodes} episodes")
         now.evaluations.append({"label": label, "env_steps": now.env_steps} | result.success.figures())
-        # A failure of the policy that only imitates, a success of the one that learned.
-        wanted = [e for e in result.episodes if e.succeeded == (now.stage != "sft")]
+        wanted = [e for e in result.episodes if video and e.succeeded == video.startswith("success")]
         if settings.videos and wanted:
-            name = "failure_before.mp4" if now.stage == "sft" else "success_after.mp4"
-            write_episode_video(wanted[0], self._env, self.config.output_dir / name)
+            write_episode_video(wanted[0], self._env, self.config.output_dir / f"{video}.mp4")
         self.accelerator.wait_for_everyone()
 
     def _finish(self) -> TrainResult:
@@ -330,9 +340,8 @@ class Trainer:
         self.batches = BatchSource(
             self.replay, self.policy, config.optim.batch_size, seed=config.seed, rank=rank, world_size=world_size
         )
-        self.actor = Actor(
-            self.policy, config.seed, config.best_of_n, self.poco.target_critic if config.best_of_n > 1 else None
-        )
+        critic = self.poco.target_critic if config.best_of_n > 1 else None
+        self.actor = Actor(self.policy, config.seed, config.best_of_n, critic, config.poco.aggregation)
         self.recorder = EpisodeRecorder(config.output_dir / "episodes", self.info.fps)
         steps = self.replay.num_demo_steps
         trained = sum(p.numel() for p in self.actor_parameters)
@@ -388,24 +397,23 @@ class Trainer:
         if self.accelerator.num_processes == 1:
             return episodes, steps
         device = self.accelerator.device
-        head = broadcast(torch.tensor([steps, len(episodes)], device=device))
-        steps, count = (int(x) for x in head)
+        text = list(episodes[0].task.encode()) if episodes else []
+        head = _broadcast(torch.tensor([steps, len(episodes), len(text)], device=device))
+        steps, count, letters = (int(x) for x in head)
         if count == 0:
             return [], steps
+        text = _broadcast(torch.tensor(text or [0] * letters, dtype=torch.uint8, device=device))
         lengths = torch.tensor([len(e) for e in episodes] or [0] * count, device=device)
-        lengths = [int(x) for x in broadcast(lengths)]
+        lengths = [int(x) for x in _broadcast(lengths)]
         columns = {}
         for name, like in _columns_of(self._columns).items():
             shape = (sum(lengths), *like.shape[1:])
             mine = np.concatenate([_columns_of(e)[name] for e in episodes]) if episodes else np.zeros(shape, like.dtype)
-            columns[name] = broadcast(torch.from_numpy(mine).to(device)).cpu().numpy()
-        task = self._columns.task if not episodes else episodes[0].task
+            columns[name] = _broadcast(torch.from_numpy(mine).to(device)).cpu().numpy()
+        task = bytes(text.tolist()).decode()
         bounds = np.cumsum([0, *lengths])
-        shared = [
-            _from_columns({name: column[a:b] for name, column in columns.items()}, task)
-            for a, b in pairwise(bounds)
-        ]
-        return shared, steps
+        rows = [{name: column[a:b] for name, column in columns.items()} for a, b in pairwise(bounds)]
+        return [_from_columns(columns, task) for columns in rows], steps
 
     # -- what is seen and kept ----------------------------------------------------------------------------------
 
@@ -572,22 +580,31 @@ class Trainer:
         if "{time}" not in pattern:
             return config.output_dir
         if config.resume:
-            runs = sorted(Path().glob(pattern.replace("{time}", "*") + "/checkpoints"))
+            root = Path(config.output_dir.anchor)
+            runs = sorted(root.glob(f"{config.output_dir.relative_to(root)}/checkpoints".replace("{time}", "*")))
             if not runs:
                 raise CheckpointError(f"nothing to resume: no run with a checkpoint matches {pattern}")
             return runs[-1].parent
         seconds = torch.tensor([int(time.time())], device=self.accelerator.device)
-        start = time.localtime(int(broadcast(seconds)))
+        start = time.localtime(int(_broadcast(seconds)))
         return Path(pattern.format(time=time.strftime("%Y%m%d-%H%M%S", start)))
+
+    @staticmethod
+    def _refuse_unknown_trackers(config: TrainConfig) -> None:
+        """Accelerate leaves a tracker that is not installed out without a word."""
+        known = {"all", *map(str, get_available_trackers())}
+        for name in config.trackers:
+            if name not in known:
+                raise UnknownNameError("installed tracker", name, known)
 
     def _refuse_to_overwrite(self) -> None:
         folder, config = self.config.output_dir, self.config
         if config.resume:
             checkpoint.latest(folder / "checkpoints")
         elif (folder / "config.json").exists():
-            raise ConfigError(
-                f"{folder} already holds a run. Continue it with --resume, choose another --output-dir, or delete it."
-            )
+            resumable = any((folder / "checkpoints").glob("[0-9]*"))
+            state = "a run. Continue it with --resume" if resumable else "a run that has no checkpoint yet"
+            raise ConfigError(f"{folder} already holds {state}, choose another --output-dir, or delete it.")
 
 
 def _headline(scalars: Mapping[str, float]) -> dict[str, float | str]:
@@ -607,6 +624,13 @@ def _headline(scalars: Mapping[str, float]) -> dict[str, float | str]:
     return out
 
 
+def _broadcast(tensor: Tensor) -> Tensor:
+    """The main process's tensor, on every process."""
+    shared = broadcast(tensor)
+    assert isinstance(shared, Tensor)
+    return shared
+
+
 def _cosine(start: float, end: float | None, progress: float) -> float:
     """Half a cosine from `start` to `end` (None: `start` all along)."""
     return start if end is None else end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
@@ -619,4 +643,4 @@ def _columns_of(episode: Episode) -> dict[str, np.ndarray]:
 
 def _from_columns(columns: Mapping[str, np.ndarray], task: str) -> Episode:
     obs = {key: column for key, column in columns.items() if key.startswith("observation.")}
-    return Episode(obs=obs, task=task, **{key: column for key, column in columns.items() if key not in obs})
+    return Episode(obs, columns["action"], columns["reward"], columns["success"], columns["terminal"], task)

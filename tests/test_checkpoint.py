@@ -172,7 +172,7 @@ def test_weights_of_another_model_are_refused_by_name_and_shape():
     with pytest.raises(CheckpointError, match=r"do not fit this model: policy.head.0.weight \(1, 1\), expected"):
         checkpoint.load_trainable_state(poco, weights | {name: torch.zeros(1, 1)})
     del weights[name]
-    with pytest.raises(CheckpointError, match="do not fit this model: policy.head.0.weight"):
+    with pytest.raises(CheckpointError, match=r"do not fit this model: policy.head.0.weight"):
         checkpoint.load_trainable_state(poco, weights)
     assert tuple(poco.policy.head[0].weight.shape) == shape
 

@@ -42,8 +42,8 @@ def shown(*runs):
 
 
 def test_a_row_says_before_after_gain_steps_and_time(tmp_path):
-    """8 of 20 is 40 %, 19 of 20 is 95 %: a gain of 55 points; 95.4 s is 1 min 35 s. Wilson's intervals at z = 1.96:
-    (.4 + .096) / 1.192 +- 1.96 / 1.192 sqrt(.012 + .0024) = .416 +- .197; (.95 + .096) / 1.192 +- .114 = .878 +- .114."""
+    """8 of 20 is 40 %, 19 of 20 is 95 %: a gain of 55 points; 95.4 s is 1 min 35 s. Wilson's intervals, z^2 = 3.84:
+    (.4 + .096) / 1.192 +- 1.96 / 1.192 sqrt(.012 + .0024) = .416 +- .197, and .878 +- .114 likewise."""
     text = shown(written(tmp_path / "run"))
     for part in ("40%  [22%, 61%]  n=20", "95%  [76%, 99%]  n=20", "+55 points", "12,034", "5,960", "1 min 35 s"):
         assert part in text
@@ -93,10 +93,15 @@ def test_the_running_average_is_over_twenty_episodes_and_starts_at_five(tmp_path
 def test_the_command_line_names_policy_environment_and_options(tmp_path):
     run = written(tmp_path / "run")
     command = report.eval_command(run)
-    for part in (f"--policy.path={run}/policy", "--env.type=ogbench", "--env.task=cube-task1-v0", "--env.episode_length=120"):
+    for part in (
+        f"--policy.path={run}/policy",
+        "--env.type=ogbench",
+        "--env.task=cube-task1-v0",
+        "--env.episode_length=120",
+    ):
         assert part in command
 
 
 def test_a_folder_without_figures_is_one_clear_error(tmp_path):
-    with pytest.raises(PocoError, match="no result.json in"):
+    with pytest.raises(PocoError, match=r"no result.json in"):
         report.result_table([tmp_path])

@@ -64,7 +64,8 @@ def learned(tmp_path_factory, data):
 @pytest.mark.slow
 @pytest.mark.xdist_group("learning")
 def test_poco_makes_a_policy_that_imitates_badly_succeed(learned):
-    """MEASURED"""
+    """Success over 200 episodes, after SFT and at the end (12,000 environment steps, 3,900 online updates), seeds 0, 1
+    and 2: .38 -> .98, .44 -> .89, .47 -> .97. 61 s of one core each."""
     assert 0.25 < learned.before.rate < 0.55
     assert learned.after.rate > 0.85
     assert learned.after.interval[0] > learned.before.interval[1]
@@ -271,15 +272,15 @@ def launch(config, num_processes):
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_for_the_same_global_batch(tmp_path, data):
     """The same draws, the same rows, the same anchor ("demos", so that the processes hold different numbers of anchored
-    rows): only the order of float32 sums differs. Relative difference of every logged figure: below 1e-5 in SFT (40
-    updates), below 1e-3 over the 60 online updates, in which environment and policy carry rounding forward."""
-    config = small(tmp_path, data)
+    rows): only the order of float32 sums differs. Every logged figure of 40 SFT, 10 warm-up and 80 online updates
+    agrees within 1e-5 (measured: within 2e-7)."""
+    config = small(tmp_path, data, online_steps=600)
     ensure_demonstrations(config.env, config.demonstrations)
     runs = [launch(replace(config, output_dir=tmp_path / f"run_{n}"), n) for n in (1, 2)]
-    assert len(runs[0]) == len(runs[1]) > 15
+    assert {line["stage"] for line in runs[1]} == {"sft", "warmup", "online"}
     for one, two in zip(*runs, strict=True):
-        assert one["stage"] == two["stage"]
-        assert two == pytest.approx(one, rel=1e-5 if one["stage"] == "sft" else 1e-3, abs=1e-6)
+        assert two.pop("stage") == one.pop("stage")
+        assert two == pytest.approx(one, rel=1e-5)
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------
@@ -383,6 +384,21 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(finished, data):
     assert_same(everything(finished), before)
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_is_not_told_to_resume(tmp_path, data):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no checkpoint yet") as caught:
+        train(small(tmp_path, data))
+    assert "--resume" not in str(caught.value)
+
+
+def test_a_folder_named_by_its_start_time_is_found_again(tmp_path, data):
+    config = small(tmp_path / "of {time}", data, online_steps=0)
+    first = train(config).output_dir
+    assert first.parent == tmp_path
+    assert "{time}" not in first.name
+    assert train(replace(config, resume=True)).output_dir == first
+
+
 def test_resume_without_a_checkpoint_is_refused(tmp_path, data):
     with pytest.raises(CheckpointError, match="nothing to resume"):
         train(small(tmp_path / "run", data, resume=True))
@@ -451,14 +467,18 @@ def test_max_grad_norm_bounds_the_step_of_each_group(tmp_path, data):
     assert norm.item() == pytest.approx(0.001, rel=1e-3)
 
 
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, data):
+    with pytest.raises(UnknownNameError, match=r'no installed tracker named "tensorbored"'):
+        train(small(tmp_path / "run", data, trackers=("tensorbored",)))
+
+
 @pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard_gets_the_scalars(tmp_path, data):
     config = small(tmp_path / "run", data, online_steps=0, trackers=("tensorboard",))
     train(config)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (folder,) = {path.parent for path in config.output_dir.rglob("events.out.tfevents*") if "sft" not in path.name}
-    events = EventAccumulator(str(folder))
+    events = EventAccumulator(str(config.output_dir / "poco_vla"))
     events.Reload()
     logged = [line["bc_loss"] for line in metrics_of(config.output_dir)]
     assert [event.value for event in events.Scalars("sft/bc_loss")] == pytest.approx(logged)

@@ -1,6 +1,7 @@
 """From raw observations to the chunks that a robot executes."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,13 +20,22 @@ class Actor:
         seed: of the actor's own noise.
         best_of_n: candidates per state; above 1 needs a critic.
         critic: values them.
+        aggregation: how the critics' values become one.
     """
 
-    def __init__(self, policy: FlowPolicy, seed: int, best_of_n: int = 1, critic: ChunkCritic | None = None) -> None:
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        seed: int,
+        best_of_n: int = 1,
+        critic: ChunkCritic | None = None,
+        aggregation: Literal["mean", "min"] = "mean",
+    ) -> None:
         assert best_of_n == 1 or critic is not None, "best_of_n > 1 needs a critic"
         self.policy = policy
         self.critic = critic
         self.best_of_n = best_of_n
+        self.aggregation: Literal["mean", "min"] = aggregation
         self.generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
@@ -41,7 +51,7 @@ class Actor:
         prefix = self.policy.encode(network_obs(self.policy, obs, tasks))
         x = propose(self.policy, prefix, self.best_of_n, generator=self.generator)
         if self.critic is not None and self.best_of_n > 1:
-            q = aggregate(self.critic(prefix.features, x))
+            q = aggregate(self.critic(prefix.features, x), self.aggregation)
             x = x[torch.arange(len(x), device=x.device), q.argmax(dim=1)][:, None]
         actions = self.policy.postprocess(x[:, 0, :, : self.policy.spec.action_dim]).float().cpu().numpy()
         if not np.isfinite(actions).all():

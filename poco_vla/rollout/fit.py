@@ -2,9 +2,6 @@
 
 from typing import Any
 
-from lerobot.configs.types import FeatureType
-from lerobot.envs.utils import env_to_policy_features
-
 from poco_vla.data import DatasetInfo
 from poco_vla.errors import DataError
 
@@ -16,6 +13,9 @@ def check_fit(info: DatasetInfo, env: Any) -> None:
         info: of the dataset.
         env: LeRobot EnvConfig.
     """
+    from lerobot.configs.types import FeatureType
+    from lerobot.envs.utils import env_to_policy_features
+
     if "action" not in info.features:
         raise DataError(f"{info.repo_id} has no column action. Its columns: {', '.join(sorted(info.features))}.")
     if info.fps != env.fps:

@@ -292,8 +292,8 @@ def _make_chunk_env(
 def _vectorise(makers: list[Any], preload: Sequence[str], *, in_process: bool) -> VectorEnv:
     if in_process:
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED, copy=True)
-    # forkserver: workers are forked from a clean process that has imported this module once, never from the learner.
-    multiprocessing.set_forkserver_preload([__name__, *preload])
+    # forkserver: workers are forked from a clean process that has imported all they need once, never from the learner.
+    multiprocessing.set_forkserver_preload(["__main__", __name__, *preload])
     return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED, context="forkserver", copy=True)
 
 

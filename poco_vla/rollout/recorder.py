@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -33,17 +33,18 @@ def write_dataset(episodes: Sequence[Episode], root: Path, *, fps: int, repo_id:
     shutil.rmtree(partial, ignore_errors=True)
     features = _features(episodes[0])
     videos = any(feature["dtype"] == "video" for feature in features.values())
-    with _without_progress_bars():
-        dataset = LeRobotDataset.create(repo_id, fps=fps, features=features, root=partial, use_videos=videos)
-        for episode in episodes:
-            for frame in _frames(episode):
-                dataset.add_frame(frame)
-            dataset.save_episode()
-        dataset.finalize()
-    if root.exists():
-        shutil.rmtree(partial)
-    else:
-        partial.rename(root)
+    try:
+        with _without_progress_bars():
+            dataset = LeRobotDataset.create(repo_id, fps=fps, features=features, root=partial, use_videos=videos)
+            for episode in episodes:
+                for frame in _frames(episode):
+                    dataset.add_frame(frame)
+                dataset.save_episode()
+            dataset.finalize()
+        if not root.exists():
+            partial.rename(root)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return root
 
 
@@ -122,7 +123,7 @@ def _features(episode: Episode) -> dict[str, dict[str, Any]]:
     return features | SIGNALS
 
 
-def _frames(episode: Episode) -> list[Mapping[str, Any]]:
+def _frames(episode: Episode) -> list[dict[str, Any]]:
     last = len(episode) - 1
     return [
         {key: column[k] for key, column in episode.obs.items()}

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from poco_vla import Poco, PocoConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
-import bench_update
-from bench_update import Size
+import measure
+from measure import Size
 
 TINY = Size(batch=6, width=16, layers=3, candidates=4, flow_steps=3, horizon=2, critics=2, action_dim=3, state_dim=7)
 
@@ -22,8 +22,8 @@ TINY = Size(batch=6, width=16, layers=3, candidates=4, flow_steps=3, horizon=2, 
 def test_every_section_runs_and_is_kept(tmp_path, capsys):
     sizes = [f"--size.{name.replace('_', '-')}={value}" for name, value in vars(TINY).items()]
     common = ["--quick", "--threads", "1", *sizes, "--replay-steps=2000", f"--output={tmp_path}"]
-    path = bench_update.main(["update", "loop", *common])
-    assert bench_update.main(["replay", *common]) == path
+    path = measure.main(["update", "loop", *common])
+    assert measure.main(["replay", *common]) == path
     kept = json.loads(path.read_text())
     assert {"device", "update", "loop", "replay"} == set(kept)
     for section in ("update", "loop", "replay"):
@@ -31,7 +31,7 @@ def test_every_section_runs_and_is_kept(tmp_path, capsys):
         figures = [v for row in kept[section]["rows"] for v in row.values() if not isinstance(v, str)]
         assert figures
         assert all(math.isfinite(v) and v > 0 for v in figures)
-    assert [row["update"] for row in kept["update"]["rows"]][:3] == ["BC", "critic (warm-up)", "POCO"]
+    assert [row["what"] for row in kept["update"]["rows"]][:3] == ["BC", "critic (warm-up)", "POCO"]
     assert "x slower half alone" in kept["loop"]["rows"][-1]
     assert "POCO" in capsys.readouterr().out
 
@@ -41,10 +41,10 @@ def test_flops_are_those_that_torch_counts(stage):
     """Counted by hand from the layer sizes; torch counts the products that run. The hand count takes a backward pass as
     two forward passes, a little too much: no gradient is formed for a network's inputs."""
     poco = Poco(
-        bench_update.mlp(TINY),
+        measure.mlp(TINY),
         PocoConfig(num_candidates=4, critic_hidden=(16,) * 3, critic_members=2),
     )
-    batch = bench_update.random_batch(TINY, "cpu")
+    batch = measure.random_batch(TINY, "cpu")
     with FlopCounterMode(display=False) as counter:
         poco(batch, stage)[0].backward()
     assert TINY.flops(stage) == pytest.approx(counter.get_total_flops(), rel=0.15)
@@ -65,11 +65,11 @@ def test_the_loop_over_samples_gives_what_the_replay_gives():
 
     from poco_vla.data import Replay
 
-    episodes = bench_update.random_episodes(TINY, 400, length=20)
+    episodes = measure.random_episodes(TINY, 400, length=20)
     replay = Replay(horizon=TINY.horizon, gamma=0.99)
     replay.extend(episodes, is_demo=True)
     raw = replay.sample(TINY.batch, np.random.default_rng(0))
-    state, after, actions, valid, returns, discount = bench_update.sample_one_by_one(
+    state, after, actions, valid, returns, discount = measure.sample_one_by_one(
         episodes, TINY, np.random.default_rng(0)
     )
     key = "observation.state"
@@ -81,6 +81,6 @@ def test_the_loop_over_samples_gives_what_the_replay_gives():
 
 def test_settings_are_put_back():
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    with bench_update.thread_count(1), bench_update.tf32(True):
+    with measure.thread_count(1), measure.tf32(True):
         assert torch.get_num_threads() == 1
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before

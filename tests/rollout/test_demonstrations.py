@@ -88,7 +88,7 @@ def test_an_environment_without_an_expert_asks_for_a_dataset(tmp_path):
 
 def test_an_expert_that_fails_too_often_gives_up_and_says_why(tmp_path):
     """No expert reaches the origin, 1 away, in one step of 0.3 each way. For one episode it tries 20 + 10 times."""
-    with pytest.raises(ConfigError, match=r"succeeded in 0 of 31 attempts at noise 0.1; lower the noise"):
+    with pytest.raises(ConfigError, match=r"succeeded in 0 of 31 attempts at noise 0.1; lower"):
         ensure_demonstrations(expert_spec(episode_length=1), wanted(tmp_path, episodes=1))
     assert not list(tmp_path.iterdir())
 

@@ -91,6 +91,7 @@ class FlowMlp(FlowPolicy):
         policy_features = dataset_to_policy_features(dict(features))
         outputs = {key: ft for key, ft in policy_features.items() if ft.type is FeatureType.ACTION}
         inputs = {key: ft for key, ft in policy_features.items() if key not in outputs}
+        settings: dict[str, Any] = {"device": "cpu"} | options
         try:
             config = FlowMlpConfig(
                 input_features=inputs,
@@ -98,7 +99,7 @@ class FlowMlp(FlowPolicy):
                 chunk_size=horizon,
                 n_action_steps=horizon,
                 push_to_hub=False,
-                **({"device": "cpu"} | options),
+                **settings,
             )
             config.validate_features()
         except (TypeError, ValueError) as error:

@@ -7,7 +7,7 @@ import builtins
 from collections import deque
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lerobot.configs.types import FeatureType
@@ -36,7 +36,7 @@ class VectorField(nn.Module):
 
     def forward(self, features: Tensor, chunk: Tensor, t: Tensor) -> Tensor:
         """Velocity [B, N, chunk_dim] from features [B, D], chunks [B, N, chunk_dim] and times [B, N]."""
-        first, *rest = self.layers
+        first, *rest = (cast("nn.Linear", layer) for layer in self.layers)
         of_state = F.linear(features, first.weight[:, : self.feature_dim], first.bias)
         h = of_state[:, None] + F.linear(torch.cat([chunk, t[..., None]], dim=-1), first.weight[:, self.feature_dim :])
         for layer in rest:
@@ -47,8 +47,8 @@ class VectorField(nn.Module):
 class FlowMlpPolicy(PreTrainedPolicy):
     """LeRobot policy over :class:`VectorField`, state inputs and optionally images through a frozen encoder."""
 
-    config_class = FlowMlpConfig
-    name = "flow_mlp"
+    config_class = FlowMlpConfig  # pyright: ignore[reportAssignmentType] (LeRobot declares None)
+    name = "flow_mlp"  # pyright: ignore[reportAssignmentType]
     config: FlowMlpConfig
 
     def __init__(self, config: FlowMlpConfig, **_: Any) -> None:
@@ -115,7 +115,7 @@ class FlowMlpPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:
-        """Next action [B, action_dim]: `n_action_steps` of a chunk are executed open loop before the next is sampled."""
+        """Next action [B, action_dim]: `n_action_steps` of a chunk run open loop before the next is sampled."""
         if not self._queue:
             chunk = self.predict_action_chunk(batch, **kwargs)
             self._queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))

@@ -84,7 +84,7 @@ class OGBenchEnv(gym.Env):
 
 
 class CubeExpert:
-    """OGBench's CubePlanOracle, which knows the cube's target only in OGBench's data-collection mode, on the task itself."""
+    """OGBench's CubePlanOracle on the task itself; by itself it knows the target only in data-collection mode."""
 
     def __init__(self, env: OGBenchEnv, noise: float, rng: np.random.Generator) -> None:
         from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
@@ -138,4 +138,4 @@ def _make(task: str, success_timing: str) -> Any:
     return gym.make(task, success_timing=success_timing, disable_env_checker=True).unwrapped
 
 
-gym.register(id=GYM_ID, entry_point=OGBenchEnv)
+gym.register(id=GYM_ID, entry_point=f"{__name__}:{OGBenchEnv.__name__}")
