@@ -114,12 +114,9 @@ class Poco(nn.Module):
         y = td_target(batch.returns, batch.discount, next_q)
         q = self.critic(prefix.features, batch.actions[:, None])[..., 0]
         squared = (q - y).square().mean(dim=0)
-        if cfg.error_mean == "all" and cfg.drop_crossing:
-            loss = (squared * batch.valid[:, -1]).mean()
-        elif cfg.drop_crossing:
-            loss = masked_mean(squared, batch.valid[:, -1])
-        else:
-            loss = squared.mean()
+        # Deviation 2: chunks that met an episode end stay, with their exact n-step return (the code drops them).
+        kept = batch.valid[:, -1] if cfg.drop_crossing else torch.ones_like(batch.is_demo)
+        loss = masked_mean(squared, kept) if cfg.error_mean == "valid" else (squared * kept).mean()
         metrics = {"critic_loss": loss.detach(), "q": q.detach().mean(), "target": y.mean()}
         return loss, metrics
 

@@ -60,7 +60,8 @@ class ChunkCritic(nn.Module):
         self.gains = nn.ParameterList(nn.Parameter(torch.ones(members, 1, o)) for o in hidden)
         self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(members, 1, o)) for o in hidden)
         for (fan_in, _), weight, bias in zip(sizes, self.weights, self.biases, strict=True):
-            bound = 1 / math.sqrt(fan_in)  # torch.nn.Linear's own initialisation
+            # Deviation 6: torch.nn.Linear's initialisation; the authors' code has flax's.
+            bound = 1 / math.sqrt(fan_in)
             nn.init.uniform_(weight, -bound, bound)
             nn.init.uniform_(bias, -bound, bound)
 

@@ -53,6 +53,7 @@ def flow_errors(
     velocity = policy.velocity(prefix, interpolate(noise, chunk, t), t)
     error = (velocity - target_velocity(noise, chunk))[..., : policy.spec.action_dim].square().mean(dim=-1)
     mask = valid[:, None].to(error.dtype)
+    # Deviation 4: over the entries that count; the authors' code divides by all.
     steps = mask.sum(dim=-1).clamp_min(1) if mean_over == "valid" else float(chunk.shape[2])
     return (error * mask).sum(dim=-1) / steps
 

@@ -329,6 +329,7 @@ class Trainer:
         self.poco = Poco(self.policy, config.poco, self.draws)
         self.actor_parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.critic_parameters = list(self.poco.critic.parameters())
+        # Deviation 5: torch counts steps per parameter, so that the critic's first ones after SFT are not oversized.
         optimizer = torch.optim.Adam(
             [
                 {"params": self.actor_parameters, "lr": config.optim.actor_lr},

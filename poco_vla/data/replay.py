@@ -91,7 +91,7 @@ class Replay:
         }
         self._check_shapes(columns)
         columns = {name: columns[name] for name in self._shapes}
-        # A cut-off episode has no stored state after its last step, so that step cannot start a transition:
+        # Deviation 3: a cut-off episode has no stored state after its last step, so that step starts no transition:
         # its chunks bootstrap one step earlier, exactly, from the last stored state.
         num_starts = len(episode) if terminal[-1] else len(episode) - 1
         (self._demos if is_demo else self._online).add(columns, num_starts)
