@@ -11,8 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from poco_vla.errors import DataError
-from poco_vla.evaluate import wilson_interval
-
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -68,22 +66,22 @@ def read_result(run: Path) -> dict[str, Any]:
 
 def result_table(runs: Sequence[Path]) -> Table:
     """Success before and after with 95 % intervals, steps, wall time: one row per run."""
-    table = Table(title="success rate, 95 % interval (Wilson)", title_justify="left")
-    for name in ("run", "SFT", "after POCO", "gain", "env steps", "updates", "wall time"):
-        table.add_column(name, justify="left" if name == "run" else "right")
+    table = Table(title="success rate in % [95 % interval, Wilson]", title_justify="left")
+    table.add_column("run")
+    for name in ("SFT", "after POCO", "gain", "env steps", "updates", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         result = read_result(run)
         before, after = result["before"], result["after"]
-        gain = f"{100 * (after['success_rate'] - before['success_rate']):+.0f} points" if before else ""
         minutes, seconds = divmod(round(result["seconds"]), 60)
         table.add_row(
-            str(run),
+            f"{run.name}, seed {result['seed']}",
             _rate(before),
             _rate(after),
-            gain,
+            f"{100 * (after['success_rate'] - before['success_rate']):+.0f}" if before else "-",
             f"{result['env_steps']:,}",
             f"{result['updates']:,}",
-            f"{minutes} min {seconds:02d} s",
+            f"{minutes}:{seconds:02d}",
         )
     return table
 
@@ -91,8 +89,8 @@ def result_table(runs: Sequence[Path]) -> Table:
 def _rate(figures: dict[str, Any] | None) -> str:
     if figures is None:
         return "-"
-    low, high = figures["interval_95"]
-    return f"{figures['success_rate']:.0%}  [{low:.0%}, {high:.0%}]  n={figures['episodes']}"
+    low, high = (100 * bound for bound in figures["interval_95"])
+    return f"{100 * figures['success_rate']:.0f} [{low:.0f}, {high:.0f}]"
 
 
 def draw_curves(runs: Sequence[Path], path: Path) -> Path:
@@ -100,6 +98,8 @@ def draw_curves(runs: Sequence[Path], path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     for run in runs:
         _draw_run(axes, run, single=len(runs) == 1)
+    if len(runs) == 1 and (steps := _warmup_steps(runs[0])):
+        axes.axvspan(0, steps, color="#f1f3f5", zorder=0, label="critic warm-up, actor frozen")
     axes.set(xlabel="environment steps", ylabel="success rate", ylim=(-0.02, 1.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.spines[["top", "right"]].set_visible(False)
@@ -134,6 +134,13 @@ def _draw_run(axes: Axes, run: Path, *, single: bool) -> None:
     )
 
 
+def _warmup_steps(run: Path) -> int:
+    """Environment steps until the actor began to learn."""
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return max((line["env_steps"] for line in lines if line["stage"] == "warmup"), default=0)
+
+
 def _running_success(run: Path) -> tuple[list[int], list[float]]:
     path = run / "episodes.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -142,6 +149,3 @@ def _running_success(run: Path) -> tuple[list[int], list[float]]:
     # The first episodes average over what there is, once a quarter of the window is filled.
     points = [i for i in range(len(lines)) if i + 1 >= WINDOW // 4]
     return [steps[i] for i in points], [float(np.mean(success[max(0, i + 1 - WINDOW) : i + 1])) for i in points]
-
-
-__all__ = ["draw_curves", "eval_command", "finish", "read_result", "result_table", "wilson_interval"]

@@ -8,6 +8,7 @@
 # pyright: reportAttributeAccessIssue=false
 
 import atexit
+import contextlib
 import functools
 import importlib
 import logging
@@ -122,6 +123,7 @@ class SceneRenderer:
         assert self._gl_context is not None
         self._gl_context.make_current()  # an environment's own renderer may have made another one current
         if self._mjr is None:
+            _forget_gl_errors()
             self._mjr = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
             mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._mjr)
             mujoco.mjr_resizeOffscreen(self.width, self.height, self._mjr)
@@ -183,6 +185,15 @@ def _open_context(backend: str) -> Any:
                 del sys.modules[name]
         raise
     return context
+
+
+def _forget_gl_errors() -> None:
+    """MuJoCo blames a new context for what freeing an older one left behind in the driver, and prints it."""
+    with contextlib.suppress(ImportError):
+        from OpenGL.GL import glGetError
+
+        while glGetError():
+            pass
 
 
 def _close_all(context: Any) -> None:
