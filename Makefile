@@ -5,7 +5,7 @@ STAMP  := .venv/.setup-done
 ARGS   ?=
 
 # One process, and every choice spelled out, so that it runs alike with and without a GPU and warns of no default.
-LAUNCH := .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+LAUNCH := .venv/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 # One thread in each of a few workers: small tensors gain nothing from more.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
@@ -31,7 +31,8 @@ $(STAMP): pyproject.toml $(wildcard adapters/*/pyproject.toml) .ci/constraints.t
 	@bash .ci/setup
 
 demo: $(STAMP)  ## run recipes/mlp_cube.py; options go into ARGS="--seed 1"
-	$(LAUNCH) recipes/mlp_cube.py $(ARGS)
+	@# The launcher ignores Ctrl-C and waits: the run itself saves, says where, and ends.
+	@trap '' INT; $(LAUNCH) recipes/mlp_cube.py $(ARGS)
 
 test: $(STAMP)  ## check style, types and behaviour; all three run even if one fails
 	@$(MAKE) --no-print-directory --keep-going lint typecheck pytest

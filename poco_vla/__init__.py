@@ -1,7 +1,17 @@
 """POCO for vision-language-action policies: imitate first, then succeed. See README.md."""
 
 from poco_vla.algorithm import Poco
-from poco_vla.config import PocoConfig
+from poco_vla.config import (
+    DatasetConfig,
+    DemonstrationConfig,
+    EnvSpec,
+    EvalConfig,
+    OptimConfig,
+    PocoConfig,
+    ReplayConfig,
+    RewardConfig,
+    TrainConfig,
+)
 from poco_vla.critic import ChunkCritic, polyak_update, td_target
 from poco_vla.distill import clipped_distillation, flow_errors
 from poco_vla.errors import PocoError, PolicyError
@@ -18,14 +28,22 @@ __all__ = [
     "ActionSpec",
     "ChunkBatch",
     "ChunkCritic",
+    "DatasetConfig",
+    "DemonstrationConfig",
     "Draws",
+    "EnvSpec",
+    "EvalConfig",
     "FlowPolicy",
     "Metrics",
+    "OptimConfig",
     "Poco",
     "PocoConfig",
     "PocoError",
     "PolicyError",
     "Prefix",
+    "ReplayConfig",
+    "RewardConfig",
+    "TrainConfig",
     "available_adapters",
     "check_policy",
     "clipped_distillation",

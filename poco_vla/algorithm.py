@@ -37,7 +37,8 @@ class Poco(nn.Module):
 
     def __init__(self, policy: FlowPolicy, config: PocoConfig, draws: Draws | None = None) -> None:
         super().__init__()
-        self.policy = policy
+        # In eval mode throughout: no dropout, so that candidates are plain samples and draws the only randomness.
+        self.policy = policy.eval()
         self.config = config
         self.draws = draws or Draws(torch.default_generator)
         spec = policy.spec
@@ -129,6 +130,11 @@ class Poco(nn.Module):
         polyak_update(self.target_critic, self.critic, self.config.tau)
 
     @torch.no_grad()
+    def data_errors(self, batch: ChunkBatch, draws: Draws) -> Float[Tensor, " B"]:
+        """Flow error of each data chunk, with random numbers of one's own."""
+        return self._flow_errors(self.policy.encode(batch.obs), batch, batch.actions[:, None], draws)[:, 0]
+
+    @torch.no_grad()
     def calibrate_zeta(self, errors: Float[Tensor, " M"]) -> float:
         """`zeta="auto"`: the clip becomes the `zeta_quantile` of the demonstrations' flow errors after SFT."""
         self.zeta.fill_(torch.quantile(errors.float(), self.config.zeta_quantile))
@@ -158,7 +164,10 @@ class Poco(nn.Module):
         steps = self.config.flow_steps
         return propose(self.policy, prefix, n, steps=steps, noise=self.draws.normal(shape, like=like))
 
-    def _flow_errors(self, prefix: Prefix, batch: ChunkBatch, chunk: Float[Tensor, "B N H A"]) -> Float[Tensor, "B N"]:
-        noise = self.draws.normal(chunk.shape, like=chunk)
-        t = self.draws.time(self.policy.sample_time, chunk.shape[:2], like=chunk)
+    def _flow_errors(
+        self, prefix: Prefix, batch: ChunkBatch, chunk: Float[Tensor, "B N H A"], draws: Draws | None = None
+    ) -> Float[Tensor, "B N"]:
+        draws = draws or self.draws
+        noise = draws.normal(chunk.shape, like=chunk)
+        t = draws.time(self.policy.sample_time, chunk.shape[:2], like=chunk)
         return flow_errors(self.policy, prefix, chunk, batch.valid, noise=noise, t=t, mean_over=self.config.error_mean)

@@ -1,6 +1,8 @@
 """Command lines: `poco-vla train | eval | report | adapters`, and the entry of recipes."""
 
+import json
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,8 +13,8 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from poco_vla.config import EnvSpec, TrainConfig
-from poco_vla.errors import PocoError
+from poco_vla.config import EnvSpec, TrainConfig, from_json
+from poco_vla.errors import ConfigError, PocoError
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -41,8 +43,11 @@ class Eval:
     """LeRobot policy folder or Hub id."""
     adapter: str = "flow_mlp"
     """Adapter that wraps it."""
-    env: EnvSpec = EnvSpec()  # noqa: RUF009 (frozen)
-    """Where it acts."""
+    env: str | None = None
+    """Where it acts, as JSON: '{"type": "ogbench", "task": "...", "options": {"episode_length": 120}}'. Left out: the
+    environment of the run that exported the policy (result.json beside its folder)."""
+    device: str = "cpu"
+    """Torch device."""
     episodes: int = 50
     """Episodes."""
     seed: int = 100_000
@@ -85,8 +90,9 @@ def _run(command: object) -> None:
             from poco_vla.evaluate import evaluate
             from poco_vla.registry import load_adapter
 
-            policy = load_adapter(command.adapter).from_pretrained(command.policy)
-            result = evaluate(policy, command.env, episodes=command.episodes, seed=command.seed)
+            env = _env_of(command)
+            policy = load_adapter(command.adapter).from_pretrained(command.policy, device=command.device)
+            result = evaluate(policy, env, episodes=command.episodes, seed=command.seed)
             console.print(f"success {result.success} of {command.episodes} episodes")
         case Report():
             from poco_vla.report import draw_curves, result_table
@@ -100,6 +106,20 @@ def _run(command: object) -> None:
                 console.print(f"{name:<16} {where}")
 
 
+def _env_of(command: Eval) -> EnvSpec:
+    """The environment that is asked for, or that of the policy's own run."""
+    if command.env is not None:
+        try:
+            return from_json(EnvSpec, json.loads(command.env))
+        except (json.JSONDecodeError, AttributeError) as error:
+            raise ConfigError(f"--env is no JSON object: {error}") from error
+    result = Path(command.policy).parent / "result.json"
+    figures = json.loads(result.read_text()) if result.is_file() else {}
+    if not figures.get("env"):
+        raise ConfigError(f"{command.policy} does not lie in a run's folder: say where it acts with --env")
+    return from_json(EnvSpec, figures["env"])
+
+
 def _train(config: TrainConfig) -> None:
     from poco_vla.train import train
 
@@ -110,6 +130,8 @@ def _guarded(work: object) -> None:
     """Run, and turn what a user can mend into one line on stderr."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     assert callable(work)
+    # A launcher that waits for its children ignores Ctrl-C, and they inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         work()
     except PocoError as error:

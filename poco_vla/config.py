@@ -108,6 +108,9 @@ class DatasetConfig:
     """Episodes to use; None is all of them."""
     success_at_end: bool = True
     """A dataset that records neither success nor reward is taken as demonstrations that succeed at their last step."""
+    success_reward: float | None = None
+    """Where next.success is not recorded: a step whose next.reward reaches this is a success. None understands 0/1 and
+    -1/0 rewards by itself."""
     max_image_bytes: int = 8 * 1024**3
     """Most memory that decoded images may take, in bytes."""
 
@@ -256,12 +259,12 @@ class TrainConfig:
     """Folder of this run; "{time}" becomes its start time."""
     resume: bool = False
     """Continue the run in `output_dir` (with "{time}": the newest one) from its last checkpoint."""
-    checkpoint_every: int = 0
+    checkpoint_every: int = 10_000
     """Updates between checkpoints; 0 saves at the end of each stage and on Ctrl-C only."""
     log_every: int = 50
     """Updates between log lines."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Accelerate's mixed precision."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Accelerate's mixed precision for the policy; the critic stays in float32."""
     trackers: tuple[str, ...] = ()
     """Accelerate trackers that get the same scalars: "tensorboard", "wandb", "trackio", ..."""
     num_threads: int | None = None
@@ -274,6 +277,11 @@ class TrainConfig:
         _require(self.log_every >= 1, f"log_every is {self.log_every}; at least 1")
         _require(self.best_of_n >= 1, f"best_of_n is {self.best_of_n}; at least 1")
         _require(self.updates_per_step > 0, f"updates_per_step is {self.updates_per_step}; it must be above 0")
+        _require(
+            self.online_steps == 0 or self.warmup_steps < self.online_steps * self.updates_per_step,
+            f"warmup_steps is {self.warmup_steps}, but {self.online_steps} environment steps at "
+            f"{self.updates_per_step} updates each leave none for the actor; shorten the warm-up or take more steps",
+        )
         _require(
             self.env is not None or self.online_steps == 0,
             f"online_steps is {self.online_steps} but there is no env to act in; give one, or set online_steps to 0",

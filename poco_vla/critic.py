@@ -66,7 +66,15 @@ class ChunkCritic(nn.Module):
             nn.init.uniform_(bias, -bound, bound)
 
     def forward(self, features: Float[Tensor, "B D"], chunk: Float[Tensor, "B N H A"]) -> Float[Tensor, "E B N"]:
-        """Value of N chunks in each of B states, in units of discounted reward, one per ensemble member."""
+        """Value of N chunks in each of B states, in units of discounted reward, one per ensemble member.
+
+        Always in the precision of its own weights: eta is finer than what bfloat16 keeps of a value.
+        """
+        dtype = self.weights[0].dtype
+        with torch.autocast(features.device.type, enabled=False):
+            return self._values(features.to(dtype), chunk.to(dtype))
+
+    def _values(self, features: Float[Tensor, "B D"], chunk: Float[Tensor, "B N H A"]) -> Float[Tensor, "E B N"]:
         batch, num, _, _ = chunk.shape
         members = self.weights[0].shape[0]
         actions = chunk[..., : self.action_dim].reshape(1, batch * num, -1).expand(members, -1, -1)

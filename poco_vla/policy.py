@@ -77,7 +77,9 @@ class FlowPolicy(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def from_pretrained(cls, repo_or_path: str | Path, *, horizon: int | None = None, **options: Any) -> "FlowPolicy":
+    def from_pretrained(
+        cls, repo_or_path: str | Path, *, horizon: int | None = None, device: str = "cpu", **options: Any
+    ) -> "FlowPolicy":
         """Load a LeRobot policy folder or Hub repository. Raises PolicyError on anything but a complete match."""
         raise NotImplementedError
 

@@ -5,18 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
 from poco_vla.errors import DataError
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
 
 WINDOW = 20
+"""Training episodes in the running success rate (paper)."""
 SFT, POCO = "#8a8f98", "#0b6bcb"
 
 
@@ -95,7 +94,8 @@ def _rate(figures: dict[str, Any] | None) -> str:
 
 def draw_curves(runs: Sequence[Path], path: Path) -> Path:
     """Success against environment steps: running average over training episodes, evaluations with their intervals."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")  # no pyplot: a notebook keeps its own backend
+    axes = figure.subplots()
     for run in runs:
         _draw_run(axes, run, single=len(runs) == 1)
     if len(runs) == 1 and (steps := _warmup_steps(runs[0])):
@@ -107,7 +107,6 @@ def draw_curves(runs: Sequence[Path], path: Path) -> Path:
     axes.set_axisbelow(True)
     axes.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     return path
 
 

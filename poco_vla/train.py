@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, broadcast
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast
 from torch import Tensor
 
 from poco_vla import checkpoint, report
@@ -29,7 +30,6 @@ from poco_vla.algorithm import Poco, Stage
 from poco_vla.config import TrainConfig, to_json, to_scalars
 from poco_vla.data import BatchSource, Episode, Replay, chunk_batch, open_dataset, read_episodes
 from poco_vla.data.dataset import info_of
-from poco_vla.distill import flow_errors
 from poco_vla.errors import CheckpointError, ConfigError, NonFiniteError, UnknownNameError
 from poco_vla.evaluate import SuccessRate, evaluate
 from poco_vla.flow import Draws
@@ -38,13 +38,10 @@ from poco_vla.progress import Bar, Display
 from poco_vla.registry import load_adapter
 from poco_vla.rollout import Actor, EnvPool, EpisodeRecorder, ensure_demonstrations, environment
 from poco_vla.rollout.demonstrations import demonstrations_root
-from poco_vla.rollout.fit import check_fit
+from poco_vla.rollout.fit import check_fit, check_inputs
 from poco_vla.rollout.video import write_episode_video
 
 logger = logging.getLogger(__name__)
-
-WINDOW = 20
-"""Training episodes in the running success rate (paper)."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -117,7 +114,11 @@ class Trainer:
             log_with=list(config.trackers) or None,
             project_dir=config.output_dir,  # trackers want one here; it becomes the run's own folder below
             # Before the critic learns, and while the actor is frozen, one of the two has no gradient.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True),
+                # Other processes wait while the main one makes demonstrations or evaluates.
+                InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+            ],
         )
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != self.accelerator.num_processes:
@@ -181,6 +182,7 @@ class Trainer:
 
     def _imitate(self) -> None:
         self._set_actor_lr(self.config.optim.sft_lr or self.config.optim.actor_lr)
+        self.batches.bootstrap = False
         total = self.config.sft_steps
         with self.display.stage("SFT", total, self.progress.stage_update) as bar:
             while self.progress.stage_update < total:
@@ -191,29 +193,37 @@ class Trainer:
     def _learn_online(self) -> None:
         """Act for a chunk, learn meanwhile from what earlier chunks brought, take the chunk's steps in."""
         config, now = self.config, self.progress
+        self.batches.bootstrap = True
         if self._envs is None and self.is_main and config.online_steps:
             self._envs = EnvPool(self._env, config.horizon)
             self._envs.reset(1_000_000 * (config.seed + 1))
         with self.display.stage("online", config.online_steps, now.env_steps) as bar:
             while now.env_steps < config.online_steps:
+                # Before it has learned anything, the critic has no say in what is executed.
+                self.actor.best_of_n = config.best_of_n if now.stage_update > config.warmup_steps else 1
                 if self._envs is not None:
                     self._envs.send(self.actor.chunks(self._envs.obs, self._envs.tasks))
-                self._set_actor_lr(
-                    _cosine(config.optim.actor_lr, config.optim.actor_lr_end, now.env_steps / config.online_steps)
-                )
-                while now.owed_updates >= 1:
-                    now.owed_updates -= 1
-                    self._update("warmup" if now.stage_update < config.warmup_steps else "online", bar)
+                self._learn_what_is_owed(bar)
                 episodes, steps = self._share(*(self._envs.receive() if self._envs is not None else ([], 0)))
                 # Counted first: a line of episodes.jsonl that a checkpoint does not cover lies beyond its count.
                 before, now.env_steps = now.env_steps, now.env_steps + steps
                 self._take(episodes)
-                now.owed_updates += steps * config.updates_per_step if self._can_learn() else 0
+                now.owed_updates += steps * config.updates_per_step
                 bar.to(min(now.env_steps, config.online_steps))
                 every = config.eval.every
                 if every and before // every != now.env_steps // every and now.env_steps < config.online_steps:
                     self._evaluate(f"at {now.env_steps} steps")
                 self._after_update()
+            self._learn_what_is_owed(bar)
+
+    def _learn_what_is_owed(self, bar: Bar) -> None:
+        """`updates_per_step` for every environment step so far, once a first online episode is in the pool."""
+        config, now = self.config, self.progress
+        optim, share = config.optim, min(1.0, now.env_steps / max(1, config.online_steps))
+        self._set_actor_lr(_cosine(optim.actor_lr, optim.actor_lr_end, share))
+        while now.owed_updates >= 1 and self.replay.num_online_steps:
+            now.owed_updates -= 1
+            self._update("warmup" if now.stage_update < config.warmup_steps else "online", bar)
 
     def _update(self, stage: Stage, bar: Bar) -> None:
         """One update of a stage: loss, backward, step, target."""
@@ -237,21 +247,12 @@ class Trainer:
     def _calibrate(self) -> None:
         if self.config.poco.zeta != "auto":
             return
-        rng = np.random.default_rng(self.config.seed)
-        batch = chunk_batch(self.policy, self.replay.demo_transitions(4096, rng))
-        with torch.no_grad():
-            prefix = self.policy.encode(batch.obs)
-            draws = Draws(torch.Generator().manual_seed(self.config.seed))
-            chunk = batch.actions[:, None]
-            errors = flow_errors(
-                self.policy,
-                prefix,
-                chunk,
-                batch.valid,
-                noise=draws.normal(chunk.shape, like=chunk),
-                t=draws.time(self.policy.sample_time, chunk.shape[:2], like=chunk),
-            )
-        zeta = self.poco.calibrate_zeta(errors[:, 0])
+        rng, draws = np.random.default_rng(self.config.seed), Draws(torch.Generator().manual_seed(self.config.seed))
+        errors = []
+        for raw in self.replay.demo_transitions(4096, rng).split(self.config.optim.batch_size):
+            with self.accelerator.autocast():
+                errors.append(self.poco.data_errors(chunk_batch(self.policy, raw, bootstrap=False), draws))
+        zeta = self.poco.calibrate_zeta(torch.cat(errors))
         self.display.say(
             f"zeta = auto: {zeta:.4f}, the {self.config.poco.zeta_quantile:.0%} quantile of the demonstrations"
         )
@@ -307,11 +308,13 @@ class Trainer:
         self.info = info_of(self.dataset)
         if env_config is not None:
             check_fit(self.info, env_config)
+        self.env_config = env_config
 
     def _build(self) -> None:
         config = self.config
         torch.manual_seed(config.seed)
         self.policy = self._make_policy()
+        check_inputs(self.policy, self.info, self.env_config)
         demos = read_episodes(
             self.dataset, self.dataset_config, self.policy.input_keys, horizon=config.horizon, fps=self.fps
         )
@@ -355,19 +358,16 @@ class Trainer:
         config = self.config
         adapter = load_adapter(config.adapter)
         device = self.accelerator.device
-        # Of several processes on a CPU each has a "cpu:0", a name that LeRobot refuses.
-        options = config.policy_options | {"device": device.type if device.type == "cpu" else str(device)}
+        # LeRobot knows "cuda:1", but neither "cpu:0" nor "mps:0".
+        options = config.policy_options | {"device": str(device) if device.type == "cuda" else device.type}
         if config.policy is None:
             return adapter.from_dataset(self.info.features, self.info.stats, horizon=config.horizon, **options)
-        return adapter.from_pretrained(config.policy, horizon=config.horizon, **config.policy_options)
+        return adapter.from_pretrained(config.policy, horizon=config.horizon, **options)
 
     @property
     def _env(self) -> Any:
         assert self.config.env is not None
         return self.config.env
-
-    def _can_learn(self) -> bool:
-        return self.replay.num_online_steps > 0
 
     def _set_actor_lr(self, lr: float) -> None:
         self.optimizer.param_groups[0]["lr"] = lr
@@ -385,7 +385,7 @@ class Trainer:
     def _take(self, episodes: list[Episode]) -> None:
         for episode in episodes:
             self.replay.add(episode, is_demo=False)
-            self.progress.recent = [*self.progress.recent, episode.succeeded][-WINDOW:]
+            self.progress.recent = [*self.progress.recent, episode.succeeded][-report.WINDOW :]
             if self.is_main:
                 self.recorder.add(episode)
                 self._write_line(
@@ -496,10 +496,19 @@ class Trainer:
 
     def _after_update(self) -> None:
         every = self.config.checkpoint_every
-        if self._stop:
+        if self._asked_to_stop():
             raise Interrupted(self._save())
         if every and self.progress.update // every != self._saved // every:
             self._save()
+
+    def _asked_to_stop(self) -> bool:
+        """Ctrl-C, agreed on by all processes: a signal may reach them on different sides of an update."""
+        if self.accelerator.num_processes == 1:
+            return self._stop
+        flag = torch.tensor([float(self._stop)], device=self.accelerator.device)
+        total = self.accelerator.reduce(flag, "sum")
+        assert isinstance(total, Tensor)
+        return bool(total.item() > 0)
 
     def _save(self) -> Path:
         """Everything that the next update depends on. Called where no chunk is in flight."""
@@ -517,7 +526,7 @@ class Trainer:
                 "progress": asdict(now),
                 "batches": self.batches.rng.bit_generator.state,
                 "seeds": envs["seeds"],
-                "parts": self.recorder.flush(),
+                "parts": self._flush_episodes(),
                 "sums": {name: value.item() for name, value in self._sums.items()},
                 "num_summed": self._num_summed,
             }
@@ -532,6 +541,14 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
         return path
+
+    def _flush_episodes(self) -> list[str]:
+        try:
+            return self.recorder.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"online episodes could not be written: {error}. Earlier parts are intact."
+            ) from error
 
     def _resume(self) -> None:
         path = checkpoint.latest(self.config.output_dir / "checkpoints")
@@ -570,7 +587,8 @@ class Trainer:
         ):
             path = self.config.output_dir / name
             if path.exists():
-                lines = [line for line in path.read_text().splitlines() if json.loads(line)[key] <= limit]
+                whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+                lines = [line for line in whole if json.loads(line)[key] <= limit]
                 partial = path.with_name(f".{name}.partial")
                 partial.write_text("".join(f"{line}\n" for line in lines))
                 partial.rename(path)
@@ -582,10 +600,10 @@ class Trainer:
             return config.output_dir
         if config.resume:
             root = Path(config.output_dir.anchor)
-            runs = sorted(root.glob(f"{config.output_dir.relative_to(root)}/checkpoints".replace("{time}", "*")))
+            runs = sorted(root.glob(str(config.output_dir.relative_to(root)).replace("{time}", "*")))
             if not runs:
-                raise CheckpointError(f"nothing to resume: no run with a checkpoint matches {pattern}")
-            return runs[-1].parent
+                raise CheckpointError(f"nothing to resume: no run matches {pattern}")
+            return runs[-1]
         seconds = torch.tensor([int(time.time())], device=self.accelerator.device)
         start = time.localtime(int(_broadcast(seconds)))
         return Path(pattern.format(time=time.strftime("%Y%m%d-%H%M%S", start)))

@@ -8,8 +8,7 @@ cores show the effect within minutes, says why; "measured" means on this task.
 
 from pathlib import Path
 
-from poco_vla.cli import run_recipe
-from poco_vla.config import (
+from poco_vla import (
     DemonstrationConfig,
     EnvSpec,
     EvalConfig,
@@ -19,6 +18,7 @@ from poco_vla.config import (
     RewardConfig,
     TrainConfig,
 )
+from poco_vla.cli import run_recipe
 
 
 def config() -> TrainConfig:

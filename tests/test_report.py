@@ -75,7 +75,7 @@ def test_a_learning_curve_is_drawn_from_episodes_and_evaluations(tmp_path):
 @pytest.mark.parametrize("trials", range(1, 61))
 def test_perfect_and_hopeless_runs_can_be_drawn(trials, tmp_path, monkeypatch):
     """Rates of exactly 0 and 1: no error bar may come out as -1e-16, which Matplotlib refuses."""
-    monkeypatch.setattr(report.plt.Figure, "savefig", lambda *_, **__: None)
+    monkeypatch.setattr(report.Figure, "savefig", lambda *_, **__: None)
     run = written(tmp_path / "run", evaluations=[evaluation(0, trials, 0), evaluation(trials, trials, 10)])
     report.draw_curves([run], tmp_path / "curve.png")
 

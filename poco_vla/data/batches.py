@@ -15,23 +15,22 @@ from poco_vla.types import ChunkBatch
 
 def network_obs(policy: FlowPolicy, obs: Mapping[str, np.ndarray], tasks: Sequence[str]) -> dict[str, Any]:
     """B raw observations, processed for the network: the one way in, for training and for acting."""
-    processed = policy.preprocess(_tensors(obs) | {"task": list(tasks)})
-    return {key: value for key, value in processed.items() if key.startswith("observation.") and value is not None}
+    return _observations(policy.preprocess(_tensors(obs) | {"task": list(tasks)}))
 
 
-def chunk_batch(policy: FlowPolicy, raw: Transitions) -> ChunkBatch:
+def chunk_batch(policy: FlowPolicy, raw: Transitions, *, bootstrap: bool = True) -> ChunkBatch:
     """A batch ready for :class:`poco_vla.algorithm.Poco`, on the device of the policy's processors.
 
     Chunks are normalised together with the state they start from (a processor may express them relative to it) and
-    padded with zeros to the network's width.
+    padded with zeros to the network's width. Without `bootstrap`, ``next_obs`` stays empty: imitation reads none.
     """
-    next_obs = network_obs(policy, raw.next_obs, raw.tasks)
+    next_obs = network_obs(policy, raw.next_obs, raw.tasks) if bootstrap else {}
     actions = torch.from_numpy(raw.actions)
     processed = policy.preprocess(_tensors(raw.obs) | {"task": raw.tasks, "action": actions})
     actions = processed["action"]
     padding = policy.spec.width - actions.shape[-1]
     return ChunkBatch(
-        obs={key: processed[key] for key in next_obs},
+        obs=_observations(processed),
         next_obs=next_obs,
         actions=torch.nn.functional.pad(actions, (0, padding)) if padding else actions,
         **{
@@ -51,7 +50,12 @@ class BatchSource(Iterator[ChunkBatch]):
         seed: of the sampling order, the same on every process.
         rank: this process.
         world_size: number of processes; must divide `batch_size`.
+
+    Attributes:
+        bootstrap: fill ``next_obs``; imitation needs none of it.
     """
+
+    bootstrap = True
 
     def __init__(
         self, replay: Replay, policy: FlowPolicy, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1
@@ -66,17 +70,11 @@ class BatchSource(Iterator[ChunkBatch]):
 
     def __next__(self) -> ChunkBatch:
         raw = self.replay.sample(self.batch_size, self.rng)
-        return chunk_batch(self.policy, _rows(raw, self.rows))
+        return chunk_batch(self.policy, raw.rows(self.rows), bootstrap=self.bootstrap)
 
 
-def _rows(raw: Transitions, rows: slice) -> Transitions:
-    if rows == slice(0, len(raw.actions)):
-        return raw
-    columns: dict[str, Any] = {
-        name: {key: column[rows] for key, column in value.items()} if isinstance(value, Mapping) else value[rows]
-        for name, value in vars(raw).items()
-    }
-    return Transitions(**columns)
+def _observations(processed: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in processed.items() if key.startswith("observation.") and value is not None}
 
 
 def _tensors(obs: Mapping[str, np.ndarray]) -> dict[str, Tensor]:

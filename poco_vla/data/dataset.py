@@ -126,7 +126,7 @@ def _episode(rows: dict[str, np.ndarray], obs_keys: Sequence[str], task: str, co
     if "next.success" in rows:
         success = rows["next.success"].reshape(length).astype(bool)
     elif reward is not None:
-        success = reward.reshape(length) > 0
+        success = _success_of(reward.reshape(length), config)
     else:
         success = last & config.success_at_end
     if "next.done" in rows:
@@ -141,6 +141,21 @@ def _episode(rows: dict[str, np.ndarray], obs_keys: Sequence[str], task: str, co
         success=success,
         terminal=terminal,
         task=task,
+    )
+
+
+def _success_of(reward: np.ndarray, config: DatasetConfig) -> np.ndarray:
+    """Success of each step where only the reward is recorded."""
+    if config.success_reward is not None:
+        return reward >= config.success_reward
+    values = set(np.unique(reward).tolist())
+    if values <= {0.0, 1.0}:
+        return reward == 1
+    if values <= {-1.0, 0.0}:
+        return reward == 0
+    raise DataError(
+        f"success is not recorded, and cannot be told from a reward between {reward.min():g} and {reward.max():g} that "
+        "is neither 0/1 nor -1/0. Give dataset.success_reward: the reward from which a step counts as success."
     )
 
 

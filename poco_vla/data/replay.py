@@ -4,8 +4,9 @@ Episodes enter whole and lie contiguously, so that no chunk crosses an episode o
 transition's return, bootstrap state and masks are is decided here, once, for offline and online data alike.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,18 @@ class Transitions:
     is_demo: np.ndarray
     is_success: np.ndarray
     tasks: list[str]
+
+    def rows(self, rows: slice) -> "Transitions":
+        """Some of the transitions."""
+        columns: dict[str, Any] = {
+            name: {key: column[rows] for key, column in value.items()} if isinstance(value, Mapping) else value[rows]
+            for name, value in vars(self).items()
+        }
+        return Transitions(**columns)
+
+    def split(self, size: int) -> "Iterator[Transitions]":
+        """Pieces of at most `size` transitions."""
+        return (self.rows(slice(i, i + size)) for i in range(0, len(self.actions), size))
 
 
 class Replay:
@@ -218,9 +231,8 @@ class _Spans:
 
 
 class _EpisodeRing:
-    """Column arrays of a fixed number of steps in which whole episodes lie contiguously; the oldest make room.
-
-    With capacity None it grows instead, and nothing is evicted.
+    """Column arrays in which whole episodes lie contiguously. They grow up to `capacity` steps; from then on the oldest
+    episodes make room. With capacity None they grow without end, and nothing is evicted.
     """
 
     def __init__(self, capacity: int | None) -> None:
@@ -231,6 +243,7 @@ class _EpisodeRing:
         self._spans = _Spans()
         self._lengths: list[int] = []
         self._pointer = 0
+        self._reserved = 0
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._columns[name]
@@ -260,12 +273,15 @@ class _EpisodeRing:
                 f"an episode of {length} steps does not fit a pool of {self.capacity}; raise replay.capacity"
             )
         self._allocate(columns, length)
-        if self.capacity is not None and self._pointer + length > self.capacity:
+        needed = self._pointer + length
+        if needed > len(self.last) and (self.capacity is None or len(self.last) < self.capacity):
+            # Memory is taken as episodes come, not for the whole capacity at once.
+            wanted = max(2 * len(self.last), needed)
+            self._grow(wanted if self.capacity is None else min(wanted, self.capacity))
+        if self.capacity is not None and needed > self.capacity:
             # The rest of the array stays unused until the pointer comes round: episodes are never split.
             self._evict_until(self._pointer, self.capacity)
             self._pointer = 0
-        elif self.capacity is None and self._pointer + length > len(self.last):
-            self._grow(max(2 * len(self.last), self._pointer + length))
         begin, end = self._pointer, self._pointer + length
         if self.capacity is not None:
             self._evict_until(begin, end)
@@ -300,7 +316,7 @@ class _EpisodeRing:
 
     def _allocate(self, columns: Mapping[str, np.ndarray], length: int) -> None:
         if not self._columns:
-            size = self.capacity or getattr(self, "_reserved", 0) or length
+            size = max(self._reserved, length)
             self._columns = {
                 name: np.zeros((size, *column.shape[1:]), dtype=column.dtype) for name, column in columns.items()
             }

@@ -4,6 +4,7 @@ from typing import Any
 
 from poco_vla.data import DatasetInfo
 from poco_vla.errors import DataError
+from poco_vla.policy import FlowPolicy
 
 
 def check_fit(info: DatasetInfo, env: Any) -> None:
@@ -32,3 +33,25 @@ def check_fit(info: DatasetInfo, env: Any) -> None:
                 f'"{key}" has shape {shape} in {info.repo_id} and {tuple(feature.shape)} in the environment '
                 f'"{env.type}" (task {env.task}): the data comes from another robot or task.'
             )
+
+
+def check_inputs(policy: FlowPolicy, info: DatasetInfo, env: Any | None) -> None:
+    """Raise DataError unless dataset and environment offer what a policy reads, and act in its dimensions.
+
+    Args:
+        policy: the policy to train.
+        info: of the dataset.
+        env: LeRobot EnvConfig, None where there is none.
+    """
+    from lerobot.envs.utils import env_to_policy_features
+
+    offers = {"the dataset": set(info.features)}
+    if env is not None:
+        offers[f'the environment "{env.type}"'] = set(env_to_policy_features(env))
+    for where, keys in offers.items():
+        missing = sorted(set(policy.input_keys) - keys)
+        if missing:
+            raise DataError(f"the policy reads {', '.join(missing)}, which {where} does not offer: {sorted(keys)}")
+    action_dim = info.features["action"]["shape"][0]
+    if action_dim != policy.spec.action_dim:
+        raise DataError(f"the policy acts in {policy.spec.action_dim} dimensions, {info.repo_id} in {action_dim}")

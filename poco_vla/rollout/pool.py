@@ -30,7 +30,7 @@ class ChunkEnv(gym.Env):
     def __init__(self, env: gym.Env, horizon: int, index: int, num_envs: int) -> None:
         self.env = env
         self.index, self.num_envs, self.horizon = index, num_envs, horizon
-        now = gym.spaces.Dict({lerobot_key(k): v for k, v in _leaves(env.observation_space).items()})
+        now = gym.spaces.Dict({lerobot_key(k): _stored(v) for k, v in _leaves(env.observation_space).items()})
         flags = gym.spaces.Box(0, 1, (horizon,), dtype=np.int8)
         self.observation_space = gym.spaces.Dict(
             {
@@ -70,6 +70,11 @@ class ChunkEnv(gym.Env):
                 steps.add(self._now, float(reward), bool(info.get("is_success", False)), terminated)
                 self._now = _flatten(observation)
                 if terminated or truncated:
+                    if "is_success" not in info:
+                        raise ConfigError(
+                            f'{self.env} ends an episode without info["is_success"]; LeRobot and this library tell '
+                            "success by it"
+                        )
                     steps.ended = True
                     self._begin_episode()
                     break
@@ -316,10 +321,23 @@ def _flatten(observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
     for name, value in observation.items():
         if isinstance(value, Mapping):
-            out |= {lerobot_key(f"{name}.{k}"): np.array(v) for k, v in value.items()}
+            out |= {lerobot_key(f"{name}.{k}"): _column(v) for k, v in value.items()}
         else:
-            out[lerobot_key(name)] = np.array(value)
+            out[lerobot_key(name)] = _column(value)
     return out
+
+
+def _column(value: Any) -> np.ndarray:
+    """A copy, floating-point numbers as float32: what datasets store and networks read."""
+    array = np.array(value)
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
+
+
+def _stored(space: gym.Space) -> gym.Space:
+    """The space of :func:`_column`'s results."""
+    if isinstance(space, gym.spaces.Box) and space.dtype.kind == "f":
+        return gym.spaces.Box(-np.inf, np.inf, space.shape, dtype=np.float32)
+    return space
 
 
 def _copied(observation: Mapping[str, Any]) -> dict[str, Any]:

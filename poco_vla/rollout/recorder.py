@@ -32,10 +32,9 @@ def write_dataset(episodes: Sequence[Episode], root: Path, *, fps: int, repo_id:
     partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     features = _features(episodes[0])
-    videos = any(feature["dtype"] == "video" for feature in features.values())
     try:
         with _without_progress_bars():
-            dataset = LeRobotDataset.create(repo_id, fps=fps, features=features, root=partial, use_videos=videos)
+            dataset = LeRobotDataset.create(repo_id, fps=fps, features=features, root=partial, use_videos=False)
             for episode in episodes:
                 for frame in _frames(episode):
                     dataset.add_frame(frame)
@@ -117,7 +116,8 @@ def _features(episode: Episode) -> dict[str, dict[str, Any]]:
     }
     for key, column in episode.obs.items():
         if column.dtype == np.uint8:
-            features[key] = {"dtype": "video", "shape": column.shape[1:], "names": ["height", "width", "channels"]}
+            # PNG, not video: a resumed run must see the pixels that the interrupted one saw.
+            features[key] = {"dtype": "image", "shape": column.shape[1:], "names": ["height", "width", "channels"]}
         else:
             features[key] = {"dtype": "float32", "shape": column.shape[1:], "names": None}
     return features | SIGNALS

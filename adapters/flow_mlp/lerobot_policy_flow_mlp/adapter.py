@@ -14,7 +14,7 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor
 
 from lerobot_policy_flow_mlp.configuration_flow_mlp import FlowMlpConfig
-from lerobot_policy_flow_mlp.modeling_flow_mlp import FlowMlpPolicy
+from lerobot_policy_flow_mlp.modeling_flow_mlp import STATE_KEYS, FlowMlpPolicy
 from lerobot_policy_flow_mlp.processor_flow_mlp import make_flow_mlp_pre_post_processors
 from poco_vla import ActionSpec, FlowPolicy, PolicyError
 
@@ -62,7 +62,9 @@ class FlowMlp(FlowPolicy):
         return self.model.sample(self.model.features(dict(obs)), noise)
 
     @classmethod
-    def from_pretrained(cls, repo_or_path: str | Path, *, horizon: int | None = None, **options: Any) -> Self:
+    def from_pretrained(
+        cls, repo_or_path: str | Path, *, horizon: int | None = None, device: str = "cpu", **options: Any
+    ) -> Self:
         if options:
             raise PolicyError(
                 f"a pretrained flow_mlp takes no options, got {sorted(options)}: its config.json fixes them"
@@ -77,11 +79,19 @@ class FlowMlp(FlowPolicy):
             raise PolicyError(
                 f"{repo_or_path} was trained with chunks of {config.chunk_size} steps, asked for {horizon}"
             )
+        config.device = device
         try:
             model = FlowMlpPolicy.from_pretrained(str(repo_or_path), config=config, strict=True)
+        except FileNotFoundError as error:
+            raise PolicyError(f"{repo_or_path} holds no weights: {error}") from error
         except RuntimeError as error:
             raise PolicyError(f"the weights in {repo_or_path} do not fit its config.json: {error}") from error
-        return cls(model, *make_pre_post_processors(config, pretrained_path=str(repo_or_path)))
+        # The folder remembers the device it was trained on.
+        overrides = {"device_processor": {"device": device}}
+        return cls(
+            model,
+            *make_pre_post_processors(config, pretrained_path=str(repo_or_path), preprocessor_overrides=overrides),
+        )
 
     @classmethod
     def from_dataset(
@@ -90,7 +100,7 @@ class FlowMlp(FlowPolicy):
         """A fresh policy. Options are the fields of FlowMlpConfig, such as ``hidden_dims`` or ``activation``."""
         policy_features = dataset_to_policy_features(dict(features))
         outputs = {key: ft for key, ft in policy_features.items() if ft.type is FeatureType.ACTION}
-        inputs = {key: ft for key, ft in policy_features.items() if key not in outputs}
+        inputs = {key: ft for key, ft in policy_features.items() if key in STATE_KEYS or ft.type is FeatureType.VISUAL}
         settings: dict[str, Any] = {"device": "cpu"} | options
         try:
             config = FlowMlpConfig(
