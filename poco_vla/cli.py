@@ -90,9 +90,8 @@ def _run(command: object) -> None:
             from poco_vla.evaluate import evaluate
             from poco_vla.registry import load_adapter
 
-            env = _env_of(command)
             policy = load_adapter(command.adapter).from_pretrained(command.policy, device=command.device)
-            result = evaluate(policy, env, episodes=command.episodes, seed=command.seed)
+            result = evaluate(policy, _env_of(command), episodes=command.episodes, seed=command.seed)
             console.print(f"success {result.success} of {command.episodes} episodes")
         case Report():
             from poco_vla.report import draw_curves, result_table

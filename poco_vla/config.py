@@ -278,11 +278,6 @@ class TrainConfig:
         _require(self.best_of_n >= 1, f"best_of_n is {self.best_of_n}; at least 1")
         _require(self.updates_per_step > 0, f"updates_per_step is {self.updates_per_step}; it must be above 0")
         _require(
-            self.online_steps == 0 or self.warmup_steps < self.online_steps * self.updates_per_step,
-            f"warmup_steps is {self.warmup_steps}, but {self.online_steps} environment steps at "
-            f"{self.updates_per_step} updates each leave none for the actor; shorten the warm-up or take more steps",
-        )
-        _require(
             self.env is not None or self.online_steps == 0,
             f"online_steps is {self.online_steps} but there is no env to act in; give one, or set online_steps to 0",
         )

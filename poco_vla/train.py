@@ -215,6 +215,8 @@ class Trainer:
                     self._evaluate(f"at {now.env_steps} steps")
                 self._after_update()
             self._learn_what_is_owed(bar)
+        if 0 < now.stage_update <= config.warmup_steps:
+            self.display.say(f"critic warm-up took all {now.stage_update} updates: the actor was never trained online")
 
     def _learn_what_is_owed(self, bar: Bar) -> None:
         """`updates_per_step` for every environment step so far, once a first online episode is in the pool."""

@@ -86,9 +86,10 @@ def test_report_prints_a_table_and_draws_the_curves(run, tmp_path, capsys):
 
 def test_eval_reports_the_success_of_an_exported_policy(run, capsys):
     """The policy of 40 updates docks in none of 4 episodes: 0 %, and Wilson's upper end 3.84 / (4 + 3.84) = 49 %."""
-    env = ["--env.type", "pointmass", "--env.task", "dock", "--env.num-envs", "2", "--env.in-process"]
-    main(["eval", str(run / "policy"), *env, "--episodes", "4"])
-    assert "success 0% [0%, 49%] of 4 episodes" in capsys.readouterr().out
+    env = '{"type": "pointmass", "task": "dock", "num_envs": 2, "in_process": true}'
+    for where in (["--env", env], []):  # as asked, or as the policy's own run had it
+        main(["eval", str(run / "policy"), *where, "--episodes", "4"])
+        assert "success 0% [0%, 49%] of 4 episodes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,7 @@ def test_eval_reports_the_success_of_an_exported_policy(run, capsys):
         (["report", "{tmp}"], "no result.json in"),
         (["eval", "{tmp}", "--adapter", "flow_mpl"], 'no adapter named "flow_mpl"'),
         (["eval", "{tmp}/nowhere"], "nowhere"),
+        (["eval", "{tmp}", "--env", "ogbench"], "no LeRobot policy in"),
         (["train", "--output-dir", "{tmp}/run", "--adapter", "flow_mlp"], "no dataset"),
     ],
 )

@@ -42,7 +42,7 @@ PURE = {"torch", "jaxtyping"}
 THIRD_PARTY = {
     **dict.fromkeys(BASE | MATHS | {"config", "algorithm", "registry", "testing", "__init__"}, PURE),
     "data": PURE | {"numpy", "lerobot"},
-    "rollout": PURE | {"numpy", "lerobot", "gymnasium", "mujoco", "ogbench", "PIL", "av", "cv2"},
+    "rollout": PURE | {"numpy", "lerobot", "gymnasium", "mujoco", "OpenGL", "ogbench"},
     "checkpoint": PURE | {"numpy", "safetensors", "huggingface_hub", "peft"},
     "hub": PURE | {"safetensors", "huggingface_hub", "peft", "lerobot"},
     "progress": {"rich"},

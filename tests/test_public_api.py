@@ -104,7 +104,7 @@ def test_arguments_keep_their_names_and_order(name, signature):
         ("sample_time", ["shape", "generator"]),
         ("native_sample", ["obs", "noise"]),
         ("save_pretrained", ["path"]),
-        ("from_pretrained", ["repo_or_path", "horizon", "options"]),
+        ("from_pretrained", ["repo_or_path", "horizon", "device", "options"]),
         ("from_dataset", ["features", "stats", "horizon", "options"]),
         ("tiny", ["seed"]),
     ],

@@ -485,13 +485,13 @@ def test_tensorboard_gets_the_scalars(tmp_path, data):
 
 
 def test_best_of_n_acting_executes_what_the_critic_prefers(tmp_path, data):
-    """The same run but for the choice among candidates plays other episodes."""
-    plain, best = (small(tmp_path / f"run_{n}", data, best_of_n=n) for n in (1, 4))
+    """The same run but for the choice among candidates, made once the critic is warm, ends with other episodes."""
+    plain, best = (small(tmp_path / f"run_{n}", data, best_of_n=n, warmup_steps=5) for n in (1, 4))
     train(plain)
     result = train(best)
     assert result.env_steps >= 300
     chunks = [
-        LeRobotDataset("local/online_episodes", root=config.output_dir / "online_episodes")[0]["action"]
+        LeRobotDataset("local/online_episodes", root=config.output_dir / "online_episodes")[-1]["action"]
         for config in (plain, best)
     ]
     assert not torch.equal(*chunks)
