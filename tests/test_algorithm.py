@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from toy_policies import ToyPolicy, toy_batch
 
-from poco_vla import ChunkBatch, Draws, Poco, PocoConfig, flow_errors, propose
+from poco_vla import ChunkBatch, Draws, Poco, PocoConfig, flow_errors, load_adapter, propose
 from poco_vla.errors import ConfigError
 
 SMALL = {"critic_hidden": (8, 8), "num_candidates": 4, "zeta": 10.0}
@@ -382,3 +382,10 @@ def test_the_clip_withstands_a_critic_that_overestimates_what_it_has_not_seen(im
     for degraded in (unclipped, heavy):
         assert true_reward(degraded).mean() < true_reward(clipped).mean() - 0.12
         assert share_at(RIGHT, degraded) < share_at(RIGHT, clipped) - 0.05
+
+
+def test_the_actor_stays_in_eval_mode():
+    """Dropout in a head would make candidates of the policy's samples something else."""
+    policy = load_adapter("flow_mlp").tiny()
+    policy.train()
+    assert not Poco(policy, PocoConfig(critic_hidden=(8,))).policy.training

@@ -126,3 +126,13 @@ def test_polyak_closed_form(tau):
     for p, q in zip(online.parameters(), target.parameters(), strict=True):
         torch.testing.assert_close(q, torch.full_like(q, 2 + (1 - tau) ** 7 * 8))
         assert (p == 2).all()
+
+
+def test_values_keep_float32_under_autocast():
+    """bfloat16 keeps 8 bits: near a value of 10 it knows steps of 1/16, coarser than the differences eta weighs."""
+    ours = critic().float()
+    features, chunk = torch.randn(4, 3), torch.randn(4, 5, 2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q = ours(features.bfloat16().float(), chunk)
+    assert q.dtype == torch.float32
+    torch.testing.assert_close(q, ours(features.bfloat16().float(), chunk), rtol=0, atol=0)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -149,8 +150,9 @@ def interruptible(output_dir, data, **changes):
     return replace(config, eval=EvalConfig(episodes=5, every=250, videos=False), updates_per_step=0.4)
 
 
-def start(config, *, script=(sys.executable, HERE / "pointmass_run.py"), **environment):
-    """The same run in a process of its own, its configuration given on the command line."""
+def start(config, *, script=(sys.executable, HERE / "pointmass_run.py"), ctrl_c_ignored=False, **environment):
+    """The same run in a process of its own, its configuration given on the command line; with `ctrl_c_ignored` in a
+    group of its own whose first process ignores Ctrl-C, as in `make demo`."""
     flags = {
         "--output-dir": config.output_dir,
         "--demonstrations.root": config.demonstrations.root,
@@ -169,6 +171,8 @@ def start(config, *, script=(sys.executable, HERE / "pointmass_run.py"), **envir
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=ctrl_c_ignored,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_IGN) if ctrl_c_ignored else None,
     )
 
 
@@ -242,6 +246,33 @@ def test_ctrl_c_saves_says_where_and_resumes_bit_for_bit(tmp_path, data, uninter
     assert "Traceback" not in output
     train(replace(config, resume=True))
     assert_same(everything(config.output_dir), uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("resume")
+def test_ctrl_c_under_the_launcher_of_make_demo_saves_before_it_returns(tmp_path, data):
+    """A terminal sends Ctrl-C to the whole group: make's shell and the launcher ignore it and wait for the run."""
+    config = interruptible(tmp_path / "run", data)
+    options = [
+        "--quiet",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    script = (Path(sys.executable).parent / "accelerate", "launch", *options, HERE / "pointmass_run.py")
+    process = start(config, script=script, ctrl_c_ignored=True)
+    wait_for_update(process, config.output_dir, 200)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 1, output
+    saved = sorted((config.output_dir / "checkpoints").iterdir())[-1]
+    assert f"saved in {saved}" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.xdist_group("resume")

@@ -227,3 +227,29 @@ def test_tiny_is_reproducible_and_leaves_the_random_state_alone():
     weights = [p.head.layers[0].weight for p in (one, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_policy_saved_on_another_device_loads_where_it_is_asked_to(tmp_path):
+    policy = FlowMlp.from_dataset(FEATURES, STATS, **SIZES)
+    policy.save_pretrained(tmp_path)
+    for name in ("config.json", "policy_preprocessor.json"):
+        path = tmp_path / name
+        text = path.read_text()
+        assert '"device": "cpu"' in text
+        path.write_text(text.replace('"device": "cpu"', '"device": "cuda"'))
+    loaded = FlowMlp.from_pretrained(tmp_path, device="cpu")
+    obs = {OBS_STATE: torch.ones(2, 4), "task": ["", ""]}
+    torch.testing.assert_close(loaded.preprocess(dict(obs))[OBS_STATE], policy.preprocess(dict(obs))[OBS_STATE])
+    assert loaded.preprocess(dict(obs))[OBS_STATE].device.type == "cpu"
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    FlowMlp.tiny().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(PolicyError, match="no weights"):
+        FlowMlp.from_pretrained(tmp_path)
+
+
+def test_state_keys_that_the_network_does_not_read_are_no_inputs():
+    extra = FEATURES | {"observation.effort": {"dtype": "float32", "shape": (4,), "names": None}}
+    assert FlowMlp.from_dataset(extra, STATS, **SIZES).input_keys == (OBS_STATE,)

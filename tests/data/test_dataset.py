@@ -257,3 +257,22 @@ def test_a_dataset_of_another_format_version_cannot_be_opened(tmp_path):
     (root / "meta" / "info.json").write_text(json.dumps(info | {"codebase_version": "v2.1"}))
     with pytest.raises(DataError, match="cannot be opened"):
         open_dataset(config_of(root))
+
+
+def rewarded(root, rewards, **options):
+    """Success of one episode that records these rewards and no success."""
+    features = STATE_ONLY | {"next.reward": SIGNALS["next.reward"]}
+    columns = random_columns(len(rewards), features) | {"next.reward": np.array(rewards, np.float32)[:, None]}
+    (episode,) = read(write(root, [columns], features), **options)
+    return episode.success.tolist()
+
+
+@pytest.mark.parametrize("rewards", [[0, 0, 1], [-1, -1, 0]])
+def test_success_is_told_from_a_sparse_reward(rewards, tmp_path):
+    assert rewarded(tmp_path / "data", rewards) == [False, False, True]
+
+
+def test_a_dense_reward_needs_a_threshold(tmp_path):
+    with pytest.raises(DataError, match="success_reward"):
+        rewarded(tmp_path / "data", [0.1, 0.4, 0.95])
+    assert rewarded(tmp_path / "again", [0.1, 0.4, 0.95], success_reward=0.9) == [False, False, True]

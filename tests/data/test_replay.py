@@ -485,3 +485,22 @@ def test_an_empty_pool_says_that_it_is_empty():
     replay.add(make([0], [0]), is_demo=True)
     with pytest.raises(DataError, match="holds no transition"):
         replay.sample(4, np.random.default_rng(0))
+
+
+def test_memory_is_taken_as_episodes_come_not_for_the_whole_capacity():
+    """A pool of 10^9 steps of 1,000 numbers would be 4 TB; three short episodes in it are not."""
+    replay = Replay(horizon=2, gamma=0.9, capacity=10**9)
+    for first in (0, 10, 20):
+        replay.add(make([0, 0, 1], [0, 0, 1], first=first, state_dim=1000), is_demo=False)
+    assert replay.num_online_steps == 9
+    assert len(replay._online.last) < 100
+
+
+def test_a_growing_ring_wraps_at_its_capacity():
+    """Capacity 7, episodes of 3: two fit, the third begins at 0 again and takes the first one's place."""
+    replay = Replay(horizon=1, gamma=0.9, capacity=7)
+    for first in (0, 10, 20):
+        replay.add(make([0, 0, 1], [0, 0, 1], first=first), is_demo=False)
+    assert replay.num_online_episodes == 2
+    seen = replay.sample(200, np.random.default_rng(0)).obs["observation.state"]
+    assert set(seen[:, 0]) == {10, 11, 12, 20, 21, 22}

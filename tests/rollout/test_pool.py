@@ -273,3 +273,33 @@ def test_results_fit_the_declared_space():
     assert isinstance(env.observation_space, gym.spaces.Dict)
     assert env.observation_space.contains(result)
     assert env.observation_space.contains(env.step(np.zeros((HORIZON, 2), np.float32))[0])
+
+
+class DoubleEnv(tiny_gym.PointEnv):
+    """Observes in float64 and, on request, forgets to say whether it succeeded."""
+
+    def __init__(self, silent=False):
+        super().__init__(episode_length=3)
+        self.silent = silent
+        self.observation_space = gym.spaces.Dict(agent_pos=gym.spaces.Box(-np.inf, np.inf, (4,), dtype=np.float64))
+
+    def _observation(self):
+        return {"agent_pos": super()._observation()["agent_pos"].astype(np.float64)}
+
+    def step(self, action):
+        *result, info = super().step(action)
+        return *result, {} if self.silent else info
+
+
+def test_observations_are_float32_whatever_the_environment_gives():
+    env = ChunkEnv(DoubleEnv(), 2, 0, 1)
+    result, _ = env.reset()
+    assert result["now"]["observation.state"].dtype == np.float32
+    assert env.observation_space.contains(result)
+
+
+def test_an_environment_that_does_not_tell_success_is_refused():
+    env = ChunkEnv(DoubleEnv(silent=True), 5, 0, 1)
+    env.reset()
+    with pytest.raises(ConfigError, match="is_success"):
+        env.step(np.zeros((5, 2), np.float32))
