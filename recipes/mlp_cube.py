@@ -46,7 +46,7 @@ def config() -> TrainConfig:
         ),
         optim=OptimConfig(batch_size=128, actor_lr=1e-3, actor_lr_end=1e-4, critic_lr=1e-3),
         replay=ReplayConfig(demo_fraction=0.5),
-        eval=EvalConfig(episodes=50, every=5_000),
+        eval=EvalConfig(episodes=100, every=10_000),
         sft_steps=3_000,
         warmup_steps=3_000,
         online_steps=20_000,
