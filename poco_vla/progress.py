@@ -1,14 +1,13 @@
 """What a person sees while a run goes on: one live bar per stage, and plain lines where there is no terminal."""
 
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-logger = logging.getLogger(__name__)
+from rich.text import Text
 
 
 class Display:
@@ -38,13 +37,14 @@ class Display:
             TimeElapsedColumn(),
             TextColumn("<"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self.console,
-            refresh_per_second=2,
-            disable=not self.console.is_terminal,
         )
-        bar = Bar(self, progress, name, total, done)
-        with progress:
+        # The scalars have a line of their own below the bar, so that neither crowds the other out.
+        scalars = Text(style="dim", overflow="ellipsis", no_wrap=True)
+        bar = Bar(self, progress, scalars, name, total, done)
+        if self.console.is_terminal:
+            with Live(Group(progress, scalars), console=self.console, refresh_per_second=4):
+                yield bar
+        else:
             yield bar
         bar.close()
 
@@ -52,12 +52,11 @@ class Display:
 class Bar:
     """The bar of one stage."""
 
-    def __init__(self, display: Display, progress: Progress, name: str, total: int, done: int) -> None:
-        self._display, self._progress = display, progress
+    def __init__(self, display: Display, progress: Progress, scalars: Text, name: str, total: int, done: int) -> None:
+        self._display, self._progress, self._scalars = display, progress, scalars
         self._name, self._total, self.done = name, total, done
-        self._note = ""
         self._shown = time.monotonic()
-        self._task = progress.add_task(name, total=total, completed=done, note="")
+        self._task = progress.add_task(name, total=total, completed=done)
 
     def advance(self, steps: int = 1) -> None:
         """`steps` more are done."""
@@ -66,13 +65,14 @@ class Bar:
     def to(self, done: int) -> None:
         """`done` steps are done."""
         self.done = done
-        self._progress.update(self._task, completed=done, note=self._note)
+        self._progress.update(self._task, completed=done)
         if not self._display.console.is_terminal and time.monotonic() - self._shown > self._display.interval:
             self._plain()
 
     def note(self, scalars: Mapping[str, float | str]) -> None:
-        """Scalars shown beside the bar."""
-        self._note = "  ".join(f"{k} {v if isinstance(v, str) else format(v, '.3g')}" for k, v in scalars.items())
+        """Scalars shown below the bar."""
+        words = (f"{k} {v if isinstance(v, str) else format(v, '.3g')}" for k, v in scalars.items())
+        self._scalars.plain = "  ".join(words)
 
     def close(self) -> None:
         """The stage is over."""
@@ -81,4 +81,4 @@ class Bar:
 
     def _plain(self) -> None:
         self._shown = time.monotonic()
-        self._display.say(f"{self._name}: {self.done}/{self._total}  {self._note}")
+        self._display.say(f"{self._name}: {self.done}/{self._total}  {self._scalars.plain}")
