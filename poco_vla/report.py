@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -65,16 +66,19 @@ def read_result(run: Path) -> dict[str, Any]:
 
 def result_table(runs: Sequence[Path]) -> Table:
     """Success before and after with 95 % intervals, steps, wall time: one row per run."""
-    table = Table(title="success rate in % [95 % interval, Wilson]", title_justify="left")
-    table.add_column("run")
-    for name in ("SFT", "after POCO", "gain", "env steps", "updates", "time"):
+    table = Table(
+        title="success in % [95 % interval, Wilson], environment steps", title_justify="left", box=SIMPLE_HEAD
+    )
+    table.add_column("run", no_wrap=True)
+    for name in ("seed", "SFT", "after POCO", "gain", "steps", "updates", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         result = read_result(run)
         before, after = result["before"], result["after"]
         minutes, seconds = divmod(round(result["seconds"]), 60)
         table.add_row(
-            f"{run.name}, seed {result['seed']}",
+            run.name,
+            str(result["seed"]),
             _rate(before),
             _rate(after),
             f"{100 * (after['success_rate'] - before['success_rate']):+.0f}" if before else "-",
