@@ -112,11 +112,13 @@ def _env_of(command: Eval) -> EnvSpec:
             return from_json(EnvSpec, json.loads(command.env))
         except (json.JSONDecodeError, AttributeError) as error:
             raise ConfigError(f"--env is no JSON object: {error}") from error
-    result = Path(command.policy).parent / "result.json"
-    figures = json.loads(result.read_text()) if result.is_file() else {}
-    if not figures.get("env"):
+    from poco_vla.report import read_result
+
+    run = Path(command.policy).parent
+    env = read_result(run)["env"] if (run / "result.json").is_file() else None
+    if env is None:
         raise ConfigError(f"{command.policy} does not lie in a run's folder: say where it acts with --env")
-    return from_json(EnvSpec, figures["env"])
+    return from_json(EnvSpec, env)
 
 
 def _train(config: TrainConfig) -> None:

@@ -182,7 +182,6 @@ class Trainer:
 
     def _imitate(self) -> None:
         self._set_actor_lr(self.config.optim.sft_lr or self.config.optim.actor_lr)
-        self.batches.bootstrap = False
         total = self.config.sft_steps
         with self.display.stage("SFT", total, self.progress.stage_update) as bar:
             while self.progress.stage_update < total:
@@ -193,16 +192,15 @@ class Trainer:
     def _learn_online(self) -> None:
         """Act for a chunk, learn meanwhile from what earlier chunks brought, take the chunk's steps in."""
         config, now = self.config, self.progress
-        self.batches.bootstrap = True
         if self._envs is None and self.is_main and config.online_steps:
             self._envs = EnvPool(self._env, config.horizon)
             self._envs.reset(1_000_000 * (config.seed + 1))
         with self.display.stage("online", config.online_steps, now.env_steps) as bar:
             while now.env_steps < config.online_steps:
-                # Before it has learned anything, the critic has no say in what is executed.
-                self.actor.best_of_n = config.best_of_n if now.stage_update > config.warmup_steps else 1
                 if self._envs is not None:
-                    self._envs.send(self.actor.chunks(self._envs.obs, self._envs.tasks))
+                    # Before it has learned anything, the critic has no say in what is executed.
+                    best_of_n = config.best_of_n if now.stage_update > config.warmup_steps else 1
+                    self._envs.send(self.actor.chunks(self._envs.obs, self._envs.tasks, best_of_n=best_of_n))
                 self._learn_what_is_owed(bar)
                 episodes, steps = self._share(*(self._envs.receive() if self._envs is not None else ([], 0)))
                 # Counted first: a line of episodes.jsonl that a checkpoint does not cover lies beyond its count.
@@ -229,7 +227,7 @@ class Trainer:
 
     def _update(self, stage: Stage, bar: Bar) -> None:
         """One update of a stage: loss, backward, step, target."""
-        batch = next(self.batches)
+        batch = self.batches.draw(bootstrap=stage != "sft")
         loss, metrics = self.module(batch, stage)
         if not torch.isfinite(loss):
             raise NonFiniteError(
@@ -297,7 +295,6 @@ class Trainer:
         config = self.config
         self.dataset_config = config.dataset
         env_config = environment(config.env) if config.env is not None else None
-        self.fps: int | None = env_config.fps if env_config is not None else None
         if config.demonstrations is not None:
             assert config.env is not None
             root = demonstrations_root(config.env, config.demonstrations)
@@ -317,9 +314,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.policy = self._make_policy()
         check_inputs(self.policy, self.info, self.env_config)
-        demos = read_episodes(
-            self.dataset, self.dataset_config, self.policy.input_keys, horizon=config.horizon, fps=self.fps
-        )
+        demos = read_episodes(self.dataset, self.dataset_config, self.policy.input_keys, horizon=config.horizon)
         self.replay = Replay(
             horizon=config.horizon,
             gamma=config.poco.gamma,
@@ -589,6 +584,7 @@ class Trainer:
         ):
             path = self.config.output_dir / name
             if path.exists():
+                # A kill may have torn the last line.
                 whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
                 lines = [line for line in whole if json.loads(line)[key] <= limit]
                 partial = path.with_name(f".{name}.partial")

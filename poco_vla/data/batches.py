@@ -50,12 +50,7 @@ class BatchSource(Iterator[ChunkBatch]):
         seed: of the sampling order, the same on every process.
         rank: this process.
         world_size: number of processes; must divide `batch_size`.
-
-    Attributes:
-        bootstrap: fill ``next_obs``; imitation needs none of it.
     """
-
-    bootstrap = True
 
     def __init__(
         self, replay: Replay, policy: FlowPolicy, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1
@@ -69,8 +64,12 @@ class BatchSource(Iterator[ChunkBatch]):
         self.rng = np.random.default_rng(seed)
 
     def __next__(self) -> ChunkBatch:
+        return self.draw()
+
+    def draw(self, *, bootstrap: bool = True) -> ChunkBatch:
+        """The next batch; imitation needs none of the bootstrap states."""
         raw = self.replay.sample(self.batch_size, self.rng)
-        return chunk_batch(self.policy, raw.rows(self.rows), bootstrap=self.bootstrap)
+        return chunk_batch(self.policy, raw.rows(self.rows), bootstrap=bootstrap)
 
 
 def _observations(processed: Mapping[str, Any]) -> dict[str, Any]:

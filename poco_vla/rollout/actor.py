@@ -39,8 +39,10 @@ class Actor:
         self.generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
-    def chunks(self, obs: Mapping[str, np.ndarray], tasks: Sequence[str]) -> np.ndarray:
-        """One chunk per state: [B, H, action_dim] float32, in the robot's units.
+    def chunks(
+        self, obs: Mapping[str, np.ndarray], tasks: Sequence[str], *, best_of_n: int | None = None
+    ) -> np.ndarray:
+        """One chunk per state: [B, H, action_dim] float32, in the robot's units. `best_of_n` is the actor's when None.
 
         Raises:
             NonFiniteError: an observation or a sampled action is NaN or infinite.
@@ -49,8 +51,9 @@ class Actor:
             if column.dtype.kind == "f" and not np.isfinite(column).all():
                 raise NonFiniteError(f'the environment returned a non-finite "{key}": nothing was sent to it')
         prefix = self.policy.encode(network_obs(self.policy, obs, tasks))
-        x = propose(self.policy, prefix, self.best_of_n, generator=self.generator)
-        if self.critic is not None and self.best_of_n > 1:
+        n = best_of_n or self.best_of_n
+        x = propose(self.policy, prefix, n, generator=self.generator)
+        if self.critic is not None and n > 1:
             q = aggregate(self.critic(prefix.features, x), self.aggregation)
             x = x[torch.arange(len(x), device=x.device), q.argmax(dim=1)][:, None]
         actions = self.policy.postprocess(x[:, 0, :, : self.policy.spec.action_dim]).float().cpu().numpy()
