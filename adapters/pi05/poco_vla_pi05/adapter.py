@@ -1,0 +1,442 @@
+"""``pi05`` as a poco_vla adapter: LeRobot's PI05Policy behind :class:`poco_vla.FlowPolicy`."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from lerobot.policies.pi05.modeling_pi05 import PI05Policy
+from lerobot.processor import TokenizerProcessorStep
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from lerobot.utils.feature_utils import dataset_to_policy_features
+from poco_vla import ActionSpec, FlowPolicy, PolicyError, whole_folder
+from torch import Tensor, nn
+
+from poco_vla_pi05 import checkpoint, expert, processors
+from poco_vla_pi05.architecture import (
+    ARCHITECTURE_FILE,
+    PROJECTIONS,
+    TINY,
+    Architecture,
+    empty_policy,
+    in_head,
+    random_weights,
+)
+from poco_vla_pi05.lora import Lora, inject, merged
+from poco_vla_pi05.prefix import Pi05Prefix, encode
+from poco_vla_pi05.tokenizer import DEFAULT, byte_tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+HEAD_WEIGHTS, HEAD_FILE = "head.safetensors", "head.json"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+class Pi05(FlowPolicy):
+    """pi0.5 with a frozen backbone and a trainable action head.
+
+    The head is the action expert without its language head and the four projections around it: 430,098,464 parameters
+    in float32, or a LoRA on them. Everything else is frozen in the backbone's dtype.
+
+    pi0.5 counts time from the action (1 is noise) and predicts noise - action; this class converts both. Chunks are not
+    clipped, as in pi0.5's own sampler: quantile normalisation leaves 2 % of the demonstrated actions outside [-1, 1].
+
+    Args:
+        policy: LeRobot's policy, `config.chunk_size` being the horizon. Its parameters' `requires_grad` are set.
+        pipelines: its pre- and post-processor; None for one that is only fed processed batches.
+        source: the checkpoint that the frozen part came from; None when it came from nowhere.
+        architecture: its sizes.
+        compute: dtype of the head's matrix products; None is the VLM's dtype.
+        recompute: keep one tensor per layer for backward and compute the rest again (slower by a third, 13 times
+            less memory).
+        lora: train this instead of the full head.
+    """
+
+    def __init__(
+        self,
+        policy: PI05Policy,
+        pipelines: tuple[Any, Any] | None = None,
+        *,
+        source: checkpoint.Source | None = None,
+        architecture: Architecture | None = None,
+        compute: torch.dtype | None = None,
+        recompute: bool = True,
+        lora: Lora | None = None,
+    ) -> None:
+        super().__init__()
+        config, model = policy.config, policy.model
+        core: Any = model.paligemma_with_expert
+        backbone_dtype = core.paligemma.model.language_model.layers[0].self_attn.q_proj.weight.dtype
+        self.compute, self.recompute, self.lora = compute or backbone_dtype, recompute, lora
+        self.policy = policy.requires_grad_(False)
+        if lora is not None:
+            inject(model, lora, self.compute)
+        self.head = nn.ModuleDict({"expert": core.gemma_expert.model} | {n: getattr(model, n) for n in PROJECTIONS})
+        if lora is None:
+            self.head.requires_grad_(True).float()
+        self.source, self.architecture = source, architecture or Architecture()
+        self.base = None if source is None else source.name
+        assert config.action_feature is not None
+        assert config.robot_state_feature is not None
+        self.spec = ActionSpec(
+            horizon=config.chunk_size,
+            width=config.max_action_dim,
+            action_dim=config.action_feature.shape[0],
+            flow_steps=config.num_inference_steps,
+            clip=None,
+        )
+        self.feature_dim = core.paligemma.config.text_config.hidden_size + config.robot_state_feature.shape[0]
+        self.preprocessor, self.postprocessor = pipelines or (None, None)
+        cameras = [key for key in config.image_features if not key.startswith(f"{OBS_IMAGES}.empty_camera")]
+        keys = (*cameras, OBS_STATE)
+        self.input_keys = keys if pipelines is None else processors.raw_keys(self.preprocessor, keys)
+
+    # -- the contract -------------------------------------------------------------------------------------------
+
+    def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """LeRobot's pre-processor, on a batch that was checked first: see :func:`.processors.check_batch`."""
+        if self.preprocessor is None:
+            raise PolicyError("this Pi05 was wrapped without processors: give Pi05.wrap(policy, pipelines) LeRobot's two")
+        *cameras, state = self.input_keys
+        processors.check_batch(batch, cameras, state, self.policy.config)
+        processed = self.preprocessor(batch)
+        processors.check_prompts(processed, self.policy.config)
+        return processed
+
+    def postprocess(self, actions: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        if self.postprocessor is None:
+            raise PolicyError("this Pi05 was wrapped without processors: give Pi05.wrap(policy, pipelines) LeRobot's two")
+        return self.postprocessor(actions)
+
+    def encode(self, obs: Mapping[str, Any]) -> Pi05Prefix:
+        """SigLIP and the VLM, once per state; see :func:`poco_vla_pi05.prefix.encode`."""
+        return encode(self.policy, obs)
+
+    def velocity(self, prefix: Any, x: Tensor, t: Tensor) -> Tensor:
+        # A time that is expanded from one number, as `integrate` gives it, stays so.
+        time = (1 - t[:1, :1]).expand_as(t) if t.stride() == (0, 0) else 1 - t
+        return -expert.velocity(self.policy.model, prefix, x, time, compute=self.compute, recompute=self.recompute)
+
+    def sample_time(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+        """1 - (Beta(1.5, 1) * 0.999 + 0.001): pi0.5's own training distribution, mirrored (most draws near noise)."""
+        config = self.policy.config
+        alpha, beta = config.time_sampling_beta_alpha, config.time_sampling_beta_beta
+        device = generator.device if generator else None
+
+        def gamma(concentration: float) -> Tensor:
+            return torch._standard_gamma(torch.full(tuple(shape), concentration, device=device), generator=generator)
+
+        first, second = gamma(alpha), gamma(beta)
+        time = first / (first + second) * config.time_sampling_scale + config.time_sampling_offset
+        return 1 - time
+
+    def native_sample(self, obs: Mapping[str, Any], noise: Tensor) -> Tensor:
+        images, masks = self.policy._preprocess_images(dict(obs))
+        return self.policy.model.sample_actions(
+            images, masks, obs[OBS_LANGUAGE_TOKENS], obs[OBS_LANGUAGE_ATTENTION_MASK], noise=noise
+        )
+
+    # -- loading ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def wrap(cls, policy: PI05Policy, pipelines: tuple[Any, Any] | None = None, **options: Any) -> Self:
+        """An adapter around a policy that is in memory already.
+
+        Its head becomes float32 and trainable, all else frozen; its horizon is its `config.chunk_size`. The policy stays
+        usable by itself, but for LeRobot's joint training forward where the backbone is bfloat16.
+
+        Args:
+            policy: LeRobot's policy.
+            pipelines: its pre- and post-processor.
+            options: `compute`, `recompute`, `lora` of this class.
+        """
+        if "lora" in options:
+            options["lora"] = Lora.of(options["lora"])
+        return cls(policy, pipelines, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_path: str | Path,
+        *,
+        horizon: int | None = None,
+        device: str = "cpu",
+        features: Mapping[str, Any] | None = None,
+        stats: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        dtype: Literal["bfloat16", "float32"] | None = None,
+        statistics: Literal["auto", "dataset", "checkpoint"] = "auto",
+        cameras: Sequence[str] | None = None,
+        normalization_mapping: Mapping[str, str] | None = None,
+        tokenizer: str | Path | None = None,
+        tokenizer_max_length: int | None = None,
+        asset: str | None = None,
+        lora: Any = None,
+        recompute: bool = True,
+        compute: Literal["bfloat16", "float32"] | None = None,
+        **unknown: Any,
+    ) -> Self:
+        """Load a LeRobot pi05 folder or repository, an openpi PyTorch checkpoint, or a head that this class saved.
+
+        Args:
+            repo_or_path: local folder or Hub id.
+            horizon: H; the checkpoint's own chunk size when None. Shorter is exact (no parameter depends on it).
+            device: torch device.
+            features: LeRobot features of the dataset to fine-tune on.
+            stats: its statistics.
+            revision: Hub revision.
+            dtype: of the frozen backbone, SigLIP and norms left out (LeRobot's layout); the configuration's when None.
+                "bfloat16" saves 7 GB.
+            statistics: whose features and statistics hold: "dataset" as when fine-tuning a base model, "checkpoint" as
+                when going on with a policy that was trained on this data, "auto" takes the checkpoint's if it has any
+                for actions that are not padded.
+            cameras: the dataset's cameras in the order in which the model is to see them; all of them when None.
+            normalization_mapping: LeRobot's normalisation per kind of feature, where the default will not do.
+            tokenizer: Hub id, folder or sentencepiece file; the checkpoint's own or LeRobot's default when None.
+            tokenizer_max_length: tokens of the longest prompt.
+            asset: openpi's dataset id, where a checkpoint has several.
+            lora: rank, or a mapping of rank, alpha and targets: train a LoRA instead of the full head.
+            recompute: see the class.
+            compute: see the class.
+            unknown: refused.
+
+        Raises:
+            PolicyError: anything but a complete match of weights, files that are missing or damaged, a horizon beyond
+                the model's, unknown options.
+            DataError: the dataset's features or statistics cannot be used.
+        """
+        if unknown:
+            raise PolicyError(f"pi05 has no option {', '.join(sorted(unknown))}")
+        source = checkpoint.locate(repo_or_path, revision)
+        saved_head = _read_head(source)
+        base = checkpoint.locate(saved_head["base"], saved_head["revision"]) if saved_head else source
+        config, from_openpi = checkpoint.read_config(source)
+        own_stats = checkpoint.openpi_stats(source.folder, asset) if from_openpi else processors.saved_stats(source.folder)
+        if horizon is not None and horizon > config.chunk_size:
+            raise PolicyError(
+                f"{source.name} was trained with chunks of {config.chunk_size} steps, asked for {horizon}: it has never "
+                "seen positions beyond. Choose a shorter horizon."
+            )
+        config.chunk_size = config.n_action_steps = horizon or config.chunk_size
+        config.device, config.compile_model, config.gradient_checkpointing = device, False, False
+        config.pretrained_path = None
+        if normalization_mapping:
+            config.normalization_mapping |= {kind: NormalizationMode(mode) for kind, mode in normalization_mapping.items()}
+        config.tokenizer_max_length = tokenizer_max_length or config.tokenizer_max_length
+
+        use_dataset = _use_dataset(statistics, config, own_stats, features, stats)
+        if use_dataset:
+            assert features is not None
+            assert stats is not None
+            _adopt(config, features, cameras)
+        elif from_openpi:
+            _take_sizes(config, own_stats)
+        used = stats if use_dataset else own_stats
+        assert used is not None
+        where = "the dataset" if use_dataset else source.name
+        processors.check_stats(config, used, where)
+        logger.info("pi05: features and statistics of %s", where)
+
+        folder_tokenizer = source.folder / TOKENIZER_FOLDER
+        chosen = tokenizer or (folder_tokenizer if folder_tokenizer.is_dir() else _saved_tokenizer(source.folder))
+        loaded = load_tokenizer(chosen)
+        saved = (source.folder / processors.PREPROCESSOR).is_file()
+        if saved and (source.folder / processors.POSTPROCESSOR).is_file():
+            pipelines = processors.load(source.folder, config, used if use_dataset else None, loaded)
+        else:
+            pipelines = processors.build(config, used, loaded)
+
+        architecture = Architecture.of_folder(base.folder)
+        policy = empty_policy(config, architecture)
+        head = [name for name, _ in policy.named_parameters() if in_head(name)]
+        checkpoint.load_weights(
+            policy, base.folder / checkpoint.WEIGHTS, backbone=getattr(torch, dtype or config.dtype), head=head, device=device
+        )
+        adapter = cls(
+            policy,
+            pipelines,
+            source=base,
+            architecture=architecture,
+            compute=getattr(torch, compute) if compute else None,
+            recompute=recompute,
+            lora=Lora.of(lora if saved_head is None else saved_head["lora"]),
+        )
+        if saved_head is not None:
+            adapter._load_head(source, saved_head)
+        return adapter
+
+    @classmethod
+    def from_dataset(
+        cls, features: Mapping[str, Any], stats: Mapping[str, Any], *, horizon: int, **options: Any
+    ) -> Self:
+        raise PolicyError(
+            'pi05 starts from a pretrained base: give policy a LeRobot folder or Hub id, such as "lerobot/pi05_base", or '
+            "the folder of an openpi PyTorch checkpoint"
+        )
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> Self:
+        """LeRobot's own classes at :data:`poco_vla_pi05.architecture.TINY`: two cameras, 6 state and 4 action dimensions
+        (of 32), chunks of 50 steps, a tokenizer of bytes."""
+        images = {f"{OBS_IMAGES}.{name}": PolicyFeature(FeatureType.VISUAL, (3, 64, 64)) for name in ("front", "wrist")}
+        config = PI05Config(
+            input_features=images | {OBS_STATE: PolicyFeature(FeatureType.STATE, (6,))},
+            output_features={ACTION: PolicyFeature(FeatureType.ACTION, (4,))},
+            image_resolution=(TINY.image_size, TINY.image_size),
+            device="cpu",
+        )
+        policy = empty_policy(config, TINY)
+        checkpoint.drop_language_heads(policy)
+        policy.load_state_dict(random_weights(policy, seed), assign=True)
+        bounds = {"q01": -2.0, "q99": 2.0}
+        sizes = {OBS_STATE: 6, ACTION: 4}
+        stats = {key: {name: torch.full((n,), value) for name, value in bounds.items()} for key, n in sizes.items()}
+        return cls(policy, processors.build(config, stats, byte_tokenizer()), architecture=TINY)
+
+    def example_obs(self, batch_size: int, seed: int = 0) -> dict[str, Any]:
+        """Pictures of noise, prompts of different lengths."""
+        generator = torch.Generator().manual_seed(seed)
+        config = self.policy.config
+        assert config.robot_state_feature is not None
+        images = {
+            key: torch.rand((batch_size, *feature.shape), generator=generator)
+            for key, feature in config.image_features.items()
+        }
+        length = config.tokenizer_max_length
+        mask = torch.arange(length) < torch.randint(8, 40, (batch_size, 1), generator=generator)
+        tokens = torch.randint(5, 200, (batch_size, length), generator=generator) * mask
+        state = torch.randn((batch_size, config.robot_state_feature.shape[0]), generator=generator)
+        return images | {OBS_STATE: state, OBS_LANGUAGE_TOKENS: tokens, OBS_LANGUAGE_ATTENTION_MASK: mask}
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """A plain LeRobot ``pi05`` folder: merged weights, configuration, both processors. No plug-in is needed to load it.
+
+        A tokenizer that is not LeRobot's default lies beside the weights, and the processors name its absolute path.
+        """
+        weights = merged(self.policy.state_dict(), self.policy)
+        with whole_folder(path) as partial:
+            checkpoint.write_tensors(checkpoint.full_weights(self.policy, weights), partial / checkpoint.WEIGHTS)
+            self._save_description(partial, Path(path))
+
+    def save_head(self, path: str | Path) -> None:
+        """What was trained, and where its base model is: `from_pretrained` puts the two together again.
+
+        The folder holds head.safetensors (the head, or the LoRA), head.json (base, revision, fingerprint, LoRA),
+        configuration and processors.
+        """
+        if self.source is None:
+            raise PolicyError("this policy was built from no checkpoint, so that a head alone could not be put on anything")
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.policy.named_parameters() if p.requires_grad}
+        about = {
+            "base": self.source.name,
+            "revision": self.source.revision,
+            "base_fingerprint": checkpoint.fingerprint(self.policy.state_dict()),
+            "lora": self.lora.to_json() if self.lora else None,
+        }
+        with whole_folder(path) as partial:
+            checkpoint.write_tensors(weights, partial / HEAD_WEIGHTS)
+            (partial / HEAD_FILE).write_text(json.dumps(about, indent=2) + "\n")
+            self._save_description(partial, Path(path))
+
+    def _save_description(self, partial: Path, final: Path) -> None:
+        """Configuration, processors, and whatever the real model's folder would not need."""
+        if self.preprocessor is None or self.postprocessor is None:
+            raise PolicyError("this Pi05 was wrapped without processors, and a policy folder without them cannot be run")
+        self.policy.config._save_pretrained(partial)
+        step = processors.step_of(self.preprocessor, TokenizerProcessorStep)
+        name = getattr(step.input_tokenizer, "name_or_path", None)
+        if name != DEFAULT:
+            step.input_tokenizer.save_pretrained(partial / TOKENIZER_FOLDER)
+            name = str(final.resolve() / TOKENIZER_FOLDER)
+        step.tokenizer, step.tokenizer_name = None, name  # LeRobot saves the name of a tokenizer that it loaded itself
+        self.preprocessor.save_pretrained(partial, config_filename=processors.PREPROCESSOR)
+        self.postprocessor.save_pretrained(partial, config_filename=processors.POSTPROCESSOR)
+        if self.architecture != Architecture():
+            (partial / ARCHITECTURE_FILE).write_text(self.architecture.to_json() + "\n")
+
+    def _load_head(self, source: checkpoint.Source, about: Mapping[str, Any]) -> None:
+        found = checkpoint.fingerprint(self.policy.state_dict())
+        if found != about["base_fingerprint"]:
+            raise PolicyError(
+                f"the head in {source.name} was trained on another base model than {about['base']} is now "
+                f"(fingerprint {about['base_fingerprint']}, found {found})"
+            )
+        weights = checkpoint.read_tensors(source.folder / HEAD_WEIGHTS)
+        own = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        checkpoint.check_match(
+            {name: tuple(p.shape) for name, p in own.items()},
+            {name: tuple(tensor.shape) for name, tensor in weights.items()},
+            source.folder / HEAD_WEIGHTS,
+        )
+        self.policy.load_state_dict(weights, strict=False)
+
+
+def _read_head(source: checkpoint.Source) -> dict[str, Any] | None:
+    file = source.folder / HEAD_FILE
+    if not file.is_file():
+        return None
+    try:
+        about = json.loads(file.read_text())
+        return {name: about[name] for name in ("base", "revision", "base_fingerprint", "lora")}
+    except (json.JSONDecodeError, KeyError) as error:
+        raise PolicyError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _saved_tokenizer(folder: Path) -> str | None:
+    """The tokenizer that a saved pre-processor names."""
+    file = folder / processors.PREPROCESSOR
+    if not file.is_file():
+        return None
+    steps = json.loads(file.read_text()).get("steps", [])
+    return next((s["config"]["tokenizer_name"] for s in steps if "tokenizer_name" in s.get("config", {})), None)
+
+
+def _use_dataset(
+    statistics: str, config: PI05Config, own: Mapping[str, Any], features: Any, stats: Any
+) -> bool:
+    if features is None or stats is None:
+        if statistics == "dataset":
+            raise PolicyError('statistics="dataset" without a dataset: give features and stats')
+        return False
+    if statistics == "auto":
+        assert config.action_feature is not None
+        return ACTION not in own or config.action_feature.shape[0] == config.max_action_dim
+    return statistics == "dataset"
+
+
+def _adopt(config: PI05Config, features: Mapping[str, Any], cameras: Sequence[str] | None) -> None:
+    """Take a dataset's cameras, state and action into a configuration."""
+    offered = dataset_to_policy_features(dict(features))
+    images = {key: feature for key, feature in offered.items() if feature.type is FeatureType.VISUAL}
+    chosen = list(images) if cameras is None else list(cameras)
+    unknown = [key for key in chosen if key not in images]
+    if unknown or not chosen:
+        raise PolicyError(f"the dataset has no camera {', '.join(unknown) or 'at all'}; its cameras: {', '.join(images) or 'none'}")
+    if OBS_STATE not in offered or ACTION not in offered:
+        raise PolicyError(f"pi05 needs {OBS_STATE} and {ACTION}; the dataset has {', '.join(sorted(offered))}")
+    for key, limit in ((OBS_STATE, config.max_state_dim), (ACTION, config.max_action_dim)):
+        if offered[key].shape[0] > limit:
+            raise PolicyError(f'"{key}" has {offered[key].shape[0]} dimensions, the checkpoint knows at most {limit}')
+    if config.use_relative_actions:
+        raise PolicyError(
+            "this checkpoint acts relative to the state, and a dataset's own statistics are of absolute actions: "
+            'recompute them for relative actions and use statistics="checkpoint", or start from an absolute base'
+        )
+    config.input_features = {key: images[key] for key in chosen} | {OBS_STATE: offered[OBS_STATE]}
+    config.output_features = {ACTION: offered[ACTION]}
+    config.empty_cameras = 0
+
+
+def _take_sizes(config: PI05Config, stats: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """openpi's configuration speaks of padded widths only; the real ones are those of its statistics."""
+    for features, key in ((config.input_features, OBS_STATE), (config.output_features, ACTION)):
+        if key in stats and features is not None:
+            size = next(iter(stats[key].values())).numel()
+            features[key] = replace(features[key], shape=(size,))

@@ -1,0 +1,244 @@
+"""Reading and writing pi0.5's weights: a complete match, or an error that names what does not.
+
+LeRobot's own `from_pretrained` prints a line and returns a half-random model when a file is missing or keys differ
+(spec A10).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from lerobot.policies.pi05.modeling_pi05 import PI05Policy
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from poco_vla import PolicyError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+WEIGHTS = "model.safetensors"
+CORE = "model.paligemma_with_expert."
+EMBEDDINGS = f"{CORE}paligemma.model.language_model.embed_tokens.weight"
+VLM_HEAD = f"{CORE}paligemma.lm_head.weight"
+EXPERT_HEAD = f"{CORE}gemma_expert.lm_head.weight"
+"""The two language heads: 790 M parameters that no action depends on. They are not kept in memory."""
+
+FLOAT32_PARTS = ("vision_tower", "multi_modal_projector", "input_layernorm", "post_attention_layernorm", "model.norm")
+"""What LeRobot keeps in float32 when the rest is bfloat16 (modeling_pi05.py, to_bfloat16_for_selected_params)."""
+
+OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint comes from.
+
+    Attributes:
+        name: Hub id, or absolute path of a folder.
+        revision: Hub commit; None for a folder.
+        folder: where its files lie on this machine.
+    """
+
+    name: str
+    revision: str | None
+    folder: Path
+
+
+def locate(repo_or_path: str | Path, revision: str | None = None) -> Source:
+    """A local folder as it is, or a Hub repository's snapshot (weights, configuration, processors, statistics).
+
+    Raises:
+        PolicyError: neither can be had.
+    """
+    folder = Path(repo_or_path).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise PolicyError(f"{folder} is a local folder and has no revisions, but revision {revision!r} was asked for")
+        return Source(str(folder.resolve()), None, folder.resolve())
+    name = str(repo_or_path)
+    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise PolicyError(f"no policy in {name}: the folder does not exist")
+    try:
+        snapshot = Path(
+            snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "tokenizer*/*", "assets/*"])
+        )
+    except Exception as error:  # the Hub client and the network each raise their own
+        first_line = str(error).strip().split("\n")[0]
+        at = f" at revision {revision!r}" if revision else ""
+        raise PolicyError(
+            f'the policy "{name}"{at} is no local folder and cannot be had from the Hub '
+            f"({type(error).__name__}: {first_line})"
+        ) from error
+    return Source(name, snapshot.name, snapshot)
+
+
+def read_config(source: Source) -> tuple[PI05Config, bool]:
+    """The configuration of a LeRobot or an openpi folder, and whether it is openpi's.
+
+    Raises:
+        PolicyError: there is none, or it is of another model.
+    """
+    file = source.folder / "config.json"
+    if not file.is_file():
+        held = ", ".join(sorted(p.name for p in source.folder.iterdir())) or "nothing"
+        raise PolicyError(f"no policy in {source.name}: config.json is missing (the folder holds {held})")
+    try:
+        values = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise PolicyError(f"{file} is damaged: {error}") from error
+    if "type" not in values and "action_horizon" in values:
+        return _openpi_config(values), True
+    if values.get("type") != "pi05":
+        raise PolicyError(f'{source.name} holds a policy of type "{values.get("type")}", expected "pi05"')
+    try:
+        config = PreTrainedConfig.from_pretrained(str(source.folder))
+    except Exception as error:  # draccus raises its own and ValueError, TypeError
+        raise PolicyError(f"{file} is not understood by LeRobot: {error}") from error
+    assert isinstance(config, PI05Config)
+    return config, False
+
+
+def _openpi_config(values: Mapping[str, Any]) -> PI05Config:
+    """openpi's config.json: action_dim, action_horizon, variants, precision (convert_jax_model_to_pytorch.py)."""
+    size = values.get("action_dim", 32)
+    images = {f"{OBS_IMAGES}.{name}": PolicyFeature(FeatureType.VISUAL, (3, 224, 224)) for name in OPENPI_CAMERAS}
+    return PI05Config(
+        input_features=images | {OBS_STATE: PolicyFeature(FeatureType.STATE, (size,))},
+        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (size,))},
+        chunk_size=values["action_horizon"],
+        n_action_steps=values["action_horizon"],
+        max_state_dim=size,
+        max_action_dim=size,
+        dtype="bfloat16" if values.get("precision") == "bfloat16" else "float32",
+    )
+
+
+def openpi_stats(folder: Path, asset: str | None) -> dict[str, dict[str, Tensor]]:
+    """``assets/<id>/norm_stats.json`` under LeRobot's names; empty where there is none.
+
+    Args:
+        folder: the checkpoint.
+        asset: which id, where there are several (ids may hold a slash).
+    """
+    files = {str(p.parent.relative_to(folder / "assets")): p for p in (folder / "assets").rglob("norm_stats.json")}
+    if not files:
+        return {}
+    if asset is None and len(files) > 1:
+        raise PolicyError(f'{folder} has statistics of several datasets: give policy_options "asset": {sorted(files)}')
+    if asset is not None and asset not in files:
+        raise PolicyError(f'{folder} has no statistics for the asset "{asset}". Known: {", ".join(sorted(files))}.')
+    stats = json.loads(files[asset or next(iter(files))].read_text())["norm_stats"]
+    names = {"state": OBS_STATE, "actions": ACTION}
+    return {
+        names[key]: {kind: torch.tensor(value, dtype=torch.float32) for kind, value in table.items() if value is not None}
+        for key, table in stats.items()
+        if key in names
+    }
+
+
+def load_weights(policy: PI05Policy, file: Path, *, backbone: torch.dtype, head: Iterable[str], device: str) -> None:
+    """Fill an empty policy from a safetensors file; its language heads are dropped.
+
+    Args:
+        policy: from :func:`poco_vla_pi05.architecture.empty_policy`.
+        file: LeRobot's or openpi's ``model.safetensors``.
+        backbone: dtype of what is frozen, but for the parts that LeRobot keeps in float32.
+        head: names of the parameters that train: float32.
+        device: where they go.
+
+    Raises:
+        PolicyError: the file is missing or damaged, or names or shapes differ.
+    """
+    drop_language_heads(policy)
+    wanted = {name: tuple(parameter.shape) for name, parameter in policy.named_parameters()}
+    head = set(head)
+    with _open(file) as handle:
+        found = _lerobot_names(handle.keys())
+        check_match(wanted, {name: tuple(handle.get_slice(key).get_shape()) for name, key in found.items()}, file)
+        weights = {}
+        for name in wanted:
+            exact = name in head or any(part in name for part in FLOAT32_PARTS)
+            weights[name] = handle.get_tensor(found[name]).to(device, torch.float32 if exact else backbone)
+    policy.load_state_dict(weights, strict=False, assign=True)
+    policy.to(device)  # buffers
+
+
+def _lerobot_names(keys: Iterable[str]) -> dict[str, str]:
+    """LeRobot's name of each tensor in a file -> its name there. openpi leaves ``model.`` out and ties the embeddings."""
+    found = {key if key.startswith("model.") else f"model.{key}": key for key in keys}
+    if EMBEDDINGS not in found and VLM_HEAD in found:
+        found[EMBEDDINGS] = found[VLM_HEAD]
+    return {name: key for name, key in found.items() if name not in (VLM_HEAD, EXPERT_HEAD)}
+
+
+def check_match(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], file: Path) -> None:
+    """Raise PolicyError unless two tables of tensor shapes are the same."""
+    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    shapes = [
+        f"{name} is {list(found[name])}, expected {list(wanted[name])}"
+        for name in sorted(wanted.keys() & found.keys())
+        if wanted[name] != found[name]
+    ]
+    points = [
+        f"{len(names)} {words}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+        for words, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if points:
+        raise PolicyError(f"{file} does not hold this model's weights. Tensors: {'; '.join(points)}")
+
+
+def _open(file: Path) -> Any:
+    if not file.is_file():
+        raise PolicyError(f"no weights in {file.parent}: {file.name} is missing")
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise PolicyError(f"{file} is damaged or cut short: {error}") from error
+
+
+def drop_language_heads(policy: PI05Policy) -> None:
+    """Free the 790 M parameters of the language heads, which no action depends on."""
+    core: Any = policy.model.paligemma_with_expert
+    core.paligemma.lm_head = core.gemma_expert.lm_head = None
+
+
+def full_weights(policy: PI05Policy, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` with both language heads, as LeRobot's strict loader wants them.
+
+    The VLM's is a copy of the embeddings, to which it is tied in openpi; the expert's, which is nowhere defined, is zero.
+    """
+    expert: Any = policy.model.paligemma_with_expert.gemma_expert
+    out = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    if VLM_HEAD not in out:
+        out[VLM_HEAD] = out[EMBEDDINGS].clone()
+    if EXPERT_HEAD not in out:
+        out[EXPERT_HEAD] = torch.zeros(expert.config.vocab_size, expert.config.hidden_size, dtype=out[EMBEDDINGS].dtype)
+    return out
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """A short hash of the VLM's norms: tells one base model from another without reading all of it."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        if "language_model" in name and name.endswith(("layernorm.weight", "norm.weight")):
+            digest.update(weights[name].detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    with _open(file) as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """One safetensors file, as LeRobot writes it."""
+    save_file(dict(tensors), file, metadata={"format": "pt"})

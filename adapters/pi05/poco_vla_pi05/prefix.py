@@ -1,0 +1,87 @@
+"""What of pi0.5 does not depend on the noisy action: images, instruction and state through SigLIP and the VLM, once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from lerobot.policies.pi05.modeling_pi05 import PI05Policy
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pi05Prefix:
+    """B encoded states. P is the longest state's number of valid tokens: padding is left out before the VLM runs.
+
+    Attributes:
+        features: [B, D] what the critic sees: the mean of the VLM's last hidden states over valid tokens, and the
+            normalised proprioceptive state. The paper does not say what its VLA critic sees; this is our choice.
+        keys: the VLM's rotated keys, one [B, P, head width] per layer.
+        values: likewise.
+        lengths: [B] valid tokens; the chunk's positions begin there.
+        mask: [B, P] tokens that count; None when all states have the same length.
+    """
+
+    features: Float[Tensor, "B D"]
+    keys: tuple[Float[Tensor, "B P C"], ...]
+    values: tuple[Float[Tensor, "B P C"], ...]
+    lengths: Int[Tensor, " B"]
+    mask: Bool[Tensor, "B P"] | None
+
+    def select(self, index: Any) -> Self:
+        return self._each(lambda tensor: tensor[index])
+
+    def to(self, device: Any) -> Self:
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Any) -> Self:
+        mask = None if self.mask is None else change(self.mask)
+        keys, values = (tuple(map(change, column)) for column in (self.keys, self.values))
+        return type(self)(change(self.features), keys, values, change(self.lengths), mask)
+
+
+@torch.no_grad()
+def encode(policy: PI05Policy, obs: Mapping[str, Any]) -> Pi05Prefix:
+    """SigLIP and the VLM over the valid tokens of each state.
+
+    Cameras of the policy that `obs` lacks are left out; `<camera>_is_pad` [B] says in which states one that is there
+    shows nothing. Both count as LeRobot's masked cameras do: their tokens neither attend nor advance positions.
+    """
+    model = policy.model
+    cameras = [key for key in policy.config.image_features if key in obs]
+    images, present = (column[: len(cameras)] for column in policy._preprocess_images(dict(obs)))
+    present = [
+        shown & ~obs[f"{key}_is_pad"].bool() if f"{key}_is_pad" in obs else shown
+        for key, shown in zip(cameras, present, strict=True)
+    ]
+    embedded, valid, _ = model.embed_prefix(images, present, obs[OBS_LANGUAGE_TOKENS], obs[OBS_LANGUAGE_ATTENTION_MASK])
+    embedded, lengths, mask = _without_padding(embedded, valid)
+
+    language_model: Any = model.paligemma_with_expert.paligemma.model.language_model
+    language_model.config._attn_implementation = "sdpa"  # LeRobot sets "eager" by itself where it wants it
+    (hidden, _), cache = model.paligemma_with_expert.forward(
+        inputs_embeds=[embedded, None],
+        attention_mask=mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1),  # every token sees every valid one
+        position_ids=torch.arange(mask.shape[1], device=mask.device).expand_as(mask),
+        use_cache=True,
+    )
+    pooled = (hidden.float() * mask[..., None]).sum(dim=1) / lengths[:, None]
+    return Pi05Prefix(
+        features=torch.cat([pooled, obs[OBS_STATE].float()], dim=-1),
+        keys=tuple(layer.keys[:, 0] for layer in cache.layers),
+        values=tuple(layer.values[:, 0] for layer in cache.layers),
+        lengths=lengths,
+        mask=None if bool(mask.all()) else mask,
+    )
+
+
+def _without_padding(embedded: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each state's valid tokens first, in their order, cut to the longest state. Attention does not mind their place:
+    positions count valid tokens only, here as in LeRobot."""
+    lengths = valid.sum(dim=1)
+    longest = int(lengths.max())
+    order = valid.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    packed = embedded.gather(1, order[..., None].expand(-1, -1, embedded.shape[-1]))
+    return packed, lengths, torch.arange(longest, device=valid.device) < lengths[:, None]

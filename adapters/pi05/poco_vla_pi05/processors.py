@@ -1,0 +1,179 @@
+"""pi0.5's LeRobot pipelines: normalise, write the state into the prompt, tokenise; and back.
+
+LeRobot's own factory loads its gated tokenizer by name in the constructor. Here a tokenizer that is already loaded is
+handed over instead, and what is saved is what LeRobot saves.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs.types import FeatureType, NormalizationMode
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
+from lerobot.processor import (
+    AbsoluteActionsProcessorStep,
+    NormalizerProcessorStep,
+    ProcessorStep,
+    RelativeActionsProcessorStep,
+    RenameObservationsProcessorStep,
+    TokenizerProcessorStep,
+    make_default_policy_processor_steps,
+    make_policy_processor_pipelines,
+)
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_STATE
+from poco_vla import DataError, PolicyError
+from safetensors.torch import load_file
+from torch import Tensor
+
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+BOUNDS = {NormalizationMode.QUANTILES: ("q01", "q99"), NormalizationMode.QUANTILE10: ("q10", "q90"), NormalizationMode.MIN_MAX: ("min", "max")}
+
+type Stats = Mapping[str, Mapping[str, Any]]
+
+
+def build(config: PI05Config, stats: Stats, tokenizer: Any) -> tuple[Any, Any]:
+    """New pipelines, step for step those of LeRobot's `make_pi05_pre_post_processors`."""
+    relative = RelativeActionsProcessorStep(
+        enabled=config.use_relative_actions,
+        exclude_joints=config.relative_exclude_joints,
+        action_names=config.action_feature_names,
+    )
+    steps = make_default_policy_processor_steps(config, {key: dict(value) for key, value in stats.items()})
+    inputs: list[ProcessorStep] = [
+        steps.rename_observations,
+        steps.add_batch_dim,
+        relative,
+        steps.normalize,
+        Pi05PrepareStateTokenizerProcessorStep(max_state_dim=config.max_state_dim),
+        TokenizerProcessorStep(
+            tokenizer=tokenizer, max_length=config.tokenizer_max_length, padding_side="right", padding="max_length"
+        ),
+        steps.to_device,
+    ]
+    outputs: list[ProcessorStep] = [
+        steps.unnormalize,
+        AbsoluteActionsProcessorStep(enabled=config.use_relative_actions, relative_step=relative),
+        steps.to_cpu,
+    ]
+    return make_policy_processor_pipelines(inputs, outputs)
+
+
+def load(folder: Path, config: PI05Config, stats: Stats | None, tokenizer: Any) -> tuple[Any, Any]:
+    """The pipelines saved in `folder`, with other statistics and features where `stats` are given."""
+    overrides: dict[str, Any] = {
+        "tokenizer_processor": {"tokenizer": tokenizer, "tokenizer_name": None},
+        "device_processor": {"device": config.device},
+    }
+    after: dict[str, Any] = {}
+    if stats is not None:
+        shared = {"stats": {key: dict(value) for key, value in stats.items()}, "norm_map": config.normalization_mapping}
+        outputs = config.output_features or {}
+        overrides["normalizer_processor"] = shared | {"features": {**(config.input_features or {}), **outputs}}
+        after["unnormalizer_processor"] = shared | {"features": outputs}
+    try:
+        return make_pre_post_processors(
+            config, pretrained_path=str(folder), preprocessor_overrides=overrides, postprocessor_overrides=after
+        )
+    except Exception as error:  # LeRobot raises KeyError, ValueError, TypeError, its own ... on what does not fit
+        raise PolicyError(f"the processors in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def saved_stats(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Statistics of the saved normaliser; empty where none are saved."""
+    stats: dict[str, dict[str, Tensor]] = {}
+    for file in sorted(folder.glob("policy_preprocessor*normalizer*.safetensors")):
+        for name, value in load_file(file).items():
+            key, kind = name.rsplit(".", 1)
+            stats.setdefault(key, {})[kind] = value
+    return stats
+
+
+def check_stats(config: PI05Config, stats: Stats, where: str) -> None:
+    """Raise DataError unless state and actions have the statistics that their normalisation needs, with a range."""
+    for key, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
+        mode = config.normalization_mapping.get(feature.type.value)
+        if feature.type is FeatureType.VISUAL or mode not in BOUNDS:
+            continue
+        low, high = BOUNDS[mode]
+        values = stats.get(key, {})
+        if low not in values or high not in values:
+            raise DataError(
+                f'{where} has no {low} and {high} for "{key}" (found: {", ".join(values) or "nothing"}), which {mode.value} '
+                "normalisation needs. Add them with LeRobot's augment_dataset_quantile_stats script, or give "
+                'policy_options {"normalization_mapping": {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}}.'
+            )
+        bottom, top = (torch.as_tensor(values[name], dtype=torch.float64).flatten() for name in (low, high))
+        if bottom.numel() != feature.shape[0]:
+            raise DataError(
+                f'{where} has statistics of {bottom.numel()} dimensions for "{key}", which has {feature.shape[0]}'
+            )
+        flat = [i for i, spread in enumerate((top - bottom).tolist()) if not spread > 1e-6 * max(1.0, abs(top[i].item()))]
+        if flat:
+            raise DataError(
+                f'"{key}" hardly varies in dimension{"s" * (len(flat) > 1)} {", ".join(map(str, flat))} of {where}: '
+                f"{low} = {high}, and {mode.value} normalisation would divide by zero. Drop what never moves from the "
+                'dataset, or give policy_options {"normalization_mapping": {"STATE": "MEAN_STD"}} (or "ACTION").'
+            )
+
+
+def step_of[T: ProcessorStep](pipeline: Any, kind: type[T]) -> T:
+    """A pipeline's step of a kind."""
+    for step in pipeline.steps:
+        if isinstance(step, kind):
+            return step
+    raise PolicyError(f"the pre-processor has no {kind.__name__}; it holds {[type(s).__name__ for s in pipeline.steps]}")
+
+
+def raw_keys(pipeline: Any, keys: Sequence[str]) -> tuple[str, ...]:
+    """The names that `keys` have before the pipeline renames them."""
+    renamed = {new: old for old, new in step_of(pipeline, RenameObservationsProcessorStep).rename_map.items()}
+    return tuple(renamed.get(key, key) for key in keys)
+
+
+def normaliser(pipeline: Any) -> NormalizerProcessorStep:
+    return step_of(pipeline, NormalizerProcessorStep)
+
+
+def check_batch(batch: Mapping[str, Any], cameras: Sequence[str], state: str, config: PI05Config) -> None:
+    """Raise DataError for a raw batch that the policy cannot read: a camera or the state is missing, a dimension is not
+    the policy's, a number is not finite, an instruction is empty.
+
+    Args:
+        batch: what the pre-processor is to be given.
+        cameras: its image keys, before any renaming.
+        state: its state key, likewise.
+        config: the policy's.
+    """
+    missing = [key for key in (*cameras, state) if key not in batch]
+    if missing:
+        raise DataError(f"the batch lacks {', '.join(missing)}; it holds {', '.join(sorted(batch))}")
+    empty = [i for i, task in enumerate(batch.get("task") or [""]) if not str(task).strip()]
+    if empty:
+        raise DataError(
+            f"row {empty[0]} of the batch has an empty instruction; pi0.5 is told in words what to do. Give the episodes "
+            'a "task", or the environment a task description.'
+        )
+    sizes = {state: config.robot_state_feature, ACTION: config.action_feature}
+    for key, feature in sizes.items():
+        assert feature is not None
+        if key in batch and batch[key].shape[-1] != feature.shape[0]:
+            raise DataError(f'"{key}" has {batch[key].shape[-1]} dimensions, the policy knows {feature.shape[0]}')
+    for key in (*cameras, state, ACTION):
+        column = batch.get(key)
+        if isinstance(column, Tensor) and column.is_floating_point() and not torch.isfinite(column).all():
+            row = int((~torch.isfinite(column)).flatten(1).any(dim=1).nonzero()[0])
+            raise DataError(f'"{key}" is NaN or infinite in row {row} of the batch')
+
+
+def check_prompts(processed: Mapping[str, Any], config: PI05Config) -> None:
+    """Raise DataError for a prompt that LeRobot's tokenizer step may have cut off without a word."""
+    full = processed[OBS_LANGUAGE_ATTENTION_MASK].all(dim=1)
+    if full.any():
+        raise DataError(
+            f"the prompt of row {int(full.nonzero()[0])} fills all {config.tokenizer_max_length} tokens, so that its end "
+            "may be cut off (the state is part of it): shorten the instruction, or give policy_options "
+            f'{{"tokenizer_max_length": {2 * config.tokenizer_max_length}}}.'
+        )
