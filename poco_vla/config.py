@@ -146,6 +146,8 @@ class DemonstrationConfig:
     """Seed of environment and expert. Not the training seed: all training seeds share one dataset."""
     root: Path = Path("runs/data")
     """Folder that holds the datasets, one sub-folder per task and settings."""
+    video: bool = True
+    """Camera images as video, LeRobot's usual form; False stores PNG, bit for bit."""
 
     def __post_init__(self) -> None:
         _require(self.episodes >= 1, f"demonstrations.episodes is {self.episodes}; at least 1")

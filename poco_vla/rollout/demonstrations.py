@@ -1,6 +1,8 @@
 """Demonstrations by a simulator's own scripted expert, as a LeRobot dataset."""
 
+import hashlib
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from poco_vla.config import DemonstrationConfig, EnvSpec
 from poco_vla.data import Episode
 from poco_vla.errors import ConfigError
 from poco_vla.rollout.environments import environment
-from poco_vla.rollout.pool import lerobot_key, make_env
+from poco_vla.rollout.pool import flat_observation, make_env
 from poco_vla.rollout.recorder import write_dataset
 
 logger = logging.getLogger(__name__)
@@ -19,8 +21,19 @@ logger = logging.getLogger(__name__)
 
 def demonstrations_root(spec: EnvSpec, config: DemonstrationConfig) -> Path:
     """Folder of the dataset: its name holds everything that decides its content."""
-    options = "".join(f"_{name}-{value}" for name, value in sorted(spec.options.items()))
-    return config.root / f"{spec.task}{options}_n{config.episodes}_noise{config.noise:g}_seed{config.seed}"
+    options = "".join(f"_{name}-{_in_a_name(value)}" for name, value in sorted(spec.options.items()))
+    form = "" if config.video else "_png"
+    made = f"n{config.episodes}_noise{config.noise:g}_seed{config.seed}"
+    return config.root / f"{_in_a_name(spec.task)}{options}_{made}{form}"
+
+
+def _in_a_name(value: Any) -> str:
+    """A value as part of a file name: itself where it can be, else with a digest of what had to be replaced."""
+    if isinstance(value, list | tuple):
+        return "+".join(map(_in_a_name, value))
+    text = str(value)
+    plain = re.sub(r"[^\w.-]", "-", text, flags=re.ASCII)
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def ensure_demonstrations(
@@ -57,7 +70,7 @@ def ensure_demonstrations(
             episodes.append(episode)
             on_episode(len(episodes))
     env.close()
-    return write_dataset(episodes, root, fps=env_config.fps, repo_id=f"local/{root.name}")
+    return write_dataset(episodes, root, fps=env_config.fps, repo_id=f"local/{root.name}", video=config.video)
 
 
 def demonstrate(env: Any, noise: float, rng: np.random.Generator, *, seed: int) -> Episode:
@@ -70,13 +83,13 @@ def demonstrate(env: Any, noise: float, rng: np.random.Generator, *, seed: int) 
         action = expert.action()
         if action is None:
             break
-        before = observation
+        before = flat_observation(observation)
         observation, reward, terminated, truncated, info = env.step(action)
         rows.append((before, action, reward, info["is_success"], terminated))
         ended = terminated or truncated
     obs, action, reward, success, terminal = zip(*rows, strict=True)
     return Episode(
-        obs={lerobot_key(name): np.stack([one[name] for one in obs]) for name in obs[0]},
+        obs={key: np.stack([one[key] for one in obs]) for key in obs[0]},
         action=np.stack(action).astype(np.float32),
         reward=np.array(reward, dtype=np.float32),
         success=np.array(success, dtype=bool),

@@ -31,7 +31,7 @@ def check_fit(info: DatasetInfo, env: Any) -> None:
         if shape != tuple(feature.shape):
             raise DataError(
                 f'"{key}" has shape {shape} in {info.repo_id} and {tuple(feature.shape)} in the environment '
-                f'"{env.type}" (task {env.task}): the data comes from another robot or task.'
+                f'"{env.type}" (task {env.task}): the data comes from another robot, task or choice of cameras.'
             )
 
 

@@ -68,7 +68,7 @@ class ChunkEnv(gym.Env):
             for one in action:
                 observation, reward, terminated, truncated, info = self.env.step(one)
                 steps.add(self._now, float(reward), bool(info.get("is_success", False)), terminated)
-                self._now = _flatten(observation)
+                self._now = flat_observation(observation)
                 if terminated or truncated:
                     if "is_success" not in info:
                         raise ConfigError(
@@ -88,10 +88,10 @@ class ChunkEnv(gym.Env):
         self._seed = self._next
         if not self._idle:
             observation, _ = self.env.reset(seed=self._next)
-            self._now = _flatten(observation)
+            self._now = flat_observation(observation)
             self._next += self.num_envs
         elif not hasattr(self, "_now"):
-            self._now = _flatten(self.env.observation_space.sample())
+            self._now = flat_observation(self.env.observation_space.sample())
 
     def _result(self, steps: "_Steps") -> dict[str, Any]:
         def padded(values: list[Any], dtype: Any) -> np.ndarray:
@@ -273,6 +273,17 @@ def lerobot_key(name: str) -> str:
     return {"agent_pos": "observation.state"}.get(name, f"observation.{name}")
 
 
+def flat_observation(observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """An environment's observation under LeRobot's names, pictures of several cameras each under its own."""
+    out: dict[str, np.ndarray] = {}
+    for name, value in observation.items():
+        if isinstance(value, Mapping):
+            out |= {lerobot_key(f"{name}.{k}"): _column(v) for k, v in value.items()}
+        else:
+            out[lerobot_key(name)] = _column(value)
+    return out
+
+
 def make_env(package: str, gym_id: str, kwargs: Mapping[str, Any]) -> gym.Env:
     """One environment by its Gymnasium id, its package imported when the id is not registered yet."""
     if gym_id not in gym.registry:
@@ -314,16 +325,6 @@ def _leaves(space: gym.Space) -> dict[str, gym.Space]:
     out: dict[str, gym.Space] = {}
     for name, value in space.items():
         out |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, gym.spaces.Dict) else {name: value}
-    return out
-
-
-def _flatten(observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    out: dict[str, np.ndarray] = {}
-    for name, value in observation.items():
-        if isinstance(value, Mapping):
-            out |= {lerobot_key(f"{name}.{k}"): _column(v) for k, v in value.items()}
-        else:
-            out[lerobot_key(name)] = _column(value)
     return out
 
 

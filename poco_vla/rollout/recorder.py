@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from poco_vla.config import DatasetConfig
 from poco_vla.data import Episode, open_dataset, read_episodes
+from poco_vla.errors import DataError
 
 SIGNALS = {
     "next.reward": {"dtype": "float32", "shape": (1,), "names": None},
@@ -19,26 +21,33 @@ SIGNALS = {
     "next.success": {"dtype": "bool", "shape": (1,), "names": None},
 }
 """Columns beside observations and action, by LeRobot's names (lerobot.utils.constants)."""
+MIN_VIDEO_SIDE = 32
+"""Pixels; below it the encoder (SVT-AV1 3.0) ends the whole process by a division by zero."""
 
 
-def write_dataset(episodes: Sequence[Episode], root: Path, *, fps: int, repo_id: str) -> Path:
+def write_dataset(episodes: Sequence[Episode], root: Path, *, fps: int, repo_id: str, video: bool = False) -> Path:
     """A LeRobot v3 dataset of these episodes in `root`. It appears whole or not at all.
 
     When another process has put the same dataset there meanwhile, that one stays.
+
+    Args:
+        video: pictures as video by LeRobot's default encoder (AV1 in yuv420p: a few levels off); False stores PNG,
+            which is exact.
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     root.parent.mkdir(parents=True, exist_ok=True)
     partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    features = _features(episodes[0])
+    features = _features(episodes[0], video=video)
     try:
-        with _without_progress_bars():
-            dataset = LeRobotDataset.create(repo_id, fps=fps, features=features, root=partial, use_videos=False)
+        with _silent_stderr():
+            dataset = LeRobotDataset.create(repo_id, fps=fps, features=features, root=partial, use_videos=video)
             for episode in episodes:
                 for frame in _frames(episode):
                     dataset.add_frame(frame)
-                dataset.save_episode()
+                # One camera after the other: LeRobot would fork this process, and with it OpenGL, CUDA and threads.
+                dataset.save_episode(parallel_encoding=False)
             dataset.finalize()
         if not root.exists():
             partial.rename(root)
@@ -71,7 +80,8 @@ class EpisodeRecorder:
             name = f"part-{len(self.parts):05d}"
             # A part that a crash left behind a checkpoint is not in `parts`: its episodes are run again.
             shutil.rmtree(self.root / name, ignore_errors=True)
-            write_dataset(self._pending, self.root / name, fps=self.fps, repo_id=f"local/{name}")
+            # PNG, not video: a resumed run must see the pixels that the interrupted one saw.
+            write_dataset(self._pending, self.root / name, fps=self.fps, repo_id=f"local/{name}", video=False)
             self.parts.append(name)
             self._pending = []
         return self.parts
@@ -93,7 +103,7 @@ class EpisodeRecorder:
         if not parts:
             return None
         shutil.rmtree(root, ignore_errors=True)
-        with _without_progress_bars():
+        with _silent_stderr():
             aggregate_datasets(
                 repo_ids=[f"local/{name}" for name in parts],
                 aggr_repo_id=f"local/{root.name}",
@@ -104,20 +114,34 @@ class EpisodeRecorder:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """LeRobot and datasets draw one bar per episode and per file on stderr; the run shows its own."""
-    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
-        yield
+def _silent_stderr() -> Iterator[None]:
+    """LeRobot and datasets draw a bar per episode and per file on stderr, and video encoders, which are C, write to
+    its file descriptor; the run shows its own progress. Exceptions pass."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
-def _features(episode: Episode) -> dict[str, dict[str, Any]]:
+def _features(episode: Episode, *, video: bool) -> dict[str, dict[str, Any]]:
     features: dict[str, dict[str, Any]] = {
         "action": {"dtype": "float32", "shape": episode.action.shape[1:], "names": None}
     }
     for key, column in episode.obs.items():
         if column.dtype == np.uint8:
-            # PNG, not video: a resumed run must see the pixels that the interrupted one saw.
-            features[key] = {"dtype": "image", "shape": column.shape[1:], "names": ["height", "width", "channels"]}
+            height, width = column.shape[1:3]
+            if video and (min(height, width) < MIN_VIDEO_SIDE or height % 2 or width % 2):
+                raise DataError(
+                    f'"{key}" is {height} x {width} pixels; video needs even sides of at least {MIN_VIDEO_SIDE}. Make '
+                    "the pictures larger, or store PNG (demonstrations.video = False)."
+                )
+            dtype = "video" if video else "image"
+            features[key] = {"dtype": dtype, "shape": column.shape[1:], "names": ["height", "width", "channels"]}
         else:
             features[key] = {"dtype": "float32", "shape": column.shape[1:], "names": None}
     return features | SIGNALS

@@ -47,9 +47,10 @@ def render(
     mujoco = sys.modules.get("mujoco")
     if mujoco is None or not isinstance(model, mujoco.MjModel) or not isinstance(data, mujoco.MjData):
         return np.asarray(env.render())
-    renderer = _renderers.get(base)
-    if renderer is None or renderer.model is not model or (renderer.height, renderer.width) != (height, width):
-        _renderers[base] = renderer = SceneRenderer(model, height=height, width=width)
+    renderers = _renderers.setdefault(base, {})
+    renderer = renderers.get((height, width))
+    if renderer is None or renderer.model is not model:
+        renderers[height, width] = renderer = SceneRenderer(model, height=height, width=width)
     return renderer.render(data, camera)
 
 
@@ -125,15 +126,17 @@ class SceneRenderer:
         if self._mjr is None:
             _forget_gl_errors()
             self._mjr = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
-            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._mjr)
             mujoco.mjr_resizeOffscreen(self.width, self.height, self._mjr)
+        # Every time: renderers share one context, and which framebuffer is drawn to is the context's state.
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._mjr)
         image, frame = np.empty((self.height, self.width, 3), np.uint8), mujoco.MjrRect(0, 0, self.width, self.height)
         mujoco.mjr_render(frame, self._scene, self._mjr)
         mujoco.mjr_readPixels(image, None, frame, self._mjr)
         return image[::-1].copy()
 
 
-_renderers: weakref.WeakKeyDictionary[gym.Env, SceneRenderer] = weakref.WeakKeyDictionary()
+_renderers: weakref.WeakKeyDictionary[gym.Env, dict[tuple[int, int], SceneRenderer]] = weakref.WeakKeyDictionary()
+"""Of each environment one per size of picture; all its cameras share it."""
 _alive: weakref.WeakSet[SceneRenderer] = weakref.WeakSet()
 
 

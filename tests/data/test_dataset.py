@@ -8,6 +8,7 @@ import pytest
 from lerobot_on_disk import FPS, SIGNALS, STATE_ONLY, random_columns, write
 
 from poco_vla.config import DatasetConfig, RewardConfig
+from poco_vla.data import dataset as module
 from poco_vla.data import open_dataset, read_episodes
 from poco_vla.data.dataset import info_of
 from poco_vla.errors import DataError
@@ -83,6 +84,38 @@ def test_info_is_the_datasets_own(plain):
     stacked = np.concatenate([c["action"] for c in columns])
     np.testing.assert_allclose(info.stats["action"]["min"], stacked.min(axis=0), rtol=1e-6)
     np.testing.assert_allclose(info.stats["action"]["mean"], stacked.mean(axis=0), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Two episodes whose actions and states lie far apart: (folder, columns written)."""
+    columns = [random_columns(length, STATE_ONLY, seed) for seed, length in enumerate((30, 70))]
+    for name in ("action", "observation.state"):
+        columns[1][name] = 5 * columns[1][name] + 40
+    return write(tmp_path_factory.mktemp("uneven") / "data", columns, STATE_ONLY), columns
+
+
+@pytest.mark.parametrize("key", ["action", "observation.state"])
+def test_quantiles_are_those_of_all_frames(uneven, key):
+    """LeRobot's own, the mean of the episodes' quantiles, are not: a tenth of all lies in the first episode."""
+    root, columns = uneven
+    dataset = open_dataset(config_of(root))
+    stats, frames = info_of(dataset).stats[key], np.concatenate([c[key] for c in columns])
+    for name, share in (("q01", 0.01), ("q10", 0.1), ("q50", 0.5), ("q90", 0.9), ("q99", 0.99)):
+        np.testing.assert_allclose(stats[name], np.quantile(frames, share, axis=0), rtol=1e-5, atol=1e-5)
+    assert np.abs(dataset.meta.stats[key]["q10"] - stats["q10"]).min() > 5
+    for name in ("min", "max", "mean", "std"):
+        np.testing.assert_array_equal(stats[name], dataset.meta.stats[key][name])
+
+
+def test_statistics_are_of_the_episodes_in_use(uneven):
+    root, columns = uneven
+    stats = info_of(open_dataset(config_of(root, episodes=(1,)))).stats["action"]
+    frames = columns[1]["action"]
+    np.testing.assert_allclose(stats["q50"], np.quantile(frames, 0.5, axis=0), rtol=1e-5)
+    for name in ("min", "max", "mean", "std"):
+        np.testing.assert_allclose(stats[name], getattr(frames, name)(axis=0), rtol=1e-4)
+    assert stats["count"] == [70]
 
 
 def with_signals(tmp_path, names, rows):
@@ -164,6 +197,23 @@ def test_a_video_column_is_read_frame_by_frame(tmp_path):
         assert video.shape == wrote["observation.images.top"].shape
         means = video.mean(axis=(1, 2, 3))
         np.testing.assert_allclose(means, wrote["observation.images.top"][:, 0, 0, 0].astype(float), atol=6)
+
+
+def test_videos_read_many_frames_at_once_are_lerobots_own_frames(tmp_path, monkeypatch):
+    """Two cameras, calls that do not divide the episodes, and a subset that begins in mid-file."""
+    monkeypatch.setattr(module, "FRAMES_PER_CALL", 3)
+    video = {"dtype": "video", "shape": (64, 32, 3), "names": ["height", "width", "channels"]}
+    features = STATE_ONLY | {"observation.images.top": video, "observation.images.side": video}
+    columns = [random_columns(length, features, seed) for seed, length in enumerate((4, 7, 5))]
+    root = write(tmp_path / "data", columns, features)
+    keys = ("observation.images.top", "observation.images.side")
+    for chosen in (None, (1, 2)):
+        dataset = open_dataset(config_of(root, episodes=chosen))
+        episodes = read(root, keys, episodes=chosen)
+        for key in keys:
+            frames = np.concatenate([episode.obs[key] for episode in episodes])
+            own = np.stack([dataset[i][key].permute(1, 2, 0).numpy() for i in range(len(dataset))])
+            np.testing.assert_array_equal(frames, own)
 
 
 def test_only_the_asked_for_observations_are_read(tmp_path):

@@ -1,5 +1,7 @@
 """Demonstrations by a simulator's own expert: successful, reproducible, made once."""
 
+import re
+
 import numpy as np
 import pytest
 import tiny_gym  # noqa: F401 (registers the environments)
@@ -78,6 +80,53 @@ def test_whatever_decides_the_content_is_in_the_folders_name(tmp_path):
     for spec in specs:
         side_by_side = EnvSpec(type=spec.type, task=spec.task, options=spec.options, num_envs=9)
         assert demonstrations_root(side_by_side, configs[0]) == demonstrations_root(spec, configs[0])
+
+
+def test_the_folders_name_is_what_it_was_where_there_are_no_cameras(tmp_path):
+    root = demonstrations_root(EnvSpec(options={"episode_length": 120}), wanted(tmp_path, episodes=30))
+    assert root.name == "cube-single-singletask-task1-v0_episode_length-120_n30_noise0.1_seed0"
+
+
+def test_the_folders_name_is_one_for_any_option_and_differs_with_it(tmp_path):
+    cameras = [(), ("front",), ["front", "wrist"], ("wrist", "front"), ("front+wrist",), "a/b", "a b", "a-b", "ä(')"]
+    options = [{"cameras": value, "image_size": size} for value in cameras for size in (64, 128)]
+    names = {
+        demonstrations_root(EnvSpec(options=option), wanted(tmp_path, video=video)).name
+        for option in options
+        for video in (True, False)
+    }
+    assert len(names) == 2 * len(options)
+    assert all(re.fullmatch(r"[A-Za-z0-9_.+-]+", name) for name in names)
+    as_read_from_json = (EnvSpec(options={"cameras": kind(("front", "wrist"))}) for kind in (tuple, list))
+    assert len({demonstrations_root(spec, wanted(tmp_path)) for spec in as_read_from_json}) == 1
+
+
+@pytest.mark.parametrize(("video", "dtype", "tolerance"), [(True, "video", 6), (False, "image", 0)])
+def test_cameras_are_recorded_as_video_unless_png_is_asked_for(tmp_path, video, dtype, tolerance):
+    """The tiny environment's picture is all of one brightness: 120 times the distance to the origin."""
+    root = ensure_demonstrations(expert_spec(pixels=True), wanted(tmp_path, episodes=2, video=video))
+    config = DatasetConfig(repo_id="local/demos", root=root)
+    dataset = open_dataset(config)
+    assert dataset.meta.features["observation.images.top"]["dtype"] == dtype
+    for episode in read_episodes(dataset, config, ["observation.state", "observation.images.top"]):
+        distance = np.linalg.norm(episode.obs["observation.state"][:, :2].astype(float), axis=1)
+        shown = episode.obs["observation.images.top"].mean(axis=(1, 2, 3))
+        np.testing.assert_allclose(shown, 120 * distance, atol=1.01 + tolerance)
+
+
+def test_ogbenchs_expert_is_the_same_under_cameras(tmp_path):
+    """Looking on changes nothing: the same actions, the state without the cube, and a picture for each."""
+    options = {"episode_length": 120}
+    plain, filmed = (
+        ensure_demonstrations(EnvSpec(options=options | seen), wanted(tmp_path, episodes=1))
+        for seen in ({}, {"cameras": ("wrist",), "image_size": 32})
+    )
+    (a,), (b,) = read(plain), read(filmed)
+    np.testing.assert_array_equal(a.action, b.action)
+    np.testing.assert_array_equal(a.obs["observation.state"][:, :19], b.obs["observation.state"])
+    dataset = LeRobotDataset("local/demos", root=filmed)
+    assert dataset[0]["observation.images.wrist"].shape == (3, 32, 32)
+    assert dataset.meta.camera_keys == ["observation.images.wrist"]
 
 
 def test_an_environment_without_an_expert_asks_for_a_dataset(tmp_path):

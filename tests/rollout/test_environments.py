@@ -4,18 +4,20 @@ import hashlib
 import subprocess
 import sys
 
+import draccus
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
 import tiny_gym  # noqa: F401 (registers the environments)
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.factory import make_env, make_env_config
-from lerobot.envs.utils import check_env_attributes_and_types, preprocess_observation
+from lerobot.envs.utils import check_env_attributes_and_types, env_to_policy_features, preprocess_observation
 from tiny_env import point_spec
 
 from poco_vla.config import EnvSpec
 from poco_vla.errors import ConfigError, UnknownNameError
-from poco_vla.rollout import environment
+from poco_vla.rollout import EnvPool, environment
 from poco_vla.rollout.environments.ogbench_gym import OGBenchEnv
 
 TASK = "cube-single-singletask-task1-v0"
@@ -28,6 +30,8 @@ def digest(env, seed, steps=40):
     observation, _ = env.reset(seed=seed)
     for _ in range(steps):
         found.update(observation["agent_pos"].tobytes())
+        for picture in observation.get("pixels", {}).values():
+            found.update(picture.tobytes())
         observation, reward, terminated, truncated, info = env.step(rng.uniform(-1, 1, 5).astype(np.float32))
         found.update(repr((reward, terminated, truncated, info["is_success"])).encode())
     found.update(observation["agent_pos"].tobytes())
@@ -99,6 +103,129 @@ def test_options_that_a_type_does_not_have_are_named():
 def test_a_third_partys_environment_is_found_by_its_type():
     """Whoever registers a LeRobot EnvConfig is found by name."""
     assert environment(point_spec(episode_length=9)).gym_kwargs["episode_length"] == 9
+
+
+# -- cameras --------------------------------------------------------------------------------------------------------
+
+
+CAMERAS = ("front", "wrist")
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    return OGBenchEnv(TASK, cameras=CAMERAS, image_size=64)
+
+
+def is_red(picture):
+    """The cube; its target, which is translucent, is darker."""
+    red, green, blue = np.moveaxis(picture.astype(int), -1, 0)
+    return (red > 90) & (red > 2 * green) & (red > 2 * blue)
+
+
+def observed(env):
+    """What the environment shows of the simulator's state as it is now."""
+    mujoco.mj_forward(env.simulator.model, env.simulator.data)
+    return env._observation(env.simulator.compute_observation())
+
+
+def test_pictures_come_beside_what_the_robot_knows_of_itself(seeing):
+    observation, _ = seeing.reset(seed=0)
+    assert seeing.observation_space.contains(observation)
+    assert set(observation["pixels"]) == set(CAMERAS)
+    assert {p.shape for p in observation["pixels"].values()} == {(64, 64, 3)}
+    assert observation["agent_pos"].shape == (19,)
+
+
+def test_cameras_change_nothing_but_what_is_shown(env, seeing):
+    """The state is the first 19 of the 28 numbers that are shown without cameras: the cube's 9 are left out."""
+    (blind, _), (sighted, _) = env.reset(seed=2), seeing.reset(seed=2)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        np.testing.assert_array_equal(sighted["agent_pos"], blind["agent_pos"][:19])
+        action = rng.uniform(-1, 1, 5).astype(np.float32)
+        (blind, *_), (sighted, *_) = env.step(action), seeing.step(action)
+
+
+def test_the_cube_is_in_the_pictures_and_not_in_the_state(seeing):
+    seeing.reset(seed=0)
+    before = observed(seeing)
+    seeing.simulator.data.joint("object_joint_0").qpos[1] -= 0.05
+    after = observed(seeing)
+    np.testing.assert_array_equal(after["agent_pos"], before["agent_pos"])
+    assert is_red(before["pixels"]["front"]).any()
+    assert (is_red(after["pixels"]["front"]) != is_red(before["pixels"]["front"])).any()
+
+
+def test_every_picture_changes_when_the_arm_moves(seeing):
+    observation, _ = seeing.reset(seed=0)
+    for _ in range(3):
+        moved, *_ = seeing.step(np.array([0, -1, 0, 0, 0], np.float32))
+    for name in CAMERAS:
+        assert (moved["pixels"][name] != observation["pixels"][name]).any(axis=-1).mean() > 0.01
+
+
+def test_the_wrist_camera_sees_what_is_between_the_fingertips_however_the_gripper_turns(seeing):
+    for seed in range(3):
+        seeing.reset(seed=seed)
+        cube = seeing.simulator.data.joint("object_joint_0")
+        cube.qpos[:3] = seeing.simulator.data.site("ur5e/robotiq/pinch").xpos
+        rows, columns = np.nonzero(is_red(observed(seeing)["pixels"]["wrist"]))
+        assert len(rows) > 100
+        assert 26 < columns.mean() < 38
+        assert 20 < rows.mean() < 50
+
+
+def test_a_seed_repeats_its_pictures_too(seeing):
+    first = digest(seeing, 3, steps=4)
+    assert digest(seeing, 4, steps=4) != first
+    assert digest(seeing, 3, steps=4) == first
+    assert digest(OGBenchEnv(TASK, cameras=CAMERAS, image_size=64), 3, steps=4) == first
+
+
+def test_unknown_cameras_are_answered_with_those_there_are():
+    with pytest.raises(UnknownNameError, match=r'no camera named "wirst". Known: front, wrist. Did you mean "wrist"'):
+        environment(EnvSpec(options={"cameras": ["front", "wirst"]}))
+
+
+@pytest.mark.parametrize("size", [16, 65])
+def test_a_picture_that_no_video_can_hold_is_refused(size):
+    with pytest.raises(ConfigError, match=f"image_size is {size}; .* even one of at least 32"):
+        environment(EnvSpec(options={"cameras": ["front"], "image_size": size}))
+
+
+def test_lerobots_keys_are_declared_and_shown_alike():
+    config = environment(EnvSpec(options={"cameras": CAMERAS, "image_size": 32}))
+    vector = make_env(config, n_envs=1)["ogbench"][0]
+    observation = preprocess_observation(vector.reset(seed=[0])[0])
+    vector.close()
+    declared = {key: f.shape for key, f in env_to_policy_features(config).items() if key != "action"}
+    assert declared == {
+        "observation.state": (19,),
+        "observation.images.front": (3, 32, 32),
+        "observation.images.wrist": (3, 32, 32),
+    }
+    assert {key: tuple(column.shape[1:]) for key, column in observation.items()} == declared
+
+
+def test_cameras_can_be_given_on_lerobots_command_line():
+    kind = type(environment(EnvSpec()))
+    config = draccus.parse(kind, args=["--cameras", '["front","wrist"]', "--image_size", "64"])
+    assert config.gym_kwargs["cameras"] == CAMERAS
+    assert config.gym_kwargs["image_size"] == 64
+
+
+@pytest.mark.slow
+def test_workers_draw_what_this_process_draws():
+    seen = []
+    for in_process in (True, False):
+        spec = EnvSpec(options={"cameras": CAMERAS, "image_size": 32}, num_envs=2, in_process=in_process)
+        with EnvPool(spec, 2) as pool:
+            pool.reset(5)
+            pool.step(np.full((2, 2, 5), 0.5))
+            seen.append(pool.obs)
+    assert set(seen[0]) == {"observation.state", "observation.images.front", "observation.images.wrist"}
+    for key, column in seen[0].items():
+        np.testing.assert_array_equal(column, seen[1][key])
 
 
 # -- LeRobot's own door ---------------------------------------------------------------------------------------------

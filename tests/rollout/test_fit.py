@@ -4,9 +4,11 @@ import pytest
 from lerobot_policy_flow_mlp.adapter import FlowMlp
 from tiny_env import PointConfig
 
+from poco_vla.config import EnvSpec
 from poco_vla.data import DatasetInfo
 from poco_vla.errors import DataError
-from poco_vla.rollout.fit import check_inputs
+from poco_vla.rollout import environment
+from poco_vla.rollout.fit import check_fit, check_inputs
 
 STATE = {"dtype": "float32", "shape": (6,), "names": None}
 ACTION = {"dtype": "float32", "shape": (3,), "names": None}
@@ -40,3 +42,43 @@ def test_an_input_that_the_dataset_lacks_is_named():
 def test_another_action_dimension_is_refused():
     with pytest.raises(DataError, match="3 dimensions, local/test in 7"):
         check_inputs(FlowMlp.tiny(), info(action=ACTION | {"shape": (7,)}), None)
+
+
+# -- cameras --------------------------------------------------------------------------------------------------------
+
+IMAGE = {"dtype": "video", "shape": (64, 64, 3), "names": ["height", "width", "channels"]}
+
+
+@pytest.fixture(scope="module")
+def cube():
+    return environment(EnvSpec(options={"cameras": ("front", "wrist"), "image_size": 32}))
+
+
+def cube_info(state_dim=19, camera="front"):
+    features = {
+        "observation.state": STATE | {"shape": (state_dim,)},
+        f"observation.images.{camera}": IMAGE,
+        "action": ACTION | {"shape": (5,)},
+    }
+    return DatasetInfo("local/cube", features, {}, 20)
+
+
+def test_pictures_of_another_size_fit(cube):
+    check_fit(cube_info(), cube)
+
+
+def test_a_dataset_with_the_cubes_pose_in_its_state_does_not_fit_an_environment_with_cameras(cube):
+    with pytest.raises(DataError, match=r'"observation.state" has shape \(28,\) .* \(19,\) .*choice of cameras'):
+        check_fit(cube_info(state_dim=28), cube)
+
+
+def test_a_camera_that_the_environment_does_not_have_is_told_with_those_it_has(cube):
+    """The dataset has the camera, so that only the environment can tell."""
+    policy = FlowMlp.tiny()
+    policy.input_keys = ("observation.state", "observation.images.top")
+    with pytest.raises(
+        DataError,
+        match=r'reads observation\.images\.top, which the environment "ogbench" does not offer: '
+        r".*'observation\.images\.front', 'observation\.images\.wrist'",
+    ):
+        check_inputs(policy, cube_info(camera="top"), cube)

@@ -1,5 +1,6 @@
 """Episodes written as LeRobot datasets: LeRobot opens them, what was played is read back, nothing is half written."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from tiny_env import FPS, homing_chunks, point_spec
 
 from poco_vla.config import DatasetConfig
 from poco_vla.data import Episode, Replay, open_dataset, read_episodes
+from poco_vla.errors import DataError
 from poco_vla.rollout import EnvPool, EpisodeRecorder
 from poco_vla.rollout.recorder import write_dataset
 
@@ -109,6 +111,61 @@ def test_images_come_back_as_they_were(tmp_path):
     wrote = episode.obs["observation.images.top"]
     assert wrote[:, 0, 0, 0].std() > 5
     np.testing.assert_array_equal(back.obs["observation.images.top"], wrote)
+
+
+TOP, SIDE = "observation.images.top", "observation.images.side"
+
+
+@pytest.fixture(scope="module")
+def filmed():
+    """Two episodes by two cameras: smooth pictures that brighten with time, one camera's upside down."""
+    episodes = []
+    for length in (5, 7):
+        slope = np.linspace(20, 180, 64)[:, None, None] + 8 * np.arange(length)[:, None, None, None]
+        pictures = np.broadcast_to(slope, (length, 64, 48, 3)).astype(np.uint8)
+        state = np.arange(2 * length, dtype=np.float32).reshape(length, 2)
+        last = np.arange(length) == length - 1
+        obs = {"observation.state": state, TOP: pictures, SIDE: pictures[:, ::-1].copy()}
+        episodes.append(Episode(obs, state, last.astype(np.float32), last, last, task="watch"))
+    return episodes
+
+
+def test_a_video_dataset_is_lerobots_own_and_reads_back_within_a_few_levels(tmp_path, filmed):
+    root = write_dataset(filmed, tmp_path / "data", fps=FPS, repo_id="local/filmed", video=True)
+    dataset = LeRobotDataset("local/filmed", root=root)
+    assert dataset.meta.video_keys == [TOP, SIDE]
+    assert {dataset.meta.features[key]["dtype"] for key in (TOP, SIDE)} == {"video"}
+    assert dataset[6][TOP].shape == (3, 64, 48)
+    for wrote, back in zip(filmed, read(root, ("observation.state", TOP, SIDE)), strict=True):
+        assert_same_content(wrote, back)
+        for key in (TOP, SIDE):
+            assert back.obs[key].shape == wrote.obs[key].shape
+            assert back.obs[key].dtype == np.uint8
+            np.testing.assert_allclose(back.obs[key].astype(float), wrote.obs[key].astype(float), atol=6)
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_without_video_pictures_are_exact(tmp_path, filmed):
+    root = write_dataset(filmed, tmp_path / "data", fps=FPS, repo_id="local/filmed")
+    assert LeRobotDataset("local/filmed", root=root).meta.video_keys == []
+    for wrote, back in zip(filmed, read(root, (TOP, SIDE)), strict=True):
+        for key in (TOP, SIDE):
+            np.testing.assert_array_equal(back.obs[key], wrote.obs[key])
+
+
+def test_encoders_leave_the_terminal_clean(tmp_path, filmed, capfd):
+    write_dataset(filmed, tmp_path / "data", fps=FPS, repo_id="local/filmed", video=True)
+    print("and it works again", file=sys.stderr)
+    assert capfd.readouterr() == ("", "and it works again\n")
+
+
+@pytest.mark.parametrize("side", [16, 65])
+def test_pictures_that_would_crash_or_smear_the_encoder_are_refused(tmp_path, filmed, side):
+    pictures = np.zeros((len(filmed[0]), side, 64, 3), np.uint8)
+    episode = replace(filmed[0], obs={TOP: pictures})
+    with pytest.raises(DataError, match=rf'"{TOP}" is {side} x 64 pixels; video needs even sides of at least 32'):
+        write_dataset([episode], tmp_path / "data", fps=FPS, repo_id="local/filmed", video=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_write_that_fails_leaves_no_dataset_and_can_be_repeated(tmp_path, episodes):

@@ -155,11 +155,22 @@ def test_one_renderer_per_environment_and_none_after_it(monkeypatch):
     monkeypatch.setattr(module, "opengl_context", lambda: None)
     scene, known = Scene(), len(module._renderers)
     render(scene)
-    first = module._renderers[scene]
-    render(scene)
-    assert module._renderers[scene] is first
+    first = module._renderers[scene][240, 320]
+    render(scene, height=32, width=32)  # what a policy sees beside what a video shows
+    render(scene, camera="front")
+    assert module._renderers[scene][240, 320] is first
+    assert len(module._renderers[scene]) == 2
     del scene
     assert len(module._renderers) == known
+
+
+def test_renderers_of_several_sizes_do_not_draw_into_each_others_pictures(scene):
+    """They share one OpenGL context, and with it the framebuffer that is drawn to."""
+    sizes = [(64, 64), (128, 96)]
+    alone = [render(Scene(), height=h, width=w) for h, w in sizes]
+    for _ in range(2):
+        for (h, w), expected in zip(sizes, alone, strict=True):
+            np.testing.assert_array_equal(render(scene, height=h, width=w), expected)
 
 
 def test_environment_that_is_no_mujoco_scene_draws_itself():

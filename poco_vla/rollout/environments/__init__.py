@@ -14,7 +14,7 @@ def environment(spec: EnvSpec) -> Any:
     """The LeRobot EnvConfig that a spec names.
 
     Raises:
-        UnknownNameError: no such type; the message lists those that are registered.
+        UnknownNameError: no such type, or an option names what there is not; the message lists what there is.
         ConfigError: an option that the type does not have, or its simulator is not installed.
     """
     from lerobot.envs.configs import EnvConfig
@@ -28,5 +28,7 @@ def environment(spec: EnvSpec) -> Any:
         raise UnknownNameError("environment type", spec.type, known)
     try:
         return known[spec.type](task=spec.task, **spec.options)
+    except UnknownNameError:
+        raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f'environment "{spec.type}": {error}') from error

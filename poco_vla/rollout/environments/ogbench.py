@@ -5,35 +5,46 @@ from typing import Any, Literal
 
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
+from poco_vla.errors import ConfigError
 from poco_vla.rollout.environments import ogbench_gym
 
 
 @EnvConfig.register_subclass("ogbench")
 @dataclass
 class OGBenchConfig(EnvConfig):
-    """A single-task OGBench environment (arXiv 2410.20092), state observations.
+    """A single-task OGBench environment (arXiv 2410.20092), observed by its state or by cameras.
 
     Attributes:
         task: OGBench id, such as "cube-single-singletask-task1-v0".
         episode_length: time limit in control steps; None is OGBench's own.
         success_timing: "post" checks success after the step (the published behaviour), "pre" before it.
+        cameras: "front", "wrist" or both; the state is then the robot's own alone. Empty: the whole state, no picture.
+        image_size: height and width of a picture, in pixels.
     """
 
     task: str | None = "cube-single-singletask-task1-v0"
     fps: int = ogbench_gym.FPS
     episode_length: int | None = None
     success_timing: Literal["pre", "post"] = "post"
+    cameras: tuple[str, ...] | list[str] = ()
+    image_size: int = 128
     features: dict[str, PolicyFeature] = field(default_factory=dict)
     features_map: dict[str, str] = field(default_factory=lambda: {ACTION: ACTION, "agent_pos": OBS_STATE})
 
     def __post_init__(self) -> None:
-        state_dim, action_dim = ogbench_gym.dimensions(self.task or "")
+        self.cameras = ogbench_gym.checked_cameras(self.cameras)
+        if self.image_size < 32 or self.image_size % 2:
+            raise ConfigError(f"image_size is {self.image_size}; video encoders need an even one of at least 32 pixels")
+        state_dim, action_dim = ogbench_gym.dimensions(self.task or "", proprioceptive=bool(self.cameras))
         self.features = {
             ACTION: PolicyFeature(FeatureType.ACTION, (action_dim,)),
             "agent_pos": PolicyFeature(FeatureType.STATE, (state_dim,)),
         }
+        for name in self.cameras:
+            self.features[f"pixels/{name}"] = PolicyFeature(FeatureType.VISUAL, (self.image_size, self.image_size, 3))
+            self.features_map[f"pixels/{name}"] = f"{OBS_IMAGES}.{name}"
 
     @property
     def preload(self) -> tuple[str, ...]:
@@ -50,4 +61,5 @@ class OGBenchConfig(EnvConfig):
 
     @property
     def gym_kwargs(self) -> dict[str, Any]:
-        return {"task": self.task, "episode_length": self.episode_length, "success_timing": self.success_timing}
+        names = ("task", "episode_length", "success_timing", "cameras", "image_size")
+        return {name: getattr(self, name) for name in names}

@@ -1,6 +1,7 @@
 """The Gymnasium side of OGBench's tasks. Imports no LeRobot, so that worker processes start fast."""
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -22,6 +23,12 @@ _SENTENCES = {
     "scene": "bring the scene into the goal configuration",
     "puzzle": "press the buttons until the puzzle is solved",
 }
+CAMERAS = {"front": "front", "wrist": "ur5e/robotiq/wrist"}
+"""What a camera is called here -> its name in the MuJoCo model."""
+_WRIST = {"pos": (0.12, 0.0, 0.03), "xyaxes": (0, 1, 0, 0.7349, 0, 0.6782), "fovy": 60}
+"""A camera fixed to the gripper's base, looking down past the fingers at what is between the fingertips."""
+_PROPRIOCEPTION = 19
+"""Numbers by which OGBench's states begin: the robot's own; those of objects and targets follow."""
 
 
 class OGBenchEnv(gym.Env):
@@ -31,28 +38,40 @@ class OGBenchEnv(gym.Env):
         task: OGBench id of a single task.
         episode_length: time limit in control steps; None is OGBench's own.
         success_timing: when success and reward are computed; "post" is after the step.
+        cameras: names from `CAMERAS`. With any, pictures by these are observed, and of the state only what the robot
+            knows of itself: where the objects are must be seen.
+        image_size: height and width of a picture, in pixels.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}  # noqa: RUF012 (gymnasium's own convention)
     render_mode = "rgb_array"
 
     def __init__(
-        self, task: str, episode_length: int | None = None, success_timing: Literal["pre", "post"] = "post"
+        self,
+        task: str,
+        episode_length: int | None = None,
+        success_timing: Literal["pre", "post"] = "post",
+        cameras: Sequence[str] = (),
+        image_size: int = 128,
     ) -> None:
         self.simulator = _make(task, success_timing)
+        self.cameras, self.image_size = checked_cameras(cameras), image_size
         self.task = task
         self.task_description = _SENTENCES[task.split("-")[0]]
         self._max_episode_steps = episode_length or _time_limit(task)
         self._steps = 0
-        state_dim, _ = dimensions(task)
-        self.observation_space = gym.spaces.Dict(
-            {"agent_pos": gym.spaces.Box(-np.inf, np.inf, (state_dim,), dtype=np.float32)}
-        )
+        state_dim, _ = dimensions(task, proprioceptive=bool(cameras))
+        spaces: dict[str, gym.Space] = {"agent_pos": gym.spaces.Box(-np.inf, np.inf, (state_dim,), dtype=np.float32)}
+        if cameras:
+            picture = gym.spaces.Box(0, 255, (image_size, image_size, 3), dtype=np.uint8)
+            spaces["pixels"] = gym.spaces.Dict(dict.fromkeys(self.cameras, picture))
+        self.observation_space = gym.spaces.Dict(spaces)
         # OGBench builds a new, unseeded space at every access and samples from it during reset: two resets under one
         # seed would differ in the solver's warm start. One space that is seeded with the episode mends that.
         self.action_space = self.simulator.action_space
         kind = type(self.simulator)
-        self.simulator.__class__ = type(kind.__name__, (kind,), {"action_space": self.action_space})
+        changes = {"action_space": self.action_space, "add_objects": _with_wrist_camera(kind)}
+        self.simulator.__class__ = type(kind.__name__, (kind,), changes)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         super().reset(seed=seed)
@@ -78,9 +97,12 @@ class OGBenchEnv(gym.Env):
             raise ConfigError(f'no scripted expert for "{self.task}" yet; there is one for the cube-single tasks')
         return CubeExpert(self, noise, rng)
 
-    @staticmethod
-    def _observation(observation: np.ndarray) -> dict[str, np.ndarray]:
-        return {"agent_pos": observation.astype(np.float32)}
+    def _observation(self, state: np.ndarray) -> dict[str, Any]:
+        if not self.cameras:
+            return {"agent_pos": state.astype(np.float32)}
+        size = {"height": self.image_size, "width": self.image_size}
+        pictures = {name: render(self.simulator, camera=CAMERAS[name], **size) for name in self.cameras}
+        return {"pixels": pictures, "agent_pos": state[:_PROPRIOCEPTION].astype(np.float32)}
 
 
 class CubeExpert:
@@ -115,10 +137,29 @@ class CubeExpert:
 
 
 @cache
-def dimensions(task: str) -> tuple[int, int]:
-    """State and action dimensions of a task."""
+def dimensions(task: str, *, proprioceptive: bool = False) -> tuple[int, int]:
+    """State and action dimensions of a task; the whole state's, or those of the robot's own part of it."""
     simulator = _make(task, "post")
-    return simulator.observation_space.shape[0], simulator.action_space.shape[0]
+    state_dim = simulator.observation_space.shape[0]
+    return _PROPRIOCEPTION if proprioceptive else state_dim, simulator.action_space.shape[0]
+
+
+def checked_cameras(names: Sequence[str]) -> tuple[str, ...]:
+    """The names as a tuple. Raises UnknownNameError for one that is none of `CAMERAS`."""
+    for name in names:
+        if name not in CAMERAS:
+            raise UnknownNameError("camera", name, CAMERAS)
+    return tuple(names)
+
+
+def _with_wrist_camera(kind: Any) -> Any:
+    """`kind.add_objects`, which adds what a task needs to the model, adding the camera as well."""
+
+    def add_objects(simulator: Any, model: Any) -> None:
+        kind.add_objects(simulator, model)
+        model.find("body", "ur5e/robotiq/base").add("camera", name="wrist", **_WRIST)
+
+    return add_objects
 
 
 def _time_limit(task: str) -> int:
