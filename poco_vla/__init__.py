@@ -14,7 +14,8 @@ from poco_vla.config import (
 )
 from poco_vla.critic import ChunkCritic, polyak_update, td_target
 from poco_vla.distill import clipped_distillation, flow_errors
-from poco_vla.errors import PocoError, PolicyError
+from poco_vla.errors import DataError, PocoError, PolicyError
+from poco_vla.files import whole_folder
 from poco_vla.flow import Draws, integrate, interpolate, target_velocity
 from poco_vla.policy import FlowPolicy, Prefix, propose
 from poco_vla.posterior import effective_sample_size, posterior_weights
@@ -28,6 +29,7 @@ __all__ = [
     "ActionSpec",
     "ChunkBatch",
     "ChunkCritic",
+    "DataError",
     "DatasetConfig",
     "DemonstrationConfig",
     "Draws",
@@ -57,4 +59,5 @@ __all__ = [
     "propose",
     "target_velocity",
     "td_target",
+    "whole_folder",
 ]

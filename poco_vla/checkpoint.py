@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from poco_vla.config import TrainConfig, differences, from_json, to_json
 from poco_vla.errors import CheckpointError
+from poco_vla.files import replace_folder, write_json
 
 FREE_TO_CHANGE = {"resume", "checkpoint_every", "log_every", "trackers", "num_threads", "output_dir", "eval.videos"}
 """Configuration fields that do not change what the next update computes."""
@@ -124,23 +125,6 @@ def load_trainable_state(module: nn.Module, weights: Mapping[str, Tensor]) -> No
     if wrong:
         raise CheckpointError(f"the checkpoint's weights do not fit this model: {'; '.join(wrong[:8])}")
     module.load_state_dict(weights, strict=False)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON under a temporary name, then rename."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2, default=str) + "\n")
-    partial.rename(path)
-
-
-def replace_folder(partial: Path, final: Path) -> None:
-    """Put a finished folder in the place of an older one, which stays whole until then."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def claim_folder(path: Path) -> None:

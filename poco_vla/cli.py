@@ -20,12 +20,37 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
 
-def run_recipe(config: TrainConfig, args: Sequence[str] | None = None) -> None:
+def run_recipe(
+    config: TrainConfig,
+    args: Sequence[str] | None = None,
+    *,
+    tiny: bool = False,
+) -> None:
     """Run a recipe: its configuration as defaults, every value overridable on the command line.
 
     Prints one line and exits with status 1 on an error that the user can mend, 130 on Ctrl-C.
+
+    Args:
+        config: the recipe's values.
+        args: the command line; the process's own when None.
+        tiny: offer `--tiny` (:func:`poco_vla.tiny.tiny_pick_task`); the command line overrides its values, too.
     """
-    _guarded(lambda: _train(tyro.cli(TrainConfig, default=config, args=args, config=(tyro.conf.AvoidSubcommands,))))
+    given = list(sys.argv[1:] if args is None else args)
+    use_tiny = tiny and "--tiny" in given
+    about = "Every value of this recipe, with its default."
+    if tiny:
+        about += " --tiny runs all of it on a CPU within minutes: small random weights, a simulated task."
+
+    def run() -> None:
+        from poco_vla.tiny import tiny_pick_task
+
+        default = tiny_pick_task(config) if use_tiny else config
+        rest = [arg for arg in given if not (use_tiny and arg == "--tiny")]
+        _train(
+            tyro.cli(TrainConfig, description=about, default=default, args=rest, config=(tyro.conf.AvoidSubcommands,))
+        )
+
+    _guarded(run)
 
 
 @dataclass

@@ -39,10 +39,14 @@ def target_velocity(
 def integrate(
     policy: VelocityField, prefix: Any, noise: Float[Tensor, "B N H A"], steps: int
 ) -> Float[Tensor, "B N H A"]:
-    """Euler's method from t = 0 to t = 1 in `steps` equal steps. Neither clips nor stops gradients."""
+    """Euler's method from t = 0 to t = 1 in `steps` equal steps. Neither clips nor stops gradients.
+
+    All chunks share each step's time. It comes as one number expanded to [B, N] (strides 0), so that a network can tell
+    without looking at the values and embed it once.
+    """
     x = noise
     for k in range(steps):
-        t = x.new_full(x.shape[:2], k / steps)
+        t = x.new_full((1, 1), k / steps).expand(x.shape[:2])
         x = x + policy.velocity(prefix, x, t) / steps
     return x
 

@@ -46,6 +46,8 @@ class FlowPolicy(nn.Module):
             to network units. Works on batches that hold only some of those keys.
         postprocess: LeRobot's post-processor: normalised actions [..., action_dim] to the robot's units.
         input_keys: the raw observation keys that `preprocess` reads.
+        base: Hub id or folder of the frozen model that a head alone can be put on again; None where there is none.
+        lerobot_arguments: what LeRobot's commands need beside ``--policy.path`` to load what `save_pretrained` writes.
     """
 
     spec: ActionSpec
@@ -54,6 +56,8 @@ class FlowPolicy(nn.Module):
     preprocess: Callable[[dict[str, Any]], dict[str, Any]]
     postprocess: Callable[[Tensor], Tensor]
     input_keys: tuple[str, ...]
+    base: str | None = None
+    lerobot_arguments: tuple[str, ...] = ()
 
     def encode(self, obs: Mapping[str, Any]) -> Prefix:
         """Prefix of B processed observations: frozen, in eval mode, without gradient."""
@@ -78,9 +82,20 @@ class FlowPolicy(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, repo_or_path: str | Path, *, horizon: int | None = None, device: str = "cpu", **options: Any
+        cls,
+        repo_or_path: str | Path,
+        *,
+        horizon: int | None = None,
+        device: str = "cpu",
+        features: Mapping[str, Any] | None = None,
+        stats: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> "FlowPolicy":
-        """Load a LeRobot policy folder or Hub repository. Raises PolicyError on anything but a complete match."""
+        """Load a LeRobot policy folder or Hub repository. Raises PolicyError on anything but a complete match.
+
+        `features` and `stats` are those of the dataset to fine-tune on. A base model takes them on; a policy that was
+        trained already keeps its own, and the trainer checks that they fit.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -101,7 +116,11 @@ class FlowPolicy(nn.Module):
         raise NotImplementedError
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write a folder that LeRobot itself loads: config, weights, both processors."""
+        """Write a folder that LeRobot itself loads: config, weights, both processors. Whole or not at all."""
+        raise NotImplementedError
+
+    def save_head(self, path: str | Path) -> None:
+        """Write what was trained and where its base is; `from_pretrained` loads it. For policies that have a `base`."""
         raise NotImplementedError
 
 

@@ -1,6 +1,7 @@
 """Pictures and tables of runs, from the files that a run writes."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,23 @@ def eval_command(run: Path) -> str | None:
     env = result["env"]
     if env is None:
         return None
-    options = "".join(f" --env.{name}={value}" for name, value in env["options"].items())
-    return (
-        f"lerobot-eval --policy.path={run / result['policy']} --policy.device=cpu"
-        f" --env.discover_packages_path=poco_vla.rollout.environments --env.type={env['type']} --env.task={env['task']}"
-        f"{options} --eval.n_episodes=50 --eval.batch_size=10"
+    options = [
+        f"--env.{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in env["options"].items()
+    ]
+    return shlex.join(
+        [
+            "lerobot-eval",
+            f"--policy.path={run / result['policy']}",
+            "--policy.device=cpu",
+            *result.get("lerobot_arguments", ()),
+            "--env.discover_packages_path=poco_vla.rollout.environments",
+            f"--env.type={env['type']}",
+            f"--env.task={env['task']}",
+            *options,
+            f"--eval.n_episodes={result['after']['episodes']}",
+            f"--eval.batch_size={min(10, result['after']['episodes'])}",
+        ]
     )
 
 
@@ -67,7 +80,11 @@ def read_result(run: Path) -> dict[str, Any]:
 def result_table(runs: Sequence[Path]) -> Table:
     """Success before and after with 95 % intervals, steps, wall time: one row per run."""
     table = Table(
-        title="success in % [95 % interval, Wilson], environment steps", title_justify="left", box=SIMPLE_HEAD
+        title="success in % [95 % interval, Wilson], environment steps",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
     table.add_column("run", no_wrap=True)
     for name in ("seed", "SFT", "after POCO", "gain", "steps", "updates", "time"):

@@ -28,10 +28,11 @@ from torch import Tensor
 from poco_vla import checkpoint, report
 from poco_vla.algorithm import Poco, Stage
 from poco_vla.config import TrainConfig, to_json, to_scalars
-from poco_vla.data import BatchSource, Episode, Replay, chunk_batch, open_dataset, read_episodes
+from poco_vla.data import BatchSource, Episode, Replay, chunk_batch, network_obs, open_dataset, read_episodes
 from poco_vla.data.dataset import info_of
 from poco_vla.errors import CheckpointError, ConfigError, NonFiniteError, UnknownNameError
 from poco_vla.evaluate import SuccessRate, evaluate
+from poco_vla.files import write_json
 from poco_vla.flow import Draws
 from poco_vla.policy import FlowPolicy
 from poco_vla.progress import Bar, Display
@@ -146,7 +147,7 @@ class Trainer:
         if config.resume:
             self._resume()
         elif self.is_main:
-            checkpoint.write_json(config.output_dir / "config.json", to_json(config))
+            write_json(config.output_dir / "config.json", to_json(config))
         if config.trackers:
             self.accelerator.init_trackers("poco_vla", config=to_scalars(config))
 
@@ -261,8 +262,7 @@ class Trainer:
         if not self.is_main or self.config.env is None:
             self.accelerator.wait_for_everyone()
             return
-        if self._eval_envs is None:
-            self._eval_envs = EnvPool(self._env, self.config.horizon)
+        assert self._eval_envs is not None
         settings = self.config.eval
         with self.display.stage(f"evaluating {label}", settings.episodes) as bar:
             result = evaluate(
@@ -282,9 +282,11 @@ class Trainer:
         rates = [SuccessRate(e["successes"], e["episodes"], e["mean_length"]) for e in now.evaluations]
         before, after = (rates[0], rates[-1]) if rates else (None, None)
         if self.is_main:
-            self._export(policy_dir)
+            self.policy.save_pretrained(policy_dir)
+            if self.policy.base is not None:
+                self.policy.save_head(config.output_dir / "head")
             self.recorder.merge(config.output_dir / "online_episodes")
-            checkpoint.write_json(config.output_dir / "result.json", self._figures())
+            write_json(config.output_dir / "result.json", self._figures())
             report.finish(config.output_dir, self.display.console)
         self.accelerator.wait_for_everyone()
         return TrainResult(config.output_dir, policy_dir, before, after, now.env_steps, self._seconds())
@@ -344,12 +346,24 @@ class Trainer:
         critic = self.poco.target_critic if config.best_of_n > 1 else None
         self.actor = Actor(self.policy, config.seed, config.best_of_n, critic, config.poco.aggregation)
         self.recorder = EpisodeRecorder(config.output_dir / "episodes", self.info.fps)
+        self._rehearse(demos)
         steps = self.replay.num_demo_steps
         trained = sum(p.numel() for p in self.actor_parameters)
         self.display.say(
             f"{config.adapter}: {trained:,} trained parameters on {self.accelerator.device}; "
             f"{len(demos)} demonstrations, {steps:,} steps"
         )
+
+    def _rehearse(self, demos: list[Episode]) -> None:
+        """Show the policy every instruction and a first observation of the environment: what it cannot read is told
+        before any work."""
+        for episode in {episode.task: episode for episode in demos}.values():
+            first = {key: column[:1].copy() for key, column in episode.obs.items()}
+            network_obs(self.policy, first, [episode.task])
+        if self.is_main and self.config.env is not None:
+            self._eval_envs = EnvPool(self._env, self.config.horizon)
+            self._eval_envs.reset(self.config.eval.seed)
+            network_obs(self.policy, self._eval_envs.obs, self._eval_envs.tasks)
 
     def _make_policy(self) -> FlowPolicy:
         config = self.config
@@ -359,7 +373,9 @@ class Trainer:
         options = config.policy_options | {"device": str(device) if device.type == "cuda" else device.type}
         if config.policy is None:
             return adapter.from_dataset(self.info.features, self.info.stats, horizon=config.horizon, **options)
-        return adapter.from_pretrained(config.policy, horizon=config.horizon, **options)
+        return adapter.from_pretrained(
+            config.policy, horizon=config.horizon, features=self.info.features, stats=self.info.stats, **options
+        )
 
     @property
     def _env(self) -> Any:
@@ -459,13 +475,9 @@ class Trainer:
             "online_episodes": self.replay.num_online_episodes,
             "seconds": round(self._seconds(), 1),
             "policy": "policy",
+            "lerobot_arguments": self.policy.lerobot_arguments,
             "demonstrations": {"steps": self.replay.num_demo_steps, "repo_id": self.dataset_config.repo_id},
         }
-
-    def _export(self, path: Path) -> None:
-        partial = path.with_name(f".{path.name}.partial")
-        self.policy.save_pretrained(partial)
-        checkpoint.replace_folder(partial, path)
 
     def _seconds(self) -> float:
         return self.progress.seconds + time.monotonic() - self._clock

@@ -10,6 +10,7 @@ from toy_policies import ToyPolicy, toy_batch
 from poco_vla import Poco, PocoConfig, checkpoint
 from poco_vla.config import EnvSpec, TrainConfig
 from poco_vla.errors import CheckpointError
+from poco_vla.files import write_json
 
 CONFIG = TrainConfig(env=EnvSpec())
 
@@ -178,6 +179,6 @@ def test_weights_of_another_model_are_refused_by_name_and_shape():
 
 
 def test_json_appears_whole_under_its_own_name(tmp_path):
-    checkpoint.write_json(tmp_path / "a.json", {"path": Path("x")})
+    write_json(tmp_path / "a.json", {"path": Path("x")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"path": "x"}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

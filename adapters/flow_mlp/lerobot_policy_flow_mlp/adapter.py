@@ -16,7 +16,7 @@ from torch import Tensor
 from lerobot_policy_flow_mlp.configuration_flow_mlp import FlowMlpConfig
 from lerobot_policy_flow_mlp.modeling_flow_mlp import STATE_KEYS, FlowMlpPolicy
 from lerobot_policy_flow_mlp.processor_flow_mlp import make_flow_mlp_pre_post_processors
-from poco_vla import ActionSpec, FlowPolicy, PolicyError
+from poco_vla import ActionSpec, FlowPolicy, PolicyError, whole_folder
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,14 @@ class FlowMlp(FlowPolicy):
 
     @classmethod
     def from_pretrained(
-        cls, repo_or_path: str | Path, *, horizon: int | None = None, device: str = "cpu", **options: Any
+        cls,
+        repo_or_path: str | Path,
+        *,
+        horizon: int | None = None,
+        device: str = "cpu",
+        features: Mapping[str, Any] | None = None,
+        stats: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> Self:
         if options:
             raise PolicyError(
@@ -147,6 +154,7 @@ class FlowMlp(FlowPolicy):
         }
 
     def save_pretrained(self, path: str | Path) -> None:
-        self.model.save_pretrained(path)
-        self.preprocess.save_pretrained(path, config_filename="policy_preprocessor.json")  # pyright: ignore
-        self.postprocess.save_pretrained(path, config_filename="policy_postprocessor.json")  # pyright: ignore
+        with whole_folder(path) as partial:
+            self.model.save_pretrained(partial)
+            self.preprocess.save_pretrained(partial, config_filename="policy_preprocessor.json")  # pyright: ignore
+            self.postprocess.save_pretrained(partial, config_filename="policy_postprocessor.json")  # pyright: ignore

@@ -14,9 +14,9 @@ from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.processor import TokenizerProcessorStep
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
-from poco_vla import ActionSpec, FlowPolicy, PolicyError, whole_folder
 from torch import Tensor, nn
 
+from poco_vla import ActionSpec, FlowPolicy, PolicyError, whole_folder
 from poco_vla_pi05 import checkpoint, expert, processors
 from poco_vla_pi05.architecture import (
     ARCHITECTURE_FILE,
@@ -81,6 +81,8 @@ class Pi05(FlowPolicy):
             self.head.requires_grad_(True).float()
         self.source, self.architecture = source, architecture or Architecture()
         self.base = None if source is None else source.name
+        if self.architecture != Architecture():
+            self.lerobot_arguments = ("--plugin.discover_packages_path=poco_vla_pi05.small",)
         assert config.action_feature is not None
         assert config.robot_state_feature is not None
         self.spec = ActionSpec(
@@ -95,22 +97,34 @@ class Pi05(FlowPolicy):
         cameras = [key for key in config.image_features if not key.startswith(f"{OBS_IMAGES}.empty_camera")]
         keys = (*cameras, OBS_STATE)
         self.input_keys = keys if pipelines is None else processors.raw_keys(self.preprocessor, keys)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """The frozen VLM stays in eval mode: with LeRobot's gradient checkpointing it would give no cache in train mode."""
+        super().train(mode)
+        core: Any = self.policy.model.paligemma_with_expert
+        core.paligemma.eval()
+        return self
 
     # -- the contract -------------------------------------------------------------------------------------------
 
-    def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:  # pyright: ignore
         """LeRobot's pre-processor, on a batch that was checked first: see :func:`.processors.check_batch`."""
         if self.preprocessor is None:
-            raise PolicyError("this Pi05 was wrapped without processors: give Pi05.wrap(policy, pipelines) LeRobot's two")
+            raise PolicyError(
+                "this Pi05 was wrapped without processors: give Pi05.wrap(policy, pipelines) LeRobot's two"
+            )
         *cameras, state = self.input_keys
         processors.check_batch(batch, cameras, state, self.policy.config)
         processed = self.preprocessor(batch)
         processors.check_prompts(processed, self.policy.config)
         return processed
 
-    def postprocess(self, actions: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def postprocess(self, actions: Tensor) -> Tensor:  # pyright: ignore
         if self.postprocessor is None:
-            raise PolicyError("this Pi05 was wrapped without processors: give Pi05.wrap(policy, pipelines) LeRobot's two")
+            raise PolicyError(
+                "this Pi05 was wrapped without processors: give Pi05.wrap(policy, pipelines) LeRobot's two"
+            )
         return self.postprocessor(actions)
 
     def encode(self, obs: Mapping[str, Any]) -> Pi05Prefix:
@@ -128,8 +142,9 @@ class Pi05(FlowPolicy):
         alpha, beta = config.time_sampling_beta_alpha, config.time_sampling_beta_beta
         device = generator.device if generator else None
 
-        def gamma(concentration: float) -> Tensor:
-            return torch._standard_gamma(torch.full(tuple(shape), concentration, device=device), generator=generator)
+        def gamma(concentration: float) -> Tensor:  # torch.distributions takes no generator
+            parameter = torch.full(tuple(shape), concentration, device=device)
+            return torch._standard_gamma(parameter, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
 
         first, second = gamma(alpha), gamma(beta)
         time = first / (first + second) * config.time_sampling_scale + config.time_sampling_offset
@@ -147,8 +162,8 @@ class Pi05(FlowPolicy):
     def wrap(cls, policy: PI05Policy, pipelines: tuple[Any, Any] | None = None, **options: Any) -> Self:
         """An adapter around a policy that is in memory already.
 
-        Its head becomes float32 and trainable, all else frozen; its horizon is its `config.chunk_size`. The policy stays
-        usable by itself, but for LeRobot's joint training forward where the backbone is bfloat16.
+        Its head becomes float32 and trainable, all else frozen; its horizon is its `config.chunk_size`. The policy
+        stays usable by itself, but for LeRobot's joint training forward where the backbone is bfloat16.
 
         Args:
             policy: LeRobot's policy.
@@ -212,30 +227,42 @@ class Pi05(FlowPolicy):
         """
         if unknown:
             raise PolicyError(f"pi05 has no option {', '.join(sorted(unknown))}")
+        _check_option("dtype", dtype, ("bfloat16", "float32"))
+        _check_option("compute", compute, ("bfloat16", "float32"))
+        _check_option("statistics", statistics, ("auto", "checkpoint", "dataset"))
+        for kind, mode in (normalization_mapping or {}).items():
+            _check_option("a key of normalization_mapping", kind, ("ACTION", "STATE", "VISUAL"))
+            _check_option(f"normalization_mapping of {kind}", mode, [known.value for known in NormalizationMode])
+        if horizon is not None and horizon < 1:
+            raise PolicyError(f"horizon is {horizon}; a chunk has at least one step")
         source = checkpoint.locate(repo_or_path, revision)
         saved_head = _read_head(source)
         base = checkpoint.locate(saved_head["base"], saved_head["revision"]) if saved_head else source
         config, from_openpi = checkpoint.read_config(source)
-        own_stats = checkpoint.openpi_stats(source.folder, asset) if from_openpi else processors.saved_stats(source.folder)
+        own_stats = (
+            checkpoint.openpi_stats(source.folder, asset) if from_openpi else processors.saved_stats(source.folder)
+        )
         if horizon is not None and horizon > config.chunk_size:
             raise PolicyError(
-                f"{source.name} was trained with chunks of {config.chunk_size} steps, asked for {horizon}: it has never "
-                "seen positions beyond. Choose a shorter horizon."
+                f"{source.name} was trained with chunks of {config.chunk_size} steps, asked for {horizon}: it never "
+                "saw positions beyond. Choose a shorter horizon."
             )
         config.chunk_size = config.n_action_steps = horizon or config.chunk_size
         config.device, config.compile_model, config.gradient_checkpointing = device, False, False
         config.pretrained_path = None
         if normalization_mapping:
-            config.normalization_mapping |= {kind: NormalizationMode(mode) for kind, mode in normalization_mapping.items()}
+            config.normalization_mapping |= {
+                kind: NormalizationMode(mode) for kind, mode in normalization_mapping.items()
+            }
         config.tokenizer_max_length = tokenizer_max_length or config.tokenizer_max_length
 
+        if from_openpi:
+            _take_sizes(config, own_stats)
         use_dataset = _use_dataset(statistics, config, own_stats, features, stats)
         if use_dataset:
             assert features is not None
             assert stats is not None
             _adopt(config, features, cameras)
-        elif from_openpi:
-            _take_sizes(config, own_stats)
         used = stats if use_dataset else own_stats
         assert used is not None
         where = "the dataset" if use_dataset else source.name
@@ -247,7 +274,14 @@ class Pi05(FlowPolicy):
         loaded = load_tokenizer(chosen)
         saved = (source.folder / processors.PREPROCESSOR).is_file()
         if saved and (source.folder / processors.POSTPROCESSOR).is_file():
-            pipelines = processors.load(source.folder, config, used if use_dataset else None, loaded)
+            pipelines = processors.load(
+                source.folder,
+                config,
+                loaded,
+                stats=used if use_dataset else None,
+                normalization=bool(normalization_mapping),
+                max_length=tokenizer_max_length,
+            )
         else:
             pipelines = processors.build(config, used, loaded)
 
@@ -255,7 +289,11 @@ class Pi05(FlowPolicy):
         policy = empty_policy(config, architecture)
         head = [name for name, _ in policy.named_parameters() if in_head(name)]
         checkpoint.load_weights(
-            policy, base.folder / checkpoint.WEIGHTS, backbone=getattr(torch, dtype or config.dtype), head=head, device=device
+            policy,
+            base.folder / checkpoint.WEIGHTS,
+            backbone=getattr(torch, dtype or config.dtype),
+            head=head,
+            device=device,
         )
         adapter = cls(
             policy,
@@ -275,14 +313,14 @@ class Pi05(FlowPolicy):
         cls, features: Mapping[str, Any], stats: Mapping[str, Any], *, horizon: int, **options: Any
     ) -> Self:
         raise PolicyError(
-            'pi05 starts from a pretrained base: give policy a LeRobot folder or Hub id, such as "lerobot/pi05_base", or '
-            "the folder of an openpi PyTorch checkpoint"
+            'pi05 starts from a pretrained base: give policy a LeRobot folder or Hub id, such as "lerobot/pi05_base", '
+            "or the folder of an openpi PyTorch checkpoint"
         )
 
     @classmethod
     def tiny(cls, seed: int = 0) -> Self:
-        """LeRobot's own classes at :data:`poco_vla_pi05.architecture.TINY`: two cameras, 6 state and 4 action dimensions
-        (of 32), chunks of 50 steps, a tokenizer of bytes."""
+        """LeRobot's own classes at :data:`poco_vla_pi05.architecture.TINY`: two cameras, 6 state dimensions, 4 action
+        dimensions (of 32), chunks of 50 steps, a tokenizer of bytes."""
         images = {f"{OBS_IMAGES}.{name}": PolicyFeature(FeatureType.VISUAL, (3, 64, 64)) for name in ("front", "wrist")}
         config = PI05Config(
             input_features=images | {OBS_STATE: PolicyFeature(FeatureType.STATE, (6,))},
@@ -316,7 +354,7 @@ class Pi05(FlowPolicy):
     # -- saving -------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, path: str | Path) -> None:
-        """A plain LeRobot ``pi05`` folder: merged weights, configuration, both processors. No plug-in is needed to load it.
+        """A plain LeRobot ``pi05`` folder: merged weights, configuration, both processors. It loads without a plug-in.
 
         A tokenizer that is not LeRobot's default lies beside the weights, and the processors name its absolute path.
         """
@@ -332,7 +370,9 @@ class Pi05(FlowPolicy):
         configuration and processors.
         """
         if self.source is None:
-            raise PolicyError("this policy was built from no checkpoint, so that a head alone could not be put on anything")
+            raise PolicyError(
+                "this policy was built from no checkpoint, so that a head alone could not be put on anything"
+            )
         weights = {name: p.detach().cpu().contiguous() for name, p in self.policy.named_parameters() if p.requires_grad}
         about = {
             "base": self.source.name,
@@ -348,7 +388,9 @@ class Pi05(FlowPolicy):
     def _save_description(self, partial: Path, final: Path) -> None:
         """Configuration, processors, and whatever the real model's folder would not need."""
         if self.preprocessor is None or self.postprocessor is None:
-            raise PolicyError("this Pi05 was wrapped without processors, and a policy folder without them cannot be run")
+            raise PolicyError(
+                "this Pi05 was wrapped without processors, and a policy folder without them cannot be run"
+            )
         self.policy.config._save_pretrained(partial)
         step = processors.step_of(self.preprocessor, TokenizerProcessorStep)
         name = getattr(step.input_tokenizer, "name_or_path", None)
@@ -382,11 +424,16 @@ def _read_head(source: checkpoint.Source) -> dict[str, Any] | None:
     file = source.folder / HEAD_FILE
     if not file.is_file():
         return None
-    try:
-        about = json.loads(file.read_text())
-        return {name: about[name] for name in ("base", "revision", "base_fingerprint", "lora")}
-    except (json.JSONDecodeError, KeyError) as error:
-        raise PolicyError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+    about, names = checkpoint.read_json(file), ("base", "revision", "base_fingerprint", "lora")
+    missing = [name for name in names if name not in about]
+    if missing:
+        raise PolicyError(f"{file} is damaged: it lacks {', '.join(missing)}")
+    return {name: about[name] for name in names}
+
+
+def _check_option(name: str, value: str | None, known: Sequence[str]) -> None:
+    if value is not None and value not in known:
+        raise PolicyError(f'{name} is "{value}"; expected one of {", ".join(sorted(known))}')
 
 
 def _saved_tokenizer(folder: Path) -> str | None:
@@ -394,13 +441,11 @@ def _saved_tokenizer(folder: Path) -> str | None:
     file = folder / processors.PREPROCESSOR
     if not file.is_file():
         return None
-    steps = json.loads(file.read_text()).get("steps", [])
+    steps = checkpoint.read_json(file).get("steps", [])
     return next((s["config"]["tokenizer_name"] for s in steps if "tokenizer_name" in s.get("config", {})), None)
 
 
-def _use_dataset(
-    statistics: str, config: PI05Config, own: Mapping[str, Any], features: Any, stats: Any
-) -> bool:
+def _use_dataset(statistics: str, config: PI05Config, own: Mapping[str, Any], features: Any, stats: Any) -> bool:
     if features is None or stats is None:
         if statistics == "dataset":
             raise PolicyError('statistics="dataset" without a dataset: give features and stats')
@@ -418,7 +463,9 @@ def _adopt(config: PI05Config, features: Mapping[str, Any], cameras: Sequence[st
     chosen = list(images) if cameras is None else list(cameras)
     unknown = [key for key in chosen if key not in images]
     if unknown or not chosen:
-        raise PolicyError(f"the dataset has no camera {', '.join(unknown) or 'at all'}; its cameras: {', '.join(images) or 'none'}")
+        raise PolicyError(
+            f"the dataset has no camera {', '.join(unknown) or 'at all'}; its cameras: {', '.join(images) or 'none'}"
+        )
     if OBS_STATE not in offered or ACTION not in offered:
         raise PolicyError(f"pi05 needs {OBS_STATE} and {ACTION}; the dataset has {', '.join(sorted(offered))}")
     for key, limit in ((OBS_STATE, config.max_state_dim), (ACTION, config.max_action_dim)):

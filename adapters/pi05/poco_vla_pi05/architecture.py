@@ -7,7 +7,7 @@ other sizes: :func:`lerobot_builds` lends LeRobot another set of numbers while i
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,13 +20,15 @@ from lerobot.policies.pi05.modeling_pi05 import PI05Policy, PI05Pytorch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
+from poco_vla import PolicyError
+
 ARCHITECTURE_FILE = "architecture.json"
 """Lies beside the weights of a model that has not pi0.5's own sizes."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """One Gemma stack: hidden width, layers, MLP width, width of each of the 8 query heads (and of the one key head)."""
+    """One Gemma stack: hidden width, layers, MLP width, width of each of its 8 query heads and its one key head."""
 
     width: int
     depth: int
@@ -60,21 +62,32 @@ class Architecture:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Architecture":
-        """The real sizes, unless the folder says that its model has others."""
+        """The real sizes, unless the folder says that its model has others.
+
+        Raises:
+            PolicyError: it says so in words that are not understood.
+        """
         file = folder / ARCHITECTURE_FILE
         if not file.is_file():
             return cls()
-        sizes = json.loads(file.read_text())
-        stacks = {name: Stack(**sizes.pop(name)) for name in ("vlm", "expert")}
-        return cls(**stacks, vision=Vision(**sizes.pop("vision")), **sizes)
+        try:
+            sizes = json.loads(file.read_text())
+            stacks = {name: Stack(**sizes.pop(name)) for name in ("vlm", "expert")}
+            return cls(**stacks, vision=Vision(**sizes.pop("vision")), **sizes)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PolicyError(f"{file} is damaged: {type(error).__name__}: {error}") from error
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
 
     def with_depth(self, depth: int) -> "Architecture":
         """The same widths, fewer layers everywhere: what benchmarks and slow tests afford on a CPU."""
-        cut = {name: type(stack)(**asdict(stack) | {"depth": depth}) for name, stack in vars(self).items() if isinstance(stack, Stack | Vision)}
-        return Architecture(**cut, vocab=self.vocab, image_size=self.image_size)
+        return replace(
+            self,
+            vlm=replace(self.vlm, depth=depth),
+            expert=replace(self.expert, depth=depth),
+            vision=replace(self.vision, depth=depth),
+        )
 
 
 TINY = Architecture(
@@ -99,7 +112,10 @@ def lerobot_builds(architecture: Architecture) -> Iterator[None]:
     def small_paligemma(config: Any) -> nn.Module:
         vision, text = config.vision_config, config.text_config
         vision.hidden_size, vision.num_hidden_layers = architecture.vision.width, architecture.vision.depth
-        vision.intermediate_size, vision.num_attention_heads = architecture.vision.mlp_dim, architecture.vision.num_heads
+        vision.intermediate_size, vision.num_attention_heads = (
+            architecture.vision.mlp_dim,
+            architecture.vision.num_heads,
+        )
         vision.patch_size = architecture.vision.patch
         vision.projection_dim = config.projection_dim = architecture.vlm.width
         text.vocab_size = config.image_token_index = architecture.vocab
@@ -127,6 +143,7 @@ def empty_policy(config: PI05Config, architecture: Architecture) -> PI05Policy:
     """
     policy = PI05Policy.__new__(PI05Policy)  # its __init__ would move the empty parameters to a device
     PreTrainedPolicy.__init__(policy, config)
+    config.validate_features()
     policy.config = config
     policy.init_rtc_processor()
     with lerobot_builds(architecture), init_empty_weights(include_buffers=False):
@@ -139,8 +156,8 @@ PROJECTIONS = ("action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out
 
 
 def in_head(name: str) -> bool:
-    """Whether a parameter or module of `PI05Policy.model` is the action head's: the expert, its language head left out, and
-    the four projections (spec A2)."""
+    """Whether a parameter or module of `PI05Policy.model` belongs to the action head: the expert without its language
+    head, and the four projections (spec A2)."""
     name = name.removeprefix("model.")
     return name.startswith(("paligemma_with_expert.gemma_expert.model.", *PROJECTIONS))
 

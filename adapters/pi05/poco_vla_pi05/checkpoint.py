@@ -18,10 +18,12 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
-from poco_vla import PolicyError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from poco_vla import PolicyError
+from poco_vla_pi05.architecture import Architecture
 
 WEIGHTS = "model.safetensors"
 CORE = "model.paligemma_with_expert."
@@ -60,14 +62,18 @@ def locate(repo_or_path: str | Path, revision: str | None = None) -> Source:
     folder = Path(repo_or_path).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise PolicyError(f"{folder} is a local folder and has no revisions, but revision {revision!r} was asked for")
+            raise PolicyError(
+                f"{folder} is a local folder and has no revisions, but revision {revision!r} was asked for"
+            )
         return Source(str(folder.resolve()), None, folder.resolve())
     name = str(repo_or_path)
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise PolicyError(f"no policy in {name}: the folder does not exist")
     try:
         snapshot = Path(
-            snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "tokenizer*/*", "assets/*"])
+            snapshot_download(
+                name, revision=revision, allow_patterns=["*.json", "*.safetensors", "tokenizer*/*", "assets/*"]
+            )
         )
     except Exception as error:  # the Hub client and the network each raise their own
         first_line = str(error).strip().split("\n")[0]
@@ -89,12 +95,9 @@ def read_config(source: Source) -> tuple[PI05Config, bool]:
     if not file.is_file():
         held = ", ".join(sorted(p.name for p in source.folder.iterdir())) or "nothing"
         raise PolicyError(f"no policy in {source.name}: config.json is missing (the folder holds {held})")
-    try:
-        values = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise PolicyError(f"{file} is damaged: {error}") from error
+    values = read_json(file)
     if "type" not in values and "action_horizon" in values:
-        return _openpi_config(values), True
+        return _openpi_config(values, Architecture.of_folder(source.folder).image_size), True
     if values.get("type") != "pi05":
         raise PolicyError(f'{source.name} holds a policy of type "{values.get("type")}", expected "pi05"')
     try:
@@ -102,10 +105,11 @@ def read_config(source: Source) -> tuple[PI05Config, bool]:
     except Exception as error:  # draccus raises its own and ValueError, TypeError
         raise PolicyError(f"{file} is not understood by LeRobot: {error}") from error
     assert isinstance(config, PI05Config)
+    config.validate_features()
     return config, False
 
 
-def _openpi_config(values: Mapping[str, Any]) -> PI05Config:
+def _openpi_config(values: Mapping[str, Any], image_size: int) -> PI05Config:
     """openpi's config.json: action_dim, action_horizon, variants, precision (convert_jax_model_to_pytorch.py)."""
     size = values.get("action_dim", 32)
     images = {f"{OBS_IMAGES}.{name}": PolicyFeature(FeatureType.VISUAL, (3, 224, 224)) for name in OPENPI_CAMERAS}
@@ -117,6 +121,8 @@ def _openpi_config(values: Mapping[str, Any]) -> PI05Config:
         max_state_dim=size,
         max_action_dim=size,
         dtype="bfloat16" if values.get("precision") == "bfloat16" else "float32",
+        image_resolution=(image_size, image_size),
+        device="cpu",
     )
 
 
@@ -134,10 +140,15 @@ def openpi_stats(folder: Path, asset: str | None) -> dict[str, dict[str, Tensor]
         raise PolicyError(f'{folder} has statistics of several datasets: give policy_options "asset": {sorted(files)}')
     if asset is not None and asset not in files:
         raise PolicyError(f'{folder} has no statistics for the asset "{asset}". Known: {", ".join(sorted(files))}.')
-    stats = json.loads(files[asset or next(iter(files))].read_text())["norm_stats"]
+    file = files[asset or next(iter(files))]
+    stats = read_json(file).get("norm_stats")
+    if not isinstance(stats, dict):
+        raise PolicyError(f'{file} is damaged: it has no table "norm_stats"')
     names = {"state": OBS_STATE, "actions": ACTION}
     return {
-        names[key]: {kind: torch.tensor(value, dtype=torch.float32) for kind, value in table.items() if value is not None}
+        names[key]: {
+            kind: torch.tensor(value, dtype=torch.float32) for kind, value in table.items() if value is not None
+        }
         for key, table in stats.items()
         if key in names
     }
@@ -171,7 +182,7 @@ def load_weights(policy: PI05Policy, file: Path, *, backbone: torch.dtype, head:
 
 
 def _lerobot_names(keys: Iterable[str]) -> dict[str, str]:
-    """LeRobot's name of each tensor in a file -> its name there. openpi leaves ``model.`` out and ties the embeddings."""
+    """LeRobot's name of each tensor in a file -> its name there. openpi leaves out ``model.`` and tied embeddings."""
     found = {key if key.startswith("model.") else f"model.{key}": key for key in keys}
     if EMBEDDINGS not in found and VLM_HEAD in found:
         found[EMBEDDINGS] = found[VLM_HEAD]
@@ -213,7 +224,7 @@ def drop_language_heads(policy: PI05Policy) -> None:
 def full_weights(policy: PI05Policy, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`weights` with both language heads, as LeRobot's strict loader wants them.
 
-    The VLM's is a copy of the embeddings, to which it is tied in openpi; the expert's, which is nowhere defined, is zero.
+    The VLM's is a copy of the embeddings, to which openpi ties it; the expert's, which nothing ever defined, is zero.
     """
     expert: Any = policy.model.paligemma_with_expert.gemma_expert
     out = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -231,6 +242,21 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
         if "language_model" in name and name.endswith(("layernorm.weight", "norm.weight")):
             digest.update(weights[name].detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        PolicyError: the file holds none.
+    """
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise PolicyError(f"{file} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise PolicyError(f"{file} is damaged: expected a JSON object, found {type(values).__name__}")
+    return values
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

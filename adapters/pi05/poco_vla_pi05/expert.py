@@ -1,7 +1,7 @@
 """The action expert over a shared prefix: N candidates of a state, each at a time of its own, attend to one KV cache.
 
-The weights and the norms are LeRobot's own modules. What differs from LeRobot's `denoise_step` is only how they are run:
-candidates are an axis, so that nothing of the prefix is copied, cloned or concatenated (specs A5, A8).
+Weights and norms are LeRobot's own modules. What differs from its `denoise_step` is only how they are run: candidates
+are an axis, so that nothing of the prefix is copied, cloned or concatenated (specs A5, A8).
 
 Shapes beside the library's legend: P prefix tokens, C expert width, M query heads, D head width.
 """
@@ -45,7 +45,9 @@ def velocity(
     condition = _condition(model, time[:1, :1] if time.stride() == (0, 0) else time)
     hidden = model.action_in_proj(x)
     positions = prefix.lengths[:, None] + torch.arange(x.shape[2], device=x.device)
-    cos, sin = (table[:, None] for table in expert.rotary_emb(torch.empty(0, dtype=compute, device=x.device), positions))
+    cos, sin = (
+        table[:, None] for table in expert.rotary_emb(torch.empty(0, dtype=compute, device=x.device), positions)
+    )
     recorded = recompute and torch.is_grad_enabled()
     for layer, keys, values in zip(expert.layers, prefix.keys, prefix.values, strict=True):
         run = partial(_layer, layer, keys=keys, values=values, mask=prefix.mask, cos=cos, sin=sin, compute=compute)
@@ -61,12 +63,9 @@ def velocity(
 def _condition(model: PI05Pytorch, time: Float[Tensor, "B N"]) -> Float[Tensor, "B N 1 C"]:
     """adaRMS condition of each time: silu(W_out silu(W_in sincos(t))) (spec A4)."""
     config = model.config
+    device: Any = time.device  # annotated as str
     embedded = create_sinusoidal_pos_embedding(
-        time.flatten(),
-        model.action_in_proj.out_features,
-        min_period=config.min_period,
-        max_period=config.max_period,
-        device=time.device,
+        time.flatten(), model.action_in_proj.out_features, config.min_period, config.max_period, device
     )
     hidden = F.silu(model.time_mlp_in(embedded.to(time.dtype)))
     return F.silu(model.time_mlp_out(hidden)).view(*time.shape, 1, -1)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
-from poco_vla import PolicyError
 from torch import Tensor, nn
 
+from poco_vla import PolicyError
 from poco_vla_pi05.architecture import in_head
 
 TARGETS = (
@@ -47,10 +47,14 @@ class Lora:
         if option is None or isinstance(option, Lora):
             return option
         try:
-            fields = {"rank": option} if isinstance(option, int) else dict(option)
-            lora = cls(**{name: tuple(value) if name == "targets" else value for name, value in fields.items()})
+            fields: dict[str, Any] = {"rank": option} if isinstance(option, int) else dict(option)
+            if "targets" in fields:
+                fields["targets"] = tuple(fields["targets"])
+            lora = cls(**fields)
         except (TypeError, ValueError) as error:
-            raise PolicyError(f"lora is {option!r}; expected a rank, or a mapping of rank, alpha, targets: {error}") from error
+            raise PolicyError(
+                f"lora is {option!r}; expected a rank, or a mapping of rank, alpha, targets: {error}"
+            ) from error
         if not isinstance(lora.rank, int) or lora.rank < 1:
             raise PolicyError(f"lora.rank is {lora.rank!r}; expected a positive whole number")
         return lora
@@ -79,7 +83,8 @@ def inject(model: nn.Module, lora: Lora, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if in_head(name) and (".self_attn." in name or ".mlp." in name):
             parameter.data = parameter.data.to(dtype)
-    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha or 2 * lora.rank, target_modules=targets, lora_dropout=0.0)
+    alpha: Any = lora.alpha or 2 * lora.rank  # peft's annotation says int; it only divides
+    settings = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
     inject_adapter_in_model(settings, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
@@ -89,10 +94,10 @@ def inject(model: nn.Module, lora: Lora, dtype: torch.dtype) -> None:
 
 def merged(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict of `model` without traces of LoRA: W + B A alpha / rank under W's own name."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
     out = {name: tensor for name, tensor in weights.items() if ".lora_" not in name and ".base_layer." not in name}
     for name, layer in layers.items():
-        base = layer.get_base_layer()
+        base: Any = layer.get_base_layer()
         (adapter,) = layer.active_adapters
         out[f"{name}.weight"] = base.weight.detach().float() + layer.get_delta_weight(adapter).detach().float()
         if base.bias is not None:

@@ -49,7 +49,7 @@ def encode(policy: PI05Policy, obs: Mapping[str, Any]) -> Pi05Prefix:
     Cameras of the policy that `obs` lacks are left out; `<camera>_is_pad` [B] says in which states one that is there
     shows nothing. Both count as LeRobot's masked cameras do: their tokens neither attend nor advance positions.
     """
-    model = policy.model
+    model: Any = policy.model  # LeRobot's annotations are narrower than what it takes
     cameras = [key for key in policy.config.image_features if key in obs]
     images, present = (column[: len(cameras)] for column in policy._preprocess_images(dict(obs)))
     present = [

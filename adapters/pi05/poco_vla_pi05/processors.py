@@ -23,13 +23,20 @@ from lerobot.processor import (
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
-from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_STATE
-from poco_vla import DataError, PolicyError
-from safetensors.torch import load_file
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK
 from torch import Tensor
 
+from poco_vla import DataError, PolicyError
+from poco_vla_pi05.checkpoint import read_tensors
+
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
-BOUNDS = {NormalizationMode.QUANTILES: ("q01", "q99"), NormalizationMode.QUANTILE10: ("q10", "q90"), NormalizationMode.MIN_MAX: ("min", "max")}
+NEEDED = {
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.MEAN_STD: ("mean", "std"),
+}
+"""Statistics of each normalisation; LeRobot leaves a column as it is, without a word, where they are missing."""
 
 type Stats = Mapping[str, Mapping[str, Any]]
 
@@ -61,17 +68,40 @@ def build(config: PI05Config, stats: Stats, tokenizer: Any) -> tuple[Any, Any]:
     return make_policy_processor_pipelines(inputs, outputs)
 
 
-def load(folder: Path, config: PI05Config, stats: Stats | None, tokenizer: Any) -> tuple[Any, Any]:
-    """The pipelines saved in `folder`, with other statistics and features where `stats` are given."""
+def load(
+    folder: Path,
+    config: PI05Config,
+    tokenizer: Any,
+    *,
+    stats: Stats | None = None,
+    normalization: bool = False,
+    max_length: int | None = None,
+) -> tuple[Any, Any]:
+    """The pipelines saved in `folder`, changed where it is asked for.
+
+    Args:
+        folder: holds both.
+        config: the policy's; its device is taken.
+        tokenizer: to use.
+        stats: those of another dataset; its features and normalisation are then the configuration's, and names that the
+            saved pipeline changes belong to the old one.
+        normalization: take the configuration's normalisation, with the saved statistics.
+        max_length: tokens of the longest prompt.
+    """
     overrides: dict[str, Any] = {
         "tokenizer_processor": {"tokenizer": tokenizer, "tokenizer_name": None},
         "device_processor": {"device": config.device},
     }
     after: dict[str, Any] = {}
+    if max_length is not None:
+        overrides["tokenizer_processor"]["max_length"] = max_length
+    if normalization:
+        overrides["normalizer_processor"] = after["unnormalizer_processor"] = {"norm_map": config.normalization_mapping}
     if stats is not None:
         shared = {"stats": {key: dict(value) for key, value in stats.items()}, "norm_map": config.normalization_mapping}
         outputs = config.output_features or {}
         overrides["normalizer_processor"] = shared | {"features": {**(config.input_features or {}), **outputs}}
+        overrides["rename_observations_processor"] = {"rename_map": {}}
         after["unnormalizer_processor"] = shared | {"features": outputs}
     try:
         return make_pre_post_processors(
@@ -85,7 +115,7 @@ def saved_stats(folder: Path) -> dict[str, dict[str, Tensor]]:
     """Statistics of the saved normaliser; empty where none are saved."""
     stats: dict[str, dict[str, Tensor]] = {}
     for file in sorted(folder.glob("policy_preprocessor*normalizer*.safetensors")):
-        for name, value in load_file(file).items():
+        for name, value in read_tensors(file).items():
             key, kind = name.rsplit(".", 1)
             stats.setdefault(key, {})[kind] = value
     return stats
@@ -95,27 +125,30 @@ def check_stats(config: PI05Config, stats: Stats, where: str) -> None:
     """Raise DataError unless state and actions have the statistics that their normalisation needs, with a range."""
     for key, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
         mode = config.normalization_mapping.get(feature.type.value)
-        if feature.type is FeatureType.VISUAL or mode not in BOUNDS:
+        if feature.type is FeatureType.VISUAL or mode is None or mode not in NEEDED:
             continue
-        low, high = BOUNDS[mode]
+        low, high = NEEDED[mode]
         values = stats.get(key, {})
         if low not in values or high not in values:
             raise DataError(
-                f'{where} has no {low} and {high} for "{key}" (found: {", ".join(values) or "nothing"}), which {mode.value} '
-                "normalisation needs. Add them with LeRobot's augment_dataset_quantile_stats script, or give "
-                'policy_options {"normalization_mapping": {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}}.'
+                f'{where} has no {low} and {high} for "{key}" (found: {", ".join(values) or "nothing"}), which '
+                f"{mode.value} normalisation needs. Add them with LeRobot's augment_dataset_quantile_stats script, or "
+                'give policy_options {"normalization_mapping": {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}}.'
             )
         bottom, top = (torch.as_tensor(values[name], dtype=torch.float64).flatten() for name in (low, high))
         if bottom.numel() != feature.shape[0]:
             raise DataError(
                 f'{where} has statistics of {bottom.numel()} dimensions for "{key}", which has {feature.shape[0]}'
             )
-        flat = [i for i, spread in enumerate((top - bottom).tolist()) if not spread > 1e-6 * max(1.0, abs(top[i].item()))]
+        by_deviation = mode is NormalizationMode.MEAN_STD
+        spreads, sizes = (top, bottom.abs()) if by_deviation else (top - bottom, top.abs())
+        flat = [i for i, spread in enumerate(spreads) if not spread > 1e-6 * sizes[i].clamp_min(1)]
         if flat:
             raise DataError(
                 f'"{key}" hardly varies in dimension{"s" * (len(flat) > 1)} {", ".join(map(str, flat))} of {where}: '
-                f"{low} = {high}, and {mode.value} normalisation would divide by zero. Drop what never moves from the "
-                'dataset, or give policy_options {"normalization_mapping": {"STATE": "MEAN_STD"}} (or "ACTION").'
+                f"{'std = 0' if by_deviation else f'{low} = {high}'}, and {mode.value} normalisation would divide by "
+                'zero. Drop what never moves from the dataset, or give policy_options {"normalization_mapping": '
+                f'{{"{feature.type.value}": "{"IDENTITY" if by_deviation else "MEAN_STD"}"}}}}.'
             )
 
 
@@ -124,7 +157,9 @@ def step_of[T: ProcessorStep](pipeline: Any, kind: type[T]) -> T:
     for step in pipeline.steps:
         if isinstance(step, kind):
             return step
-    raise PolicyError(f"the pre-processor has no {kind.__name__}; it holds {[type(s).__name__ for s in pipeline.steps]}")
+    raise PolicyError(
+        f"the pre-processor has no {kind.__name__}; it holds {[type(s).__name__ for s in pipeline.steps]}"
+    )
 
 
 def raw_keys(pipeline: Any, keys: Sequence[str]) -> tuple[str, ...]:
@@ -150,11 +185,12 @@ def check_batch(batch: Mapping[str, Any], cameras: Sequence[str], state: str, co
     missing = [key for key in (*cameras, state) if key not in batch]
     if missing:
         raise DataError(f"the batch lacks {', '.join(missing)}; it holds {', '.join(sorted(batch))}")
-    empty = [i for i, task in enumerate(batch.get("task") or [""]) if not str(task).strip()]
+    tasks = batch.get("task") or [""]
+    empty = [i for i, task in enumerate([tasks] if isinstance(tasks, str) else tasks) if not str(task).strip()]
     if empty:
         raise DataError(
-            f"row {empty[0]} of the batch has an empty instruction; pi0.5 is told in words what to do. Give the episodes "
-            'a "task", or the environment a task description.'
+            f"row {empty[0]} of the batch has an empty instruction; pi0.5 is told in words what to do. Give the "
+            'episodes a "task", or the environment a task description.'
         )
     sizes = {state: config.robot_state_feature, ACTION: config.action_feature}
     for key, feature in sizes.items():
@@ -173,7 +209,7 @@ def check_prompts(processed: Mapping[str, Any], config: PI05Config) -> None:
     full = processed[OBS_LANGUAGE_ATTENTION_MASK].all(dim=1)
     if full.any():
         raise DataError(
-            f"the prompt of row {int(full.nonzero()[0])} fills all {config.tokenizer_max_length} tokens, so that its end "
-            "may be cut off (the state is part of it): shorten the instruction, or give policy_options "
+            f"the prompt of row {int(full.nonzero()[0])} fills all {config.tokenizer_max_length} tokens: its end may "
+            "be cut off (the state is part of it): shorten the instruction, or give policy_options "
             f'{{"tokenizer_max_length": {2 * config.tokenizer_max_length}}}.'
         )

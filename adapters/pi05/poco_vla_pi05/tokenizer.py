@@ -3,17 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from poco_vla import PolicyError
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
+
+from poco_vla import PolicyError
 
 DEFAULT = "google/paligemma-3b-pt-224"
 """What LeRobot's pi0.5 processors ask for: a gated repository."""
 
 HOW_TO_GET_ONE = (
-    f'Accept the licence of "{DEFAULT}" on the Hub and run `hf auth login`; or give policy_options the key "tokenizer": '
-    "a local folder that holds a copy of it, or openpi's own file, which is not gated: "
+    f'Accept the licence of "{DEFAULT}" on the Hub and run `hf auth login`; or give policy_options a "tokenizer", '
+    "either a local folder that holds a copy of it, or openpi's own file, which is not gated: "
     "gs://big_vision/paligemma_tokenizer.model"
 )
 
