@@ -19,7 +19,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint typecheck pytest bench format pins clean FORCE
+.PHONY: help setup demo test lint typecheck pytest bench benchpi format pins clean FORCE
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r verb text; do printf '  make %-10s %s\n' "$$verb" "$$text"; done
@@ -49,6 +49,9 @@ pytest: $(STAMP)  ## run the tests alone; options go into ARGS="-k flow"
 
 bench: $(STAMP)  ## measure one update
 	$(PYTHON) tests/benchmarks/bench_update.py $(ARGS)
+
+benchpi: $(STAMP)  ## measure pi0.5 against LeRobot's own code (minutes); options go into ARGS="--device cuda"
+	$(PYTHON) tests/benchmarks/bench_pi05.py $(ARGS)
 
 format: $(STAMP)  ## put the style right where ruff can
 	.venv/bin/ruff check --fix

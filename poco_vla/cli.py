@@ -5,9 +5,10 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -37,7 +38,10 @@ def run_recipe(
     """
     given = list(sys.argv[1:] if args is None else args)
     use_tiny = tiny and "--tiny" in given
-    about = "Every value of this recipe, with its default."
+    about = (
+        "Every value of this recipe, with its default. Options of adapter and environment that are not listed can be "
+    )
+    about += "added: --policy-options.NAME VALUE, --env.options.NAME VALUE (JSON, or a plain word)."
     if tiny:
         about += " --tiny runs all of it on a CPU within minutes: small random weights, a simulated task."
 
@@ -45,12 +49,48 @@ def run_recipe(
         from poco_vla.tiny import tiny_pick_task
 
         default = tiny_pick_task(config) if use_tiny else config
-        rest = [arg for arg in given if not (use_tiny and arg == "--tiny")]
+        default, rest = _with_open_options(default, [arg for arg in given if not (use_tiny and arg == "--tiny")])
         _train(
             tyro.cli(TrainConfig, description=about, default=default, args=rest, config=(tyro.conf.AvoidSubcommands,))
         )
 
     _guarded(run)
+
+
+def _with_open_options(config: TrainConfig, args: Sequence[str]) -> tuple[TrainConfig, list[str]]:
+    """Take `--policy-options.NAME VALUE` and `--env.options.NAME VALUE` into `config` where its defaults have no such
+    name: what an adapter or environment offers is not known here. Another adapter or environment than the default's
+    begins without the default's options. Gives the rest of the command line back."""
+    words = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") and "=" in arg else [arg])]
+    chosen = {flag: value for flag, value in pairwise(words) if flag in ("--adapter", "--env.type")}
+    policy_options, env = dict(config.policy_options), config.env
+    if chosen.get("--adapter", config.adapter) != config.adapter:
+        policy_options = {}
+    env_options = dict(env.options) if env else {}
+    if env is not None and chosen.get("--env.type", env.type) != env.type:
+        env_options = {}
+    rest: list[str] = []
+    waiting = iter(words)
+    for word in waiting:
+        for prefix, options in (("--policy-options.", policy_options), ("--env.options.", env_options)):
+            name = word[len(prefix) :].replace("-", "_")
+            if word.replace("_", "-").startswith(prefix) and name not in options:
+                value = next(waiting, None)
+                if value is None:
+                    raise ConfigError(f"{word} needs a value")
+                options[name] = _json_or_word(value)
+                break
+        else:
+            rest.append(word)
+    env = replace(env, options=env_options) if env is not None else None
+    return replace(config, policy_options=policy_options, env=env), rest
+
+
+def _json_or_word(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
 
 
 @dataclass

@@ -26,15 +26,17 @@ DOORS = {
     "testing": MATHS | BASE,  # it probes the contract with the flow's own equations
     "data": {"policy", "config", *BASE},
     "rollout": ACTING,
-    "checkpoint": ALGORITHM | {"registry"},
+    "files": set(),
+    "checkpoint": ALGORITHM | {"registry", "files"},
     "hub": ALGORITHM | {"registry", "checkpoint", "report"},
     "progress": set(),
     "evaluate": ACTING,
     "report": ACTING | {"evaluate"},
     # Deviation from the house plan: the loop shows a bar, evaluates between updates and draws its report at the end.
-    "train": ALGORITHM | ACTING | {"registry", "checkpoint", "hub", "progress", "evaluate", "report"},
-    "cli": {"train", "evaluate", "report", "hub", "registry", "checkpoint", "config", "errors"},
-    "__init__": ALGORITHM | {"registry", "testing"},
+    "train": ALGORITHM | ACTING | {"registry", "checkpoint", "files", "hub", "progress", "evaluate", "report"},
+    "tiny": {"config", "registry"},
+    "cli": {"train", "tiny", "evaluate", "report", "hub", "registry", "checkpoint", "config", "errors"},
+    "__init__": ALGORITHM | {"registry", "testing", "files"},
 }
 """Room of poco_vla -> rooms that it may import."""
 
@@ -46,6 +48,8 @@ THIRD_PARTY = {
     "checkpoint": PURE | {"numpy", "safetensors", "huggingface_hub", "peft"},
     "hub": PURE | {"safetensors", "huggingface_hub", "peft", "lerobot"},
     "progress": {"rich"},
+    "files": set(),
+    "tiny": set(),
     "evaluate": PURE | {"numpy", "rich"},
     "report": {"numpy", "matplotlib", "rich"},
     "train": PURE | {"numpy", "accelerate"},
@@ -163,8 +167,19 @@ def distributions():
     return [p for p in sorted((ROOT / "adapters").iterdir()) if (p / "pyproject.toml").is_file()]
 
 
-@pytest.mark.parametrize("folder", named(distributions()))
-def test_an_adapters_package_never_imports_poco_vla_but_in_its_adapter_file(folder):
+def plugins():
+    """Distributions that LeRobot finds by their name and imports by itself; the others depend on poco_vla."""
+    return [p for p in distributions() if list(p.glob("lerobot_policy_*/__init__.py"))]
+
+
+def test_both_kinds_of_adapters_are_here():
+    """A rule for an empty list proves nothing."""
+    assert plugins()
+    assert len(plugins()) < len(distributions())
+
+
+@pytest.mark.parametrize("folder", named(plugins()))
+def test_a_plugins_package_never_imports_poco_vla_but_in_its_adapter_file(folder):
     """LeRobot imports lerobot_policy_* distributions by itself: they must work without poco_vla."""
     for path in folder.rglob("*.py"):
         if path.name != "adapter.py" and "tests" not in path.parts:

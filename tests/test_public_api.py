@@ -12,6 +12,7 @@ PUBLIC = [
     "ActionSpec",
     "ChunkBatch",
     "ChunkCritic",
+    "DataError",
     "DatasetConfig",
     "DemonstrationConfig",
     "Draws",
@@ -41,6 +42,7 @@ PUBLIC = [
     "propose",
     "target_velocity",
     "td_target",
+    "whole_folder",
 ]
 
 
@@ -104,7 +106,8 @@ def test_arguments_keep_their_names_and_order(name, signature):
         ("sample_time", ["shape", "generator"]),
         ("native_sample", ["obs", "noise"]),
         ("save_pretrained", ["path"]),
-        ("from_pretrained", ["repo_or_path", "horizon", "device", "options"]),
+        ("save_head", ["path"]),
+        ("from_pretrained", ["repo_or_path", "horizon", "device", "features", "stats", "options"]),
         ("from_dataset", ["features", "stats", "horizon", "options"]),
         ("tiny", ["seed"]),
     ],

@@ -66,7 +66,10 @@ def open_dataset(config: DatasetConfig) -> Any:
         )
     except Exception as error:  # LeRobot, datasets, the Hub client and the network each raise their own
         place = config.root or f'"{config.repo_id}" on the Hub'
-        raise DataError(f"the dataset {place} cannot be opened: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"the dataset {place} cannot be opened: {type(error).__name__}: {error}. Give dataset.repo_id a Hub id "
+            "that you can read, or dataset.root a local folder."
+        ) from error
 
 
 def info_of(dataset: Any) -> DatasetInfo:

@@ -63,7 +63,8 @@ def ensure_demonstrations(
         attempts += 1
         if attempts > 20 + 10 * config.episodes:
             raise ConfigError(
-                f"the expert succeeded in {len(episodes)} of {attempts} attempts at noise {config.noise:g}; lower it"
+                f"the expert succeeded in {len(episodes)} of {attempts} attempts at noise {config.noise:g}; lower it, "
+                "or allow longer episodes"
             )
         episode = demonstrate(env, config.noise, rng, seed=int(rng.integers(2**31)))
         if episode.succeeded:

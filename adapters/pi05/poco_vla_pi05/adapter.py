@@ -238,6 +238,9 @@ class Pi05(FlowPolicy):
         source = checkpoint.locate(repo_or_path, revision)
         saved_head = _read_head(source)
         base = checkpoint.locate(saved_head["base"], saved_head["revision"]) if saved_head else source
+        wanted_lora, saved_lora = Lora.of(lora), Lora.of(saved_head["lora"]) if saved_head else None
+        if saved_head and wanted_lora not in (None, saved_lora):
+            raise PolicyError(f"the head in {source.name} was trained with lora {saved_lora}, asked for {wanted_lora}")
         config, from_openpi = checkpoint.read_config(source)
         own_stats = (
             checkpoint.openpi_stats(source.folder, asset) if from_openpi else processors.saved_stats(source.folder)
@@ -302,7 +305,7 @@ class Pi05(FlowPolicy):
             architecture=architecture,
             compute=getattr(torch, compute) if compute else None,
             recompute=recompute,
-            lora=Lora.of(lora if saved_head is None else saved_head["lora"]),
+            lora=wanted_lora if saved_head is None else saved_lora,
         )
         if saved_head is not None:
             adapter._load_head(source, saved_head)
@@ -377,7 +380,7 @@ class Pi05(FlowPolicy):
         about = {
             "base": self.source.name,
             "revision": self.source.revision,
-            "base_fingerprint": checkpoint.fingerprint(self.policy.state_dict()),
+            "base_fingerprint": self._fingerprint(),
             "lora": self.lora.to_json() if self.lora else None,
         }
         with whole_folder(path) as partial:
@@ -403,8 +406,11 @@ class Pi05(FlowPolicy):
         if self.architecture != Architecture():
             (partial / ARCHITECTURE_FILE).write_text(self.architecture.to_json() + "\n")
 
+    def _fingerprint(self) -> str:
+        return checkpoint.fingerprint(self.policy.state_dict(), expert=self.lora is not None)
+
     def _load_head(self, source: checkpoint.Source, about: Mapping[str, Any]) -> None:
-        found = checkpoint.fingerprint(self.policy.state_dict())
+        found = self._fingerprint()
         if found != about["base_fingerprint"]:
             raise PolicyError(
                 f"the head in {source.name} was trained on another base model than {about['base']} is now "

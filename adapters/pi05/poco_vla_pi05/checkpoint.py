@@ -103,7 +103,8 @@ def read_config(source: Source) -> tuple[PI05Config, bool]:
     try:
         config = PreTrainedConfig.from_pretrained(str(source.folder))
     except Exception as error:  # draccus raises its own and ValueError, TypeError
-        raise PolicyError(f"{file} is not understood by LeRobot: {error}") from error
+        reason = error if error.__cause__ is None else f"{error} {error.__cause__}"
+        raise PolicyError(f"{file} is not understood by LeRobot: {reason}") from error
     assert isinstance(config, PI05Config)
     config.validate_features()
     return config, False
@@ -235,11 +236,18 @@ def full_weights(policy: PI05Policy, weights: Mapping[str, Tensor]) -> dict[str,
     return out
 
 
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """A short hash of the VLM's norms: tells one base model from another without reading all of it."""
+def fingerprint(weights: Mapping[str, Tensor], *, expert: bool) -> str:
+    """A short hash of the VLM's norms: tells one base model from another without reading all of it.
+
+    Args:
+        weights: the policy's.
+        expert: whether what is frozen of the expert counts, too, by the biases of its norms: a LoRA adds to it, a full
+            head takes its place.
+    """
     digest = hashlib.sha256()
     for name in sorted(weights):
-        if "language_model" in name and name.endswith(("layernorm.weight", "norm.weight")):
+        of_vlm = "language_model" in name and name.endswith(("layernorm.weight", "norm.weight"))
+        if of_vlm or (expert and "gemma_expert" in name and name.endswith(("dense.bias", "dense.base_layer.bias"))):
             digest.update(weights[name].detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

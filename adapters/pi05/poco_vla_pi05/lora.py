@@ -48,15 +48,17 @@ class Lora:
             return option
         try:
             fields: dict[str, Any] = {"rank": option} if isinstance(option, int) else dict(option)
-            if "targets" in fields:
-                fields["targets"] = tuple(fields["targets"])
-            lora = cls(**fields)
+            lora = cls(**fields | ({"targets": tuple(fields["targets"])} if "targets" in fields else {}))
         except (TypeError, ValueError) as error:
             raise PolicyError(
                 f"lora is {option!r}; expected a rank, or a mapping of rank, alpha, targets: {error}"
             ) from error
-        if not isinstance(lora.rank, int) or lora.rank < 1:
+        if not isinstance(lora.rank, int) or lora.rank is True or lora.rank < 1:
             raise PolicyError(f"lora.rank is {lora.rank!r}; expected a positive whole number")
+        if lora.alpha is not None and not (isinstance(lora.alpha, int | float) and lora.alpha > 0):
+            raise PolicyError(f"lora.alpha is {lora.alpha!r}; expected a positive number, or None for twice the rank")
+        if isinstance(fields.get("targets"), str) or not lora.targets:
+            raise PolicyError(f"lora.targets is {fields['targets']!r}; expected a list of ends of names")
         return lora
 
     def to_json(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK
 from torch import Tensor
 
 from poco_vla import DataError, PolicyError
-from poco_vla_pi05.checkpoint import read_tensors
+from poco_vla_pi05.checkpoint import read_json, read_tensors
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 NEEDED = {
@@ -88,6 +88,8 @@ def load(
         normalization: take the configuration's normalisation, with the saved statistics.
         max_length: tokens of the longest prompt.
     """
+    for name in (PREPROCESSOR, POSTPROCESSOR):
+        read_json(folder / name)  # LeRobot's error would not say which file is damaged
     overrides: dict[str, Any] = {
         "tokenizer_processor": {"tokenizer": tokenizer, "tokenizer_name": None},
         "device_processor": {"device": config.device},
@@ -199,8 +201,12 @@ def check_batch(batch: Mapping[str, Any], cameras: Sequence[str], state: str, co
             raise DataError(f'"{key}" has {batch[key].shape[-1]} dimensions, the policy knows {feature.shape[0]}')
     for key in (*cameras, state, ACTION):
         column = batch.get(key)
+        if key in cameras and isinstance(column, Tensor) and not column.is_floating_point():
+            raise DataError(
+                f'"{key}" is {column.dtype}; LeRobot hands images over as float32 in [0, 1], and pi0.5 reads them so'
+            )
         if isinstance(column, Tensor) and column.is_floating_point() and not torch.isfinite(column).all():
-            row = int((~torch.isfinite(column)).flatten(1).any(dim=1).nonzero()[0])
+            row = 0 if batch[state].ndim == 1 else int((~torch.isfinite(column)).nonzero()[0, 0])
             raise DataError(f'"{key}" is NaN or infinite in row {row} of the batch')
 
 

@@ -1,0 +1,442 @@
+"""pi05's way from a raw batch to tokens and back: whose statistics, which tokenizer, and what is refused before a step."""
+
+import copy
+
+import pytest
+import torch
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from pi05_folders import (
+    ACTION,
+    FRONT,
+    OPENPI_STATS,
+    STATE,
+    WRIST,
+    change_json,
+    dataset,
+    openpi_folder,
+    raw_batch,
+    tokenizer_folder,
+)
+from poco_vla_pi05.adapter import Pi05
+from poco_vla_pi05.tokenizer import DEFAULT, byte_tokenizer, load_tokenizer
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+from poco_vla import DataError, PolicyError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A trained policy: two cameras, 6 state and 4 action dimensions, quantiles -2 and 2."""
+    folder = tmp_path_factory.mktemp("pi05") / "tiny"
+    Pi05.tiny().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def policy():
+    return Pi05.tiny()
+
+
+@pytest.fixture
+def base(tmp_path):
+    """What a base model on the Hub is: padded actions, cameras of its own, no processors."""
+    Pi05.tiny().save_pretrained(tmp_path / "base")
+    for file in (tmp_path / "base").glob("policy_*"):
+        file.unlink()
+    wide = {"observation.images.base_0_rgb": {"type": "VISUAL", "shape": [3, 224, 224]}}
+    wide |= {STATE: {"type": "STATE", "shape": [32]}}
+    action = {ACTION: {"type": "ACTION", "shape": [32]}}
+    change_json(tmp_path / "base" / "config.json", input_features=wide, output_features=action)
+    return tmp_path / "base"
+
+
+def normalised(policy, value, **row):
+    """What a state and an action of `value` in all dimensions become; and the way back."""
+    size = {key: f.shape[0] for key, f in policy.policy.config.input_features.items() if key == STATE}[STATE]
+    batch = raw_batch(1) | {
+        STATE: torch.full((1, size), value),
+        ACTION: torch.full((1, 3, policy.spec.action_dim), value),
+    }
+    processed = policy.preprocess(batch | row)
+    back = policy.postprocess(processed[ACTION])
+    torch.testing.assert_close(back, batch[ACTION], rtol=1e-5, atol=1e-5)
+    return processed[STATE].unique().item(), processed[ACTION].unique().item()
+
+
+# -- whose statistics -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("statistics", "bound"), [("auto", 2.0), ("checkpoint", 2.0), ("dataset", 4.0)])
+def test_a_trained_policy_keeps_its_statistics_unless_told(saved, statistics, bound):
+    """A value at the upper quantile is 1 when normalised: 2 for the checkpoint, 4 for the dataset."""
+    policy = Pi05.from_pretrained(saved, statistics=statistics, **dataset())
+    assert normalised(policy, bound) == pytest.approx((1.0, 1.0))
+    assert policy.input_keys == (FRONT, WRIST, STATE)
+
+
+def test_a_trained_policy_may_take_on_a_dataset_of_other_sizes(saved):
+    """Cameras, state and action are then the dataset's, and so is what is saved."""
+    policy = Pi05.from_pretrained(saved, statistics="dataset", **dataset(state=9, action=7, cameras=(WRIST,)))
+    assert policy.input_keys == (WRIST, STATE)
+    assert policy.spec.action_dim == 7
+    assert policy.feature_dim == 64 + 9
+    assert normalised(policy, 4.0) == pytest.approx((1.0, 1.0))
+
+
+@pytest.mark.parametrize("statistics", ["auto", "dataset"])
+def test_a_base_model_takes_the_datasets(base, tmp_path, statistics):
+    policy = Pi05.from_pretrained(base, statistics=statistics, **dataset(), tokenizer=tokenizer_folder(tmp_path / "t"))
+    assert policy.input_keys == (FRONT, WRIST, STATE)
+    assert (policy.spec.action_dim, policy.spec.width) == (4, 32)
+    assert normalised(policy, 4.0) == pytest.approx((1.0, 1.0))
+
+
+def test_a_base_model_without_a_dataset_is_told_what_it_lacks(base, tmp_path):
+    options = {"tokenizer": tokenizer_folder(tmp_path / "t")}
+    with pytest.raises(DataError, match=r"base has no q01 and q99 for \"observation\.state\" \(found: nothing\)"):
+        Pi05.from_pretrained(base, **options)
+    with pytest.raises(DataError, match="base has no q01 and q99"):
+        Pi05.from_pretrained(base, statistics="checkpoint", **dataset(), **options)
+
+
+@pytest.mark.parametrize(("statistics", "bound"), [("auto", 1.0), ("dataset", 4.0)])
+def test_openpis_statistics_of_real_dimensions_are_a_checkpoints(tmp_path, statistics, bound):
+    """Four dimensions are not padded: the checkpoint was trained on this robot. Actions' first upper quantile is 1."""
+    folder = openpi_folder(tmp_path / "openpi", Pi05.tiny())
+    options = {"tokenizer": tokenizer_folder(tmp_path / "t"), "statistics": statistics}
+    policy = Pi05.from_pretrained(folder, **options, **dataset())
+    assert policy.postprocess(torch.ones(1, 4))[0, 0].item() == pytest.approx(bound)
+
+
+def test_padded_openpi_statistics_are_a_base_models(tmp_path):
+    padded = {
+        name: {kind: numbers + [1.0 if kind == "q99" else 0.0] * (32 - len(numbers)) for kind, numbers in table.items()}
+        for name, table in OPENPI_STATS.items()
+    }
+    folder = openpi_folder(tmp_path / "openpi", Pi05.tiny(), {"droid": padded})
+    policy = Pi05.from_pretrained(folder, tokenizer=tokenizer_folder(tmp_path / "t"), **dataset())
+    assert policy.postprocess(torch.ones(1, 4))[0, 0].item() == pytest.approx(4.0)
+
+
+def test_a_new_dataset_is_not_renamed_as_the_old_one_was(saved, tmp_path):
+    """The saved pipeline calls camera "top" "front"; the new dataset has a "front" of its own."""
+    policy = Pi05.from_pretrained(saved)
+    policy.preprocessor.steps[0].rename_map = {"observation.images.top": FRONT}
+    policy.save_pretrained(tmp_path / "renaming")
+    renamed = Pi05.from_pretrained(tmp_path / "renaming")
+    assert renamed.input_keys == ("observation.images.top", WRIST, STATE)
+    batch = raw_batch(cameras=("observation.images.top", WRIST))
+    assert FRONT in renamed.preprocess(batch)
+    top = ("observation.images.top", WRIST)
+    taken = Pi05.from_pretrained(tmp_path / "renaming", statistics="dataset", **dataset(cameras=top))
+    assert taken.input_keys == (*top, STATE)
+    assert taken.encode(taken.preprocess(raw_batch(cameras=top))).lengths.min() > 2 * 16
+
+
+@pytest.mark.parametrize("cameras", [[WRIST], [WRIST, FRONT], [FRONT, WRIST]])
+def test_cameras_are_seen_in_the_order_that_is_asked_for(saved, cameras):
+    """Positions differ, so order matters; a camera that is left out is not seen."""
+    options = dataset(cameras=(FRONT, "observation.images.side", WRIST))
+    policy = Pi05.from_pretrained(saved, statistics="dataset", cameras=cameras, **options)
+    assert list(policy.policy.config.image_features) == cameras
+    assert policy.input_keys == (*cameras, STATE)
+    batch = raw_batch()
+    features = policy.encode(policy.preprocess(batch)).features
+    in_order = Pi05.from_pretrained(saved, statistics="dataset", **dataset(cameras=(FRONT, WRIST)))
+    expected = in_order.encode(in_order.preprocess(raw_batch())).features
+    assert torch.allclose(features, expected, atol=1e-5) is (cameras == [FRONT, WRIST])
+
+
+def test_a_camera_that_the_dataset_lacks_is_named(saved):
+    options = dataset() | {"statistics": "dataset"}
+    with pytest.raises(PolicyError, match=rf"no camera observation\.images\.hand; its cameras: {FRONT}, {WRIST}"):
+        Pi05.from_pretrained(saved, cameras=[FRONT, "observation.images.hand"], **options)
+    with pytest.raises(PolicyError, match="no camera at all; its cameras: none"):
+        Pi05.from_pretrained(saved, statistics="dataset", **dataset(cameras=()))
+
+
+@pytest.mark.parametrize("statistics", ["checkpoint", "dataset"])
+def test_a_normalisation_that_is_asked_for_is_used(saved, tmp_path, statistics):
+    """Dataset: mean 0, deviation 4. The checkpoint has no mean, but minimum and maximum when saved from that dataset."""
+    Pi05.from_pretrained(saved, statistics="dataset", **dataset()).save_pretrained(tmp_path / "rich")
+    mapping = {"STATE": "MEAN_STD", "ACTION": "MIN_MAX"}
+    policy = Pi05.from_pretrained(
+        tmp_path / "rich", statistics=statistics, normalization_mapping=mapping, **dataset(spread=4.0)
+    )
+    assert normalised(policy, 8.0) == pytest.approx((2.0, 1.0))
+    policy.save_pretrained(tmp_path / "again")
+    assert normalised(Pi05.from_pretrained(tmp_path / "again"), 8.0) == pytest.approx((2.0, 1.0))
+
+
+def test_a_checkpoint_without_the_statistics_of_a_new_normalisation_is_refused(saved):
+    """LeRobot would leave the columns as they are, or fail at the first batch."""
+    with pytest.raises(DataError, match=r'has no mean and std for "observation.state" \(found: q01, q99\).*MEAN_STD'):
+        Pi05.from_pretrained(saved, normalization_mapping={"STATE": "MEAN_STD"})
+
+
+def test_another_prompt_length_is_taken_where_it_is_asked_for(saved):
+    policy = Pi05.from_pretrained(saved, tokenizer_max_length=90)
+    assert policy.preprocess(raw_batch(1))[OBS_LANGUAGE_TOKENS].shape == (1, 90)
+    assert policy.example_obs(2)[OBS_LANGUAGE_TOKENS].shape == (2, 90)
+
+
+# -- tokenizers -------------------------------------------------------------------------------------------------------
+
+TEXTS = ["Task: pick up the pen, State: 192 3 128 76;\nAction: ", "Task: hang  the keychain, State: 0 255;\nAction: "]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_file(tmp_path_factory):
+    """A small model of PaliGemma's kind: BPE with byte fallback, digits apart, pad 0, eos 1, bos 2."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    words = "pick up the pen and hang keychain on hook Task State Action place stack cube drawer open close".split()
+    lines = [f"Task: {a} {b} {c}, State: {i} {7 * i};" for i, (a, b, c) in enumerate(zip(words, words[3:], words[5:]))]
+    (folder / "text.txt").write_text("\n".join(lines * 20))
+    SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "small"),
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    return folder / "small.model"
+
+
+def test_a_sentencepiece_file_gives_sentencepieces_own_tokens(sentencepiece_file):
+    """With the token that begins a text, as openpi encodes its prompts; words, digits, spaces, line ends and bytes."""
+    tokenizer, model = load_tokenizer(sentencepiece_file), SentencePieceProcessor(model_file=str(sentencepiece_file))
+    for text in (*TEXTS, "größer 漢字 \n\n  x"):
+        assert tokenizer(text)["input_ids"] == model.encode(text, add_bos=True), text
+    batch = tokenizer(TEXTS, padding="max_length", max_length=90, padding_side="right", return_tensors="pt")
+    lengths = [len(model.encode(text, add_bos=True)) for text in TEXTS]
+    assert batch["attention_mask"].sum(dim=1).tolist() == lengths
+    assert batch["input_ids"][0, lengths[0] :].eq(model.pad_id()).all()
+
+
+def test_a_policy_with_a_sentencepiece_file_is_saved_and_loaded(saved, sentencepiece_file, tmp_path):
+    """The folder that is saved has the tokenizer in it, and gives the same tokens."""
+    policy = Pi05.from_pretrained(saved, tokenizer=sentencepiece_file)
+    expected = policy.preprocess(raw_batch())
+    policy.save_pretrained(tmp_path / "policy")
+    found = Pi05.from_pretrained(tmp_path / "policy").preprocess(raw_batch())
+    assert torch.equal(found[OBS_LANGUAGE_TOKENS], expected[OBS_LANGUAGE_TOKENS])
+    assert not torch.equal(
+        Pi05.from_pretrained(saved).preprocess(raw_batch())[OBS_LANGUAGE_TOKENS], expected[OBS_LANGUAGE_TOKENS]
+    )
+
+
+def test_a_folder_is_a_tokenizer(tmp_path):
+    tokenizer = load_tokenizer(tokenizer_folder(tmp_path / "t"))
+    assert tokenizer(TEXTS[0])["input_ids"] == byte_tokenizer()(TEXTS[0])["input_ids"]
+
+
+def test_the_gated_default_says_how_to_get_one(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(PolicyError, match=rf'"{DEFAULT}" cannot be loaded .*hf auth login.*paligemma_tokenizer\.model'):
+        load_tokenizer(None)
+
+
+@pytest.mark.parametrize("content", [b"no model at all", b""])
+def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path, content):
+    (tmp_path / "paligemma.model").write_bytes(content)
+    with pytest.raises(PolicyError, match=r"paligemma\.model is no sentencepiece model"):
+        load_tokenizer(tmp_path / "paligemma.model")
+
+
+def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(PolicyError, match=r"file .*/x\.model is not there.*how|file .*/x\.model is not there. Accept"):
+        load_tokenizer(tmp_path / "x.model")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PolicyError, match=rf'"{tmp_path / "empty"}" cannot be loaded'):
+        load_tokenizer(tmp_path / "empty")
+
+
+# -- what a batch may hold --------------------------------------------------------------------------------------------
+
+
+def nan(row):
+    def change(tensor):
+        tensor = tensor.clone()
+        tensor[row].view(-1)[-1] = float("nan")
+        return tensor
+
+    return change
+
+
+WRONG = {
+    "a camera under another name": (
+        lambda b: b.update({"observation.images.hand": b.pop(WRIST)}),
+        rf"lacks {WRIST}; it holds action, observation\.images\.front, observation\.images\.hand",
+    ),
+    "no state": (lambda b: b.pop(STATE), rf"lacks {STATE}"),
+    "a wider state": (
+        lambda b: b.update({STATE: torch.zeros(2, 7)}),
+        rf'"{STATE}" has 7 dimensions, the policy knows 6',
+    ),
+    "padded actions": (lambda b: b.update({ACTION: torch.zeros(2, 50, 32)}), '"action" has 32 dimensions.* knows 4'),
+    "NaN in a state": (lambda b: b.update({STATE: nan(1)(b[STATE])}), rf'"{STATE}" is NaN or infinite in row 1'),
+    "NaN in an image": (lambda b: b.update({WRIST: nan(0)(b[WRIST])}), rf'"{WRIST}" is NaN or infinite in row 0'),
+    "NaN in an action": (lambda b: b.update({ACTION: nan(1)(b[ACTION])}), '"action" is NaN or infinite in row 1'),
+    "infinity": (lambda b: b.update({STATE: b[STATE] / 0}), rf'"{STATE}" is NaN or infinite in row 0'),
+    "no instruction": (lambda b: b.pop("task"), "row 0 of the batch has an empty instruction"),
+    "an empty instruction": (
+        lambda b: b.update({"task": ["pick", " \n"]}),
+        "row 1 of the batch has an empty instruction",
+    ),
+    "too long an instruction": (
+        lambda b: b.update({"task": ["pick", "pick " * 40]}),
+        r"prompt of row 1 fills all 200 tokens.*\"tokenizer_max_length\": 400",
+    ),
+    "images of bytes": (
+        lambda b: b.update({FRONT: (255 * b[FRONT]).byte()}),
+        rf'"{FRONT}" is torch\.uint8.*\[0, 1\]',
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG.values(), ids=WRONG)
+def test_a_batch_that_cannot_be_read_is_refused_and_the_cause_named(policy, change, words):
+    batch = raw_batch()
+    change(batch)
+    with pytest.raises(DataError, match=words):
+        policy.preprocess(batch)
+
+
+def test_a_batch_without_actions_or_of_one_state_is_read(policy):
+    """Acting has no actions; LeRobot's pipeline takes an observation without a batch axis, too, and one instruction."""
+    batch = raw_batch()
+    whole = policy.preprocess(copy.deepcopy(batch))
+    del batch[ACTION]
+    acting = policy.preprocess(copy.deepcopy(batch))
+    assert torch.equal(acting[OBS_LANGUAGE_TOKENS], whole[OBS_LANGUAGE_TOKENS])
+    single = {key: value[0] for key, value in batch.items()}
+    alone = policy.preprocess(single)
+    for key in (FRONT, STATE, OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK):
+        assert torch.equal(alone[key], whole[key][:1]), key
+    with pytest.raises(DataError, match=f'"{STATE}" is NaN or infinite in row 0'):
+        policy.preprocess({key: value[0] for key, value in batch.items()} | {STATE: torch.full((6,), float("nan"))})
+
+
+def test_a_prompt_is_read_in_full_with_a_longer_limit(saved):
+    batch = raw_batch() | {"task": ["pick", "pick " * 40]}
+    processed = Pi05.from_pretrained(saved, tokenizer_max_length=400).preprocess(batch)
+    assert not processed[OBS_LANGUAGE_ATTENTION_MASK].all(dim=1).any()
+
+
+# -- what a dataset may hold ------------------------------------------------------------------------------------------
+
+
+def with_stats(key, **values):
+    options = dataset()
+    for name, value in values.items():
+        options["stats"][key][name] = torch.as_tensor(value)
+    return options
+
+
+def without_stats(*kinds):
+    options = dataset()
+    options["stats"] = {
+        key: {kind: value for kind, value in table.items() if kind not in kinds}
+        for key, table in options["stats"].items()
+    }
+    return options
+
+
+def without_feature(key):
+    options = dataset()
+    del options["features"][key]
+    return options
+
+
+BAD_DATASETS = {
+    "too many state dimensions": (dataset(state=33), PolicyError, f'"{STATE}" has 33 dimensions.* at most 32'),
+    "too many action dimensions": (dataset(action=40), PolicyError, '"action" has 40 dimensions.* at most 32'),
+    "no state": (without_feature(STATE), PolicyError, rf"needs {STATE} and action; the dataset has"),
+    "no action": (without_feature(ACTION), PolicyError, rf"needs {STATE} and action; the dataset has"),
+    "no quantiles": (
+        without_stats("q01", "q99"),
+        DataError,
+        rf'the dataset has no q01 and q99 for "{STATE}" \(found: min, max, mean, std\).*augment_dataset_quantile_stats',
+    ),
+    "one flat dimension": (
+        with_stats(STATE, q01=[-4.0, -4, 1, -4, -4, -4], q99=[4.0, 4, 1, 4, 4, 4]),
+        DataError,
+        rf'"{STATE}" hardly varies in dimension 2 of the dataset: q01 = q99',
+    ),
+    "two flat dimensions": (
+        with_stats(ACTION, q01=[1e6, -4, 0, 0], q99=[1e6 + 1e-3, 4, 1e-9, 4]),
+        DataError,
+        r'"action" hardly varies in dimensions 0, 2 of the dataset',
+    ),
+    "quantiles the wrong way round": (
+        with_stats(ACTION, q01=[1.0, -4, -4, -4], q99=[-1.0, 4, 4, 4]),
+        DataError,
+        r'"action" hardly varies in dimension 0',
+    ),
+    "quantiles that are not finite": (
+        with_stats(ACTION, q01=[float("nan"), -4, -4, -4]),
+        DataError,
+        r'"action" hardly varies in dimension 0',
+    ),
+    "statistics of other sizes": (
+        with_stats(ACTION, q01=[-1.0] * 3, q99=[1.0] * 3),
+        DataError,
+        'statistics of 3 dimensions for "action", which has 4',
+    ),
+    "no deviation": (
+        with_stats(STATE, std=[0.0, 1, 1, 1, 1, 1]) | {"normalization_mapping": {"STATE": "MEAN_STD"}},
+        DataError,
+        rf'"{STATE}" hardly varies in dimension 0 of the dataset: std = 0',
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "words"), BAD_DATASETS.values(), ids=BAD_DATASETS)
+def test_a_dataset_that_cannot_be_used_is_refused_and_the_cause_named(saved, options, error, words):
+    with pytest.raises(error, match=words):
+        Pi05.from_pretrained(saved, statistics="dataset", **options)
+
+
+def test_what_an_error_about_flat_dimensions_advises_works(saved):
+    """Quantiles of a gripper that hardly ever closes are equal, its deviation is not zero."""
+    flat = with_stats(ACTION, q01=[0.0, -4, -4, -4], q99=[0.0, 4, 4, 4])
+    with pytest.raises(DataError, match=r'"normalization_mapping": {"ACTION": "MEAN_STD"}'):
+        Pi05.from_pretrained(saved, statistics="dataset", **flat)
+    mapping = {"ACTION": "MEAN_STD"}
+    policy = Pi05.from_pretrained(saved, statistics="dataset", normalization_mapping=mapping, **flat)
+    assert normalised(policy, 4.0) == pytest.approx((1.0, 1.0))
+
+
+def test_a_policy_of_relative_actions_is_not_given_absolute_statistics(saved, tmp_path):
+    policy = Pi05.from_pretrained(saved)
+    policy.policy.config.use_relative_actions = True
+    policy.save_pretrained(tmp_path / "relative")
+    with pytest.raises(PolicyError, match="acts relative to the state"):
+        Pi05.from_pretrained(tmp_path / "relative", statistics="dataset", **dataset())
+
+
+# -- a policy that was wrapped without processors ----------------------------------------------------------------------
+
+
+def test_a_policy_without_processors_says_what_it_cannot_do(policy, tmp_path):
+    bare = Pi05.wrap(policy.policy)
+    assert bare.input_keys == (FRONT, WRIST, STATE)
+    obs = policy.example_obs(2)
+    assert torch.equal(bare.encode(obs).features, policy.encode(obs).features)
+    for call in (lambda: bare.preprocess(raw_batch()), lambda: bare.postprocess(torch.zeros(1, 4))):
+        with pytest.raises(PolicyError, match=r"wrapped without processors: give Pi05\.wrap"):
+            call()
+    with pytest.raises(PolicyError, match="wrapped without processors"):
+        bare.save_pretrained(tmp_path / "policy")
+    assert not list(tmp_path.iterdir())

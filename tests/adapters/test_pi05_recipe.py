@@ -1,0 +1,133 @@
+"""`recipes/pi05_pick_pen.py --tiny`, as a user types it: both stages, export, LeRobot's own command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from safetensors.torch import load_file
+
+from poco_vla import load_adapter
+
+pytest.importorskip("ogbench")
+ROOT = Path(__file__).parents[2]
+STEPS = ("--sft-steps", "4", "--warmup-steps", "3", "--online-steps", "40", "--log-every", "2")
+SMALL = (*STEPS, "--demonstrations.episodes", "2", "--eval.episodes", "2")
+
+# One worker runs them all: each leans on the run of the first.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pi05_recipe")]
+
+
+def launch(folder, *arguments):
+    """The recipe in `folder`; what it printed."""
+    # Rays draw these small pictures faster than a CPU's OpenGL, and on every machine.
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MUJOCO_GL": "disable"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return subprocess.run(
+        [*command, ROOT / "recipes" / "pi05_pick_pen.py", *arguments],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("recipe")
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """A finished run, and what it printed."""
+    done = launch(folder, "--tiny", *SMALL, "--output-dir", "run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "run", done.stdout + done.stderr
+
+
+def stages(run):
+    return [json.loads(line)["stage"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_run_passes_through_every_stage_and_says_so(run):
+    path, shown = run
+    assert set(stages(path)) == {"sft", "warmup", "online"}
+    for words in ("success after SFT", "success after POCO", "lerobot-eval", "72,480 trained parameters"):
+        assert words in shown
+    assert json.loads((path / "result.json").read_text())["env_steps"] >= 40
+
+
+def test_the_demonstrations_are_a_lerobot_dataset_with_two_cameras_as_video(run):
+    (root,) = (run[0].parent / "runs" / "tiny" / "data").iterdir()
+    dataset = LeRobotDataset(f"local/{root.name}", root=root)
+    cameras = ["observation.images.front", "observation.images.wrist"]
+    assert dataset.meta.video_keys == cameras
+    assert [tuple(dataset[0][key].shape) for key in cameras] == [(3, 64, 64)] * 2
+
+
+def test_the_head_alone_gives_the_exported_policy_again(run):
+    path, _ = run
+    adapter = load_adapter("pi05")
+    whole, head = (adapter.from_pretrained(path / name) for name in ("policy", "head"))
+    weights = head.policy.state_dict()
+    assert all(weights[name].equal(tensor) for name, tensor in whole.policy.state_dict().items())
+    assert (path / "head" / "head.safetensors").stat().st_size < (
+        path / "policy" / "model.safetensors"
+    ).stat().st_size / 3
+
+
+def test_lerobots_own_command_runs_the_exported_policy(run, tmp_path):
+    """By the command line that the run printed, over fewer and shorter episodes."""
+    path, shown = run
+    line = next(line for line in shown.splitlines() if line.strip().startswith("lerobot-eval"))
+    program = Path(sys.executable).parent / "lerobot-eval"
+    done = subprocess.run(
+        f"{program} {line.strip().removeprefix('lerobot-eval')} --output_dir={tmp_path}",
+        shell=True,
+        cwd=path.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MUJOCO_GL": "disable"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "All keys loaded successfully!" in done.stdout
+    assert json.loads((tmp_path / "eval_info.json").read_text())["overall"]["n_episodes"] == 2
+
+
+def test_a_lora_run_goes_on_after_its_checkpoint_and_exports_a_plain_policy(run, folder):
+    """SFT alone, in two halves; only LoRA matrices are in the checkpoint and in the head's file."""
+    options = ("--tiny", *SMALL, "--policy-options.lora", "2", "--online-steps", "0", "--output-dir", "lora")
+    assert launch(folder, *options, "--checkpoint-every", "2").returncode == 0
+    path = folder / "lora"
+    assert all("lora_" in name for name in load_file(path / "head" / "head.safetensors"))
+    resumed = launch(folder, *options, "--checkpoint-every", "2", "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "resumed from" in resumed.stdout + resumed.stderr
+    adapter = load_adapter("pi05")
+    merged = adapter.from_pretrained(path / "policy")
+    assert sum(p.numel() for p in merged.parameters() if p.requires_grad) == 72_480
+    assert adapter.from_pretrained(path / "head").lora.rank == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--dataset.root", "nowhere"), "no LeRobot v3 dataset in nowhere"),
+        ((), 'the dataset "you/pick_pen" on the Hub cannot be opened'),
+        (("--tiny", "--policy", "you/pi05"), 'the policy "you/pi05" is no local folder and cannot be had from the Hub'),
+        (("--tiny", "--horizon", "60"), "trained with chunks of 50 steps, asked for 60"),
+        (("--tiny", "--policy-options.cameras", '["observation.images.top"]'), "no camera observation.images.top"),
+        (("--tiny", "--policy-options.lorra", "2"), "pi05 has no option lorra"),
+    ],
+)
+def test_what_is_missing_is_told_in_one_sentence(run, folder, arguments, words):
+    done = launch(folder, *arguments, *(SMALL if "--tiny" in arguments else ()), "--output-dir", "bad")
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
