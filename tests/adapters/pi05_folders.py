@@ -21,7 +21,7 @@ def dataset(state=6, action=4, cameras=(FRONT, WRIST), spread=4.0):
     """LeRobot features and statistics of a dataset; all quantiles are -spread and spread."""
     camera = {"dtype": "video", "shape": (64, 64, 3), "names": ["height", "width", "channels"]}
     sizes = {STATE: state, ACTION: action}
-    features = {key: camera for key in cameras}
+    features: dict = dict.fromkeys(cameras, camera)
     features |= {key: {"dtype": "float32", "shape": (n,), "names": None} for key, n in sizes.items()}
     numbers = {"q01": -spread, "q99": spread, "min": -2 * spread, "max": 2 * spread, "mean": 0.0, "std": spread}
     stats = {key: {name: torch.full((n,), value) for name, value in numbers.items()} for key, n in sizes.items()}

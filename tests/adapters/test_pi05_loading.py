@@ -131,7 +131,7 @@ def test_a_folder_with_a_fault_is_refused_and_the_fault_named(folder, spoil, wor
 def test_lost_statistics_are_missed(folder):
     for file in folder.glob("*normalizer*.safetensors"):
         file.unlink()
-    with pytest.raises((DataError, PolicyError), match="q01 and q99|normalizer"):
+    with pytest.raises(DataError, match="has no q01 and q99 for"):
         Pi05.from_pretrained(folder)
 
 
@@ -145,7 +145,7 @@ def test_many_wrong_tensors_are_counted_and_some_named(folder):
 
 @pytest.mark.parametrize("path", ["/nowhere/pi05", "./nowhere", "nowhere", "a/b/c"])
 def test_a_folder_that_is_not_there_is_named(path):
-    with pytest.raises(PolicyError, match=rf"no policy in {path}: the folder does not exist"):
+    with pytest.raises(PolicyError, match=rf"^no policy in {path}: the folder does not exist"):
         Pi05.from_pretrained(path)
 
 
@@ -375,7 +375,7 @@ def test_openpi_statistics_of_several_datasets_must_be_chosen(tmp_path, tokens):
     folder = openpi_folder(tmp_path / "openpi", Pi05.tiny(), {"lerobot/droid": OPENPI_STATS, "trossen": wider})
     with pytest.raises(PolicyError, match=r"several datasets.*\['lerobot/droid', 'trossen'\]"):
         Pi05.from_pretrained(folder, **tokens)
-    with pytest.raises(PolicyError, match='no statistics for the asset "aloha". Known: lerobot/droid, trossen'):
+    with pytest.raises(PolicyError, match=r'no statistics for the asset "aloha"\. Known: lerobot/droid, trossen'):
         Pi05.from_pretrained(folder, asset="aloha", **tokens)
     for asset, expected in {"lerobot/droid": 1.0, "trossen": 2.0}.items():
         policy = Pi05.from_pretrained(folder, asset=asset, **tokens)

@@ -112,7 +112,7 @@ def test_the_merged_export_is_a_plain_model(policy, tmp_path, capsys):
     plain = Pi05.from_pretrained(tmp_path / "merged")
     assert plain.lora is None
     assert not any("lora" in name or "base_layer" in name for name in plain.policy.state_dict())
-    assert {name for name in trainable(plain)} == {n for n, _ in plain.policy.named_parameters() if in_head(n)}
+    assert trainable(plain).keys() == {n for n, _ in plain.policy.named_parameters() if in_head(n)}
     torch.testing.assert_close(velocity(plain), velocity(policy), rtol=1e-4, atol=1e-4)
     with lerobot_builds(TINY):
         PI05Policy.from_pretrained(tmp_path / "merged")
@@ -159,7 +159,7 @@ def test_a_full_head_does_not_become_a_lora(saved, tmp_path):
 
 
 def test_a_lora_is_not_put_on_another_experts_weights(policy, saved, tmp_path):
-    """Two fine-tuned models share a VLM: a full head may move from one to the other, a LoRA adds to the frozen expert."""
+    """Two fine-tuned models share a VLM: a full head may move between them, a LoRA adds to the frozen expert."""
     full = Pi05.from_pretrained(saved)
     train(full).save_pretrained(tmp_path / "finetuned")
     train(policy).save_head(tmp_path / "lora")

@@ -1,4 +1,4 @@
-"""pi05's way from a raw batch to tokens and back: whose statistics, which tokenizer, and what is refused before a step."""
+"""pi05's way from a raw batch to tokens and back: whose statistics, which tokenizer, what is refused."""
 
 import copy
 
@@ -157,7 +157,7 @@ def test_a_camera_that_the_dataset_lacks_is_named(saved):
 
 @pytest.mark.parametrize("statistics", ["checkpoint", "dataset"])
 def test_a_normalisation_that_is_asked_for_is_used(saved, tmp_path, statistics):
-    """Dataset: mean 0, deviation 4. The checkpoint has no mean, but minimum and maximum when saved from that dataset."""
+    """The dataset's mean is 0, its deviation 4, its maximum 8; a checkpoint keeps all statistics that it was given."""
     Pi05.from_pretrained(saved, statistics="dataset", **dataset()).save_pretrained(tmp_path / "rich")
     mapping = {"STATE": "MEAN_STD", "ACTION": "MIN_MAX"}
     policy = Pi05.from_pretrained(
@@ -189,8 +189,11 @@ TEXTS = ["Task: pick up the pen, State: 192 3 128 76;\nAction: ", "Task: hang  t
 def sentencepiece_file(tmp_path_factory):
     """A small model of PaliGemma's kind: BPE with byte fallback, digits apart, pad 0, eos 1, bos 2."""
     folder = tmp_path_factory.mktemp("sentencepiece")
-    words = "pick up the pen and hang keychain on hook Task State Action place stack cube drawer open close".split()
-    lines = [f"Task: {a} {b} {c}, State: {i} {7 * i};" for i, (a, b, c) in enumerate(zip(words, words[3:], words[5:]))]
+    words = ["pick", "up", "the", "pen", "and", "hang", "keychain", "on", "hook", "place", "stack", "cube", "drawer"]
+    lines = [
+        f"Task: {a} {b} {c}, State: {i} {7 * i};"
+        for i, (a, b, c) in enumerate(zip(words, words[3:], words[5:], strict=False))
+    ]
     (folder / "text.txt").write_text("\n".join(lines * 20))
     SentencePieceTrainer.train(
         input=str(folder / "text.txt"),

@@ -90,7 +90,7 @@ class Pi05(FlowPolicy):
             width=config.max_action_dim,
             action_dim=config.action_feature.shape[0],
             flow_steps=config.num_inference_steps,
-            clip=None,
+            clip=None,  # Deviation 9: pi0.5's own sampler does not clip either
         )
         self.feature_dim = core.paligemma.config.text_config.hidden_size + config.robot_state_feature.shape[0]
         self.preprocessor, self.postprocessor = pipelines or (None, None)
@@ -100,7 +100,7 @@ class Pi05(FlowPolicy):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """The frozen VLM stays in eval mode: with LeRobot's gradient checkpointing it would give no cache in train mode."""
+        """The frozen VLM stays in eval mode: LeRobot's gradient checkpointing would give no cache in train mode."""
         super().train(mode)
         core: Any = self.policy.model.paligemma_with_expert
         core.paligemma.eval()

@@ -48,7 +48,8 @@ class Lora:
             return option
         try:
             fields: dict[str, Any] = {"rank": option} if isinstance(option, int) else dict(option)
-            lora = cls(**fields | ({"targets": tuple(fields["targets"])} if "targets" in fields else {}))
+            listed: dict[str, Any] = {"targets": tuple(fields["targets"])} if "targets" in fields else {}
+            lora = cls(**fields | listed)
         except (TypeError, ValueError) as error:
             raise PolicyError(
                 f"lora is {option!r}; expected a rank, or a mapping of rank, alpha, targets: {error}"
