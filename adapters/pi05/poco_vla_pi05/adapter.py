@@ -227,75 +227,44 @@ class Pi05(FlowPolicy):
         """
         if unknown:
             raise PolicyError(f"pi05 has no option {', '.join(sorted(unknown))}")
-        _check_option("dtype", dtype, ("bfloat16", "float32"))
-        _check_option("compute", compute, ("bfloat16", "float32"))
-        _check_option("statistics", statistics, ("auto", "checkpoint", "dataset"))
-        for kind, mode in (normalization_mapping or {}).items():
-            _check_option("a key of normalization_mapping", kind, ("ACTION", "STATE", "VISUAL"))
-            _check_option(f"normalization_mapping of {kind}", mode, [known.value for known in NormalizationMode])
-        if horizon is not None and horizon < 1:
-            raise PolicyError(f"horizon is {horizon}; a chunk has at least one step")
+        _check_options(dtype, compute, statistics, normalization_mapping, horizon)
         source = checkpoint.locate(repo_or_path, revision)
-        saved_head = _read_head(source)
-        base = checkpoint.locate(saved_head["base"], saved_head["revision"]) if saved_head else source
-        wanted_lora, saved_lora = Lora.of(lora), Lora.of(saved_head["lora"]) if saved_head else None
-        if saved_head and wanted_lora not in (None, saved_lora):
-            raise PolicyError(f"the head in {source.name} was trained with lora {saved_lora}, asked for {wanted_lora}")
-        config, from_openpi = checkpoint.read_config(source)
-        own_stats = (
-            checkpoint.openpi_stats(source.folder, asset) if from_openpi else processors.saved_stats(source.folder)
+        about = _read_head(source)
+        base = checkpoint.locate(about["base"], about["revision"]) if about else source
+        lora = _chosen_lora(lora, about, source)
+
+        config, stats_used, use_dataset = _configure(
+            source,
+            horizon=horizon,
+            device=device,
+            features=features,
+            stats=stats,
+            statistics=statistics,
+            cameras=cameras,
+            normalization_mapping=normalization_mapping,
+            tokenizer_max_length=tokenizer_max_length,
+            asset=asset,
         )
-        if horizon is not None and horizon > config.chunk_size:
-            raise PolicyError(
-                f"{source.name} was trained with chunks of {config.chunk_size} steps, asked for {horizon}: it never "
-                "saw positions beyond. Choose a shorter horizon."
-            )
-        config.chunk_size = config.n_action_steps = horizon or config.chunk_size
-        config.device, config.compile_model, config.gradient_checkpointing = device, False, False
-        config.pretrained_path = None
-        if normalization_mapping:
-            config.normalization_mapping |= {
-                kind: NormalizationMode(mode) for kind, mode in normalization_mapping.items()
-            }
-        config.tokenizer_max_length = tokenizer_max_length or config.tokenizer_max_length
-
-        if from_openpi:
-            _take_sizes(config, own_stats)
-        use_dataset = _use_dataset(statistics, config, own_stats, features, stats)
-        if use_dataset:
-            assert features is not None
-            assert stats is not None
-            _adopt(config, features, cameras)
-        used = stats if use_dataset else own_stats
-        assert used is not None
-        where = "the dataset" if use_dataset else source.name
-        processors.check_stats(config, used, where)
-        logger.info("pi05: features and statistics of %s", where)
-
-        folder_tokenizer = source.folder / TOKENIZER_FOLDER
-        chosen = tokenizer or (folder_tokenizer if folder_tokenizer.is_dir() else _saved_tokenizer(source.folder))
-        loaded = load_tokenizer(chosen)
-        saved = (source.folder / processors.PREPROCESSOR).is_file()
-        if saved and (source.folder / processors.POSTPROCESSOR).is_file():
+        loaded_tokenizer = load_tokenizer(tokenizer or _saved_tokenizer(source.folder))
+        if processors.are_saved(source.folder):
             pipelines = processors.load(
                 source.folder,
                 config,
-                loaded,
-                stats=used if use_dataset else None,
+                loaded_tokenizer,
+                stats=stats_used if use_dataset else None,
                 normalization=bool(normalization_mapping),
                 max_length=tokenizer_max_length,
             )
         else:
-            pipelines = processors.build(config, used, loaded)
+            pipelines = processors.build(config, stats_used, loaded_tokenizer)
 
         architecture = Architecture.of_folder(base.folder)
         policy = empty_policy(config, architecture)
-        head = [name for name, _ in policy.named_parameters() if in_head(name)]
         checkpoint.load_weights(
             policy,
             base.folder / checkpoint.WEIGHTS,
             backbone=getattr(torch, dtype or config.dtype),
-            head=head,
+            head=[name for name, _ in policy.named_parameters() if in_head(name)],
             device=device,
         )
         adapter = cls(
@@ -305,10 +274,10 @@ class Pi05(FlowPolicy):
             architecture=architecture,
             compute=getattr(torch, compute) if compute else None,
             recompute=recompute,
-            lora=wanted_lora if saved_head is None else saved_lora,
+            lora=lora,
         )
-        if saved_head is not None:
-            adapter._load_head(source, saved_head)
+        if about is not None:
+            adapter._load_head(source, about)
         return adapter
 
     @classmethod
@@ -437,14 +406,79 @@ def _read_head(source: checkpoint.Source) -> dict[str, Any] | None:
     return {name: about[name] for name in names}
 
 
-def _check_option(name: str, value: str | None, known: Sequence[str]) -> None:
-    if value is not None and value not in known:
-        raise PolicyError(f'{name} is "{value}"; expected one of {", ".join(sorted(known))}')
+def _check_options(
+    dtype: str | None, compute: str | None, statistics: str, mapping: Mapping[str, str] | None, horizon: int | None
+) -> None:
+    def check(name: str, value: str | None, known: Sequence[str]) -> None:
+        if value is not None and value not in known:
+            raise PolicyError(f'{name} is "{value}"; expected one of {", ".join(sorted(known))}')
+
+    check("dtype", dtype, ("bfloat16", "float32"))
+    check("compute", compute, ("bfloat16", "float32"))
+    check("statistics", statistics, ("auto", "checkpoint", "dataset"))
+    for kind, mode in (mapping or {}).items():
+        check("a key of normalization_mapping", kind, ("ACTION", "STATE", "VISUAL"))
+        check(f"normalization_mapping of {kind}", mode, [known.value for known in NormalizationMode])
+    if horizon is not None and horizon < 1:
+        raise PolicyError(f"horizon is {horizon}; a chunk has at least one step")
 
 
-def _saved_tokenizer(folder: Path) -> str | None:
-    """The tokenizer that a saved pre-processor names."""
+def _chosen_lora(option: Any, about: Mapping[str, Any] | None, source: checkpoint.Source) -> Lora | None:
+    """The LoRA that is asked for, or the saved head's; they must not contradict each other."""
+    wanted = Lora.of(option)
+    if about is None:
+        return wanted
+    saved = Lora.of(about["lora"])
+    if wanted not in (None, saved):
+        raise PolicyError(f"the head in {source.name} was trained with lora {saved}, asked for {wanted}")
+    return saved
+
+
+def _configure(
+    source: checkpoint.Source,
+    *,
+    horizon: int | None,
+    device: str,
+    features: Mapping[str, Any] | None,
+    stats: Mapping[str, Any] | None,
+    statistics: str,
+    cameras: Sequence[str] | None,
+    normalization_mapping: Mapping[str, str] | None,
+    tokenizer_max_length: int | None,
+    asset: str | None,
+) -> tuple[PI05Config, Mapping[str, Any], bool]:
+    """The checkpoint's configuration as it is asked for, the statistics in use, and whether they are the dataset's."""
+    config, from_openpi = checkpoint.read_config(source)
+    own = checkpoint.openpi_stats(source.folder, asset) if from_openpi else processors.saved_stats(source.folder)
+    if horizon is not None and horizon > config.chunk_size:
+        raise PolicyError(
+            f"{source.name} was trained with chunks of {config.chunk_size} steps, asked for {horizon}: it never "
+            "saw positions beyond. Choose a shorter horizon."
+        )
+    config.chunk_size = config.n_action_steps = horizon or config.chunk_size
+    config.device, config.compile_model, config.gradient_checkpointing = device, False, False
+    config.pretrained_path = None
+    config.normalization_mapping |= {k: NormalizationMode(mode) for k, mode in (normalization_mapping or {}).items()}
+    config.tokenizer_max_length = tokenizer_max_length or config.tokenizer_max_length
+    if from_openpi:
+        _take_sizes(config, own)
+    use_dataset = _use_dataset(statistics, config, own, features, stats)
+    if use_dataset:
+        assert features is not None
+        assert stats is not None
+        _adopt(config, features, cameras)
+    used = stats if use_dataset and stats is not None else own
+    where = "the dataset" if use_dataset else source.name
+    processors.check_stats(config, used, where)
+    logger.info("pi05: features and statistics of %s", where)
+    return config, used, use_dataset
+
+
+def _saved_tokenizer(folder: Path) -> str | Path | None:
+    """The tokenizer that lies in a folder, or else that its pre-processor names."""
     file = folder / processors.PREPROCESSOR
+    if (folder / TOKENIZER_FOLDER).is_dir():
+        return folder / TOKENIZER_FOLDER
     if not file.is_file():
         return None
     steps = checkpoint.read_json(file).get("steps", [])

@@ -113,6 +113,11 @@ def load(
         raise PolicyError(f"the processors in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
+def are_saved(folder: Path) -> bool:
+    """Whether a folder holds both pipelines."""
+    return all((folder / name).is_file() for name in (PREPROCESSOR, POSTPROCESSOR))
+
+
 def saved_stats(folder: Path) -> dict[str, dict[str, Tensor]]:
     """Statistics of the saved normaliser; empty where none are saved."""
     stats: dict[str, dict[str, Tensor]] = {}
