@@ -1,4 +1,4 @@
-"""The benchmark runs, at sizes that take seconds, and counts FLOPs as torch does. No time is asserted."""
+"""The benchmarks run, at sizes that take seconds, and count as torch does. No time is asserted."""
 
 import json
 import math
@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from poco_vla import Poco, PocoConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
+import bench_pi05
 import measure
 from measure import Size
 
@@ -84,3 +85,78 @@ def test_settings_are_put_back():
     with measure.thread_count(1), measure.tf32(True):
         assert torch.get_num_threads() == 1
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
+
+
+PI05 = ["--tiny", "--depth=1", "--states=1", "--candidates=2", "--horizon=3", "--cameras=1", "--rows=1", "--rounds=1"]
+
+
+@pytest.mark.slow
+def test_pi05_is_measured_against_the_same_losses_and_samples(tmp_path, capsys):
+    """Both codes compute the same thing, or the ratio between them would say nothing."""
+    file = tmp_path / "figures.json"
+    bench_pi05.main([*PI05, "--threads=1", f"--json={file}"])
+    kept = json.loads(file.read_text())
+    assert {"case", "torch", "args", "date", "gradient", "sampling", "update"} == set(kept)
+    gradient, sampling, update = (
+        {row["what"]: row for row in kept[name]} for name in ("gradient", "sampling", "update")
+    )
+    losses = [row["loss, off by"] for row in gradient.values() if "loss, off by" in row]
+    assert len(losses) == 6
+    assert max(losses) < 1e-5
+    joint, ours, kept_all = (
+        gradient[n] for n in ("LeRobot, joint, prefix repeated x2", "ours", "ours, all kept for backward")
+    )
+    assert joint["saved MB"] > kept_all["saved MB"] > ours["saved MB"] > 0
+    assert max(value for row in sampling.values() for name, value in row.items() if name.startswith("off by")) < 1e-4
+    stages = [row for name, row in update.items() if name not in {"update", "one large product"}]
+    assert len(stages) == 8
+    for column in ("ms", "GFLOP"):
+        assert sum(row[column] for row in stages) == pytest.approx(update["update"][column])
+    assert "One update of POCO" in capsys.readouterr().out
+
+
+def test_stages_leave_out_what_is_inside_them():
+    """A clock that is read at 0, 1, 2 ... The whole runs from 0 to 7, the first sample from 1 to 2, the critic from 3
+    to 6, and the sample in it, which has a name of its own, from 4 to 5."""
+    ticks = iter(range(100))
+    clock = bench_pi05.Clock("cpu", lambda: next(ticks))
+    sample = clock.timed(lambda: None, "outside", "inside")
+    with clock.span("whole"):
+        sample()
+        with clock.span("critic"):
+            sample()
+    assert clock.stages() == {"outside": 1, "inside": 1, "critic": 2, "whole": 7 - 1 - 3}
+
+
+def test_saved_bytes_are_those_of_each_storage_once():
+    """y = (x w)^2 keeps x (8 floats), x w (4 floats, read twice) and w, which is a parameter; `held` adds 2 floats."""
+    case = bench_pi05.Case(bench_pi05.Args(), None, 1, "")
+    weight = torch.nn.Parameter(torch.ones(2, 1))
+    x = torch.ones(4, 2)
+
+    def way():
+        product = x @ weight
+        yield (product * product).sum()
+
+    found = bench_pi05.backward(way, [weight], [torch.ones(2)], case)
+    assert found["bytes"] == 4 * (8 + 4 + 2)
+    assert found["loss"] == 16
+    assert weight.grad is not None
+
+
+def test_batches_grow_by_powers_of_two_and_the_steps_between():
+    assert list(bench_pi05.sizes(16)) == [1, 2, 3, 4, 6, 8, 12, 16]
+
+
+@pytest.mark.slow
+def test_an_update_that_does_not_fit_is_told_from_one_that_does(monkeypatch):
+    args = bench_pi05.Args(tiny=True, depth=1, candidates=2, horizon=3, cameras=1)
+    case = bench_pi05.Case.of(args)
+    assert bench_pi05.update_within(case, 2)["states/s"] > 0
+
+    def full(update, reading):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench_pi05.Update, "run", full)
+    assert bench_pi05.update_within(case, 2) is None
+    assert all(parameter.grad is None for parameter in case.adapter.parameters())

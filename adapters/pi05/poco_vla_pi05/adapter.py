@@ -52,8 +52,8 @@ class Pi05(FlowPolicy):
         source: the checkpoint that the frozen part came from; None when it came from nowhere.
         architecture: its sizes.
         compute: dtype of the head's matrix products; None is the VLM's dtype.
-        recompute: keep one tensor per layer for backward and compute the rest again (slower by a third, 13 times
-            less memory).
+        recompute: keep one tensor per layer for backward and compute the rest again: the head's forward and backward
+            take a third longer and an eighth of the memory.
         lora: train this instead of the full head.
     """
 
