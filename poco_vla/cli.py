@@ -106,8 +106,8 @@ class Eval:
 
     policy: Annotated[str, tyro.conf.Positional]
     """LeRobot policy folder or Hub id."""
-    adapter: str = "flow_mlp"
-    """Adapter that wraps it."""
+    adapter: str | None = None
+    """Adapter that wraps it. Left out: that of the run that exported the policy."""
     env: str | None = None
     """Where it acts, as JSON: '{"type": "ogbench", "task": "...", "options": {"episode_length": 120}}'. Left out: the
     environment of the run that exported the policy (result.json beside its folder)."""
@@ -155,8 +155,12 @@ def _run(command: object) -> None:
             from poco_vla.evaluate import evaluate
             from poco_vla.registry import load_adapter
 
-            policy = load_adapter(command.adapter).from_pretrained(command.policy, device=command.device)
-            result = evaluate(policy, _env_of(command), episodes=command.episodes, seed=command.seed)
+            env, adapter = (
+                _env_of(command),
+                command.adapter or _run_of(command, "by which adapter, with --adapter")["adapter"],
+            )
+            policy = load_adapter(adapter).from_pretrained(command.policy, device=command.device)
+            result = evaluate(policy, env, episodes=command.episodes, seed=command.seed)
             console.print(f"success {result.success} of {command.episodes} episodes")
         case Report():
             from poco_vla.report import draw_curves, result_table
@@ -177,13 +181,20 @@ def _env_of(command: Eval) -> EnvSpec:
             return from_json(EnvSpec, json.loads(command.env))
         except (json.JSONDecodeError, AttributeError) as error:
             raise ConfigError(f"--env is no JSON object: {error}") from error
+    env = _run_of(command, "where it acts with --env")["env"]
+    if env is None:
+        raise ConfigError(f"the run of {command.policy} had no environment: say where it acts with --env")
+    return from_json(EnvSpec, env)
+
+
+def _run_of(command: Eval, otherwise: str) -> dict[str, Any]:
+    """result.json of the run that exported the policy."""
     from poco_vla.report import read_result
 
     run = Path(command.policy).parent
-    env = read_result(run)["env"] if (run / "result.json").is_file() else None
-    if env is None:
-        raise ConfigError(f"{command.policy} does not lie in a run's folder: say where it acts with --env")
-    return from_json(EnvSpec, env)
+    if not (run / "result.json").is_file():
+        raise ConfigError(f"{command.policy} does not lie in a run's folder: say {otherwise}")
+    return read_result(run)
 
 
 def _train(config: TrainConfig) -> None:

@@ -474,6 +474,7 @@ class Trainer:
             "env_steps": now.env_steps,
             "online_episodes": self.replay.num_online_episodes,
             "seconds": round(self._seconds(), 1),
+            "adapter": config.adapter,
             "policy": "policy",
             "lerobot_arguments": self.policy.lerobot_arguments,
             "demonstrations": {"steps": self.replay.num_demo_steps, "repo_id": self.dataset_config.repo_id},

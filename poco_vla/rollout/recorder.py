@@ -2,9 +2,7 @@
 
 import os
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 from poco_vla.config import DatasetConfig
 from poco_vla.data import Episode, open_dataset, read_episodes
 from poco_vla.errors import DataError
+from poco_vla.rollout.video import silent_stderr
 
 SIGNALS = {
     "next.reward": {"dtype": "float32", "shape": (1,), "names": None},
@@ -41,7 +40,7 @@ def write_dataset(episodes: Sequence[Episode], root: Path, *, fps: int, repo_id:
     shutil.rmtree(partial, ignore_errors=True)
     features = _features(episodes[0], video=video)
     try:
-        with _silent_stderr():
+        with silent_stderr():
             dataset = LeRobotDataset.create(repo_id, fps=fps, features=features, root=partial, use_videos=video)
             for episode in episodes:
                 for frame in _frames(episode):
@@ -103,7 +102,7 @@ class EpisodeRecorder:
         if not parts:
             return None
         shutil.rmtree(root, ignore_errors=True)
-        with _silent_stderr():
+        with silent_stderr():
             aggregate_datasets(
                 repo_ids=[f"local/{name}" for name in parts],
                 aggr_repo_id=f"local/{root.name}",
@@ -111,21 +110,6 @@ class EpisodeRecorder:
                 aggr_root=root,
             )
         return root
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """LeRobot and datasets draw a bar per episode and per file on stderr, and video encoders, which are C, write to
-    its file descriptor; the run shows its own progress. Exceptions pass."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
-            os.dup2(nowhere.fileno(), 2)
-            yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _features(episode: Episode, *, video: bool) -> dict[str, dict[str, Any]]:

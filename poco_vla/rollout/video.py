@@ -1,5 +1,9 @@
-"""Videos of recorded episodes."""
+"""Videos of recorded episodes, and encoders kept quiet."""
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,22 @@ def write_episode_video(episode: Episode, env: EnvSpec, path: Path, *, every: in
     sim.close()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
-    write_video(partial, frames + [frames[-1]] * hold, config.fps // every)
+    with silent_stderr():
+        write_video(partial, frames + [frames[-1]] * hold, config.fps // every)
     partial.rename(path)
     return path
+
+
+@contextmanager
+def silent_stderr() -> Iterator[None]:
+    """LeRobot and datasets draw a bar per episode and per file on stderr, and video encoders, which are C, write to
+    its file descriptor; the run shows its own progress. Exceptions pass."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,22 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from safetensors.torch import load_file
 
 from poco_vla import load_adapter
+from poco_vla.cli import run_recipe
 
 pytest.importorskip("ogbench")
-ROOT = Path(__file__).parents[2]
-STEPS = ("--sft-steps", "4", "--warmup-steps", "3", "--online-steps", "40", "--log-every", "2")
-SMALL = (*STEPS, "--demonstrations.episodes", "2", "--eval.episodes", "2")
+RECIPE = Path(__file__).parents[2] / "recipes" / "pi05_pick_pen.py"
+STEPS = ("--sft-steps", "4", "--warmup-steps", "3", "--online-steps", "160")
+SMALL = (
+    *STEPS,
+    "--updates-per-step",
+    "0.06",
+    "--log-every",
+    "2",
+    "--demonstrations.episodes",
+    "2",
+    "--eval.episodes",
+    "2",
+)
 
 # One worker runs them all: each leans on the run of the first.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pi05_recipe")]
@@ -28,7 +41,7 @@ def launch(folder, *arguments):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     return subprocess.run(
-        [*command, ROOT / "recipes" / "pi05_pick_pen.py", *arguments],
+        [*command, RECIPE, *arguments],
         cwd=folder,
         env=env,
         capture_output=True,
@@ -59,7 +72,7 @@ def test_the_run_passes_through_every_stage_and_says_so(run):
     assert set(stages(path)) == {"sft", "warmup", "online"}
     for words in ("success after SFT", "success after POCO", "lerobot-eval", "72,480 trained parameters"):
         assert words in shown
-    assert json.loads((path / "result.json").read_text())["env_steps"] >= 40
+    assert json.loads((path / "result.json").read_text())["env_steps"] >= 160
 
 
 def test_the_demonstrations_are_a_lerobot_dataset_with_two_cameras_as_video(run):
@@ -75,7 +88,7 @@ def test_the_head_alone_gives_the_exported_policy_again(run):
     adapter = load_adapter("pi05")
     whole, head = (adapter.from_pretrained(path / name) for name in ("policy", "head"))
     weights = head.policy.state_dict()
-    assert all(weights[name].equal(tensor) for name, tensor in whole.policy.state_dict().items())
+    assert all(weights[name].float().equal(tensor.float()) for name, tensor in whole.policy.state_dict().items())
     assert (path / "head" / "head.safetensors").stat().st_size < (
         path / "policy" / "model.safetensors"
     ).stat().st_size / 3
@@ -100,15 +113,27 @@ def test_lerobots_own_command_runs_the_exported_policy(run, tmp_path):
     assert json.loads((tmp_path / "eval_info.json").read_text())["overall"]["n_episodes"] == 2
 
 
-def test_a_lora_run_goes_on_after_its_checkpoint_and_exports_a_plain_policy(run, folder):
-    """SFT alone, in two halves; only LoRA matrices are in the checkpoint and in the head's file."""
+@pytest.fixture
+def recipe(run, folder, monkeypatch):
+    """The recipe by its command line, in this process and in the run's folder."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("MUJOCO_GL", "disable")
+    config = runpy.run_path(str(RECIPE))["config"]()
+    return lambda *arguments: run_recipe(config, arguments, tiny=True)
+
+
+def test_a_lora_run_goes_on_after_its_checkpoint_and_exports_a_plain_policy(recipe, folder, capsys):
+    """SFT alone, stopped half-way; only LoRA matrices are in the checkpoint and in the head's file."""
     options = ("--tiny", *SMALL, "--policy-options.lora", "2", "--online-steps", "0", "--output-dir", "lora")
-    assert launch(folder, *options, "--checkpoint-every", "2").returncode == 0
+    options += ("--env.in-process", "--eval.episodes", "1")
+    recipe(*options, "--checkpoint-every", "2")
     path = folder / "lora"
+    last = max((path / "checkpoints").iterdir())
+    shutil.rmtree(last)
+    recipe(*options, "--checkpoint-every", "2", "--resume")
+    assert "resumed from" in capsys.readouterr().out
     assert all("lora_" in name for name in load_file(path / "head" / "head.safetensors"))
-    resumed = launch(folder, *options, "--checkpoint-every", "2", "--resume")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert "resumed from" in resumed.stdout + resumed.stderr
     adapter = load_adapter("pi05")
     merged = adapter.from_pretrained(path / "policy")
     assert sum(p.numel() for p in merged.parameters() if p.requires_grad) == 72_480
@@ -126,8 +151,8 @@ def test_a_lora_run_goes_on_after_its_checkpoint_and_exports_a_plain_policy(run,
         (("--tiny", "--policy-options.lorra", "2"), "pi05 has no option lorra"),
     ],
 )
-def test_what_is_missing_is_told_in_one_sentence(run, folder, arguments, words):
-    done = launch(folder, *arguments, *(SMALL if "--tiny" in arguments else ()), "--output-dir", "bad")
-    assert done.returncode == 1
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+def test_what_is_missing_is_told_in_one_sentence(recipe, arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        recipe(*arguments, *(SMALL if "--tiny" in arguments else ()), "--output-dir", "bad")
+    assert stop.value.code == 1
+    assert words in capsys.readouterr().err

@@ -71,8 +71,8 @@ class Pi05(FlowPolicy):
         super().__init__()
         config, model = policy.config, policy.model
         core: Any = model.paligemma_with_expert
-        backbone_dtype = core.paligemma.model.language_model.layers[0].self_attn.q_proj.weight.dtype
-        self.compute, self.recompute, self.lora = compute or backbone_dtype, recompute, lora
+        self._backbone_dtype = core.paligemma.model.language_model.layers[0].self_attn.q_proj.weight.dtype
+        self.compute, self.recompute, self.lora = compute or self._backbone_dtype, recompute, lora
         self.policy = policy.requires_grad_(False)
         if lora is not None:
             inject(model, lora, self.compute)
@@ -205,8 +205,8 @@ class Pi05(FlowPolicy):
             features: LeRobot features of the dataset to fine-tune on.
             stats: its statistics.
             revision: Hub revision.
-            dtype: of the frozen backbone, SigLIP and norms left out (LeRobot's layout); the configuration's when None.
-                "bfloat16" saves 7 GB.
+            dtype: of the frozen backbone, SigLIP and norms left out (LeRobot's layout); the configuration's when None,
+                or that which a saved head was trained on. "bfloat16" saves 7 GB.
             statistics: whose features and statistics hold: "dataset" as when fine-tuning a base model, "checkpoint" as
                 when going on with a policy that was trained on this data, "auto" takes the checkpoint's if it has any
                 for actions that are not padded.
@@ -263,7 +263,7 @@ class Pi05(FlowPolicy):
         checkpoint.load_weights(
             policy,
             base.folder / checkpoint.WEIGHTS,
-            backbone=getattr(torch, dtype or config.dtype),
+            backbone=getattr(torch, dtype or (about["dtype"] if about else config.dtype)),
             head=[name for name, _ in policy.named_parameters() if in_head(name)],
             device=device,
         )
@@ -338,8 +338,8 @@ class Pi05(FlowPolicy):
     def save_head(self, path: str | Path) -> None:
         """What was trained, and where its base model is: `from_pretrained` puts the two together again.
 
-        The folder holds head.safetensors (the head, or the LoRA), head.json (base, revision, fingerprint, LoRA),
-        configuration and processors.
+        The folder holds head.safetensors (the head, or the LoRA), head.json (base, revision, fingerprint, the
+        backbone's dtype, LoRA), configuration and processors.
         """
         if self.source is None:
             raise PolicyError(
@@ -350,6 +350,7 @@ class Pi05(FlowPolicy):
             "base": self.source.name,
             "revision": self.source.revision,
             "base_fingerprint": self._fingerprint(),
+            "dtype": str(self._backbone_dtype).removeprefix("torch."),
             "lora": self.lora.to_json() if self.lora else None,
         }
         with whole_folder(path) as partial:
@@ -399,7 +400,7 @@ def _read_head(source: checkpoint.Source) -> dict[str, Any] | None:
     file = source.folder / HEAD_FILE
     if not file.is_file():
         return None
-    about, names = checkpoint.read_json(file), ("base", "revision", "base_fingerprint", "lora")
+    about, names = checkpoint.read_json(file), ("base", "revision", "base_fingerprint", "dtype", "lora")
     missing = [name for name in names if name not in about]
     if missing:
         raise PolicyError(f"{file} is damaged: it lacks {', '.join(missing)}")
