@@ -155,11 +155,9 @@ def _run(command: object) -> None:
             from poco_vla.evaluate import evaluate
             from poco_vla.registry import load_adapter
 
-            env, adapter = (
-                _env_of(command),
-                command.adapter or _run_of(command, "by which adapter, with --adapter")["adapter"],
-            )
-            policy = load_adapter(adapter).from_pretrained(command.policy, device=command.device)
+            adapter = load_adapter(command.adapter or _run_of(command, "by which adapter, with --adapter")["adapter"])
+            env = _env_of(command)
+            policy = adapter.from_pretrained(command.policy, device=command.device)
             result = evaluate(policy, env, episodes=command.episodes, seed=command.seed)
             console.print(f"success {result.success} of {command.episodes} episodes")
         case Report():

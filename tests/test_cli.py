@@ -98,7 +98,9 @@ def test_eval_reports_the_success_of_an_exported_policy(run, capsys):
         (["report", "{tmp}"], "no result.json in"),
         (["eval", "{tmp}", "--adapter", "flow_mpl"], 'no adapter named "flow_mpl"'),
         (["eval", "{tmp}/nowhere"], "nowhere"),
-        (["eval", "{tmp}", "--env", "ogbench"], "no LeRobot policy in"),
+        (["eval", "{tmp}", "--env", "{{}}", "--adapter", "flow_mlp"], "no LeRobot policy in"),
+        (["eval", "{tmp}", "--env", "ogbench", "--adapter", "flow_mlp"], "--env is no JSON object"),
+        (["eval", "{tmp}", "--env", "{{}}"], "does not lie in a run's folder: say by which adapter"),
         (["train", "--output-dir", "{tmp}/run", "--adapter", "flow_mlp"], "no dataset"),
     ],
 )
