@@ -155,7 +155,9 @@ def _run(command: object) -> None:
             from poco_vla.evaluate import evaluate
             from poco_vla.registry import load_adapter
 
-            adapter = load_adapter(command.adapter or _run_of(command, "by which adapter, with --adapter")["adapter"])
+            adapter = load_adapter(
+                command.adapter or _run_of(command, "by which adapter, with --adapter").get("adapter", "flow_mlp")
+            )
             env = _env_of(command)
             policy = adapter.from_pretrained(command.policy, device=command.device)
             result = evaluate(policy, env, episodes=command.episodes, seed=command.seed)

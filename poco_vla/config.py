@@ -225,6 +225,10 @@ class TrainConfig:
     """Model adapter by name (`poco-vla adapters` lists the installed ones)."""
     policy: str | None = None
     """LeRobot policy folder or Hub id to start from; None builds a fresh one from the dataset's features."""
+    statistics: Literal["auto", "dataset", "checkpoint"] = "auto"
+    """Whose cameras, dimensions and normalisation hold: "dataset" as when fine-tuning a base model, "checkpoint" as
+    when going on with a policy that was trained on this data; "auto" takes a fine-tuned policy's own, and the
+    dataset's for a base."""
     policy_options: dict[str, Any] = field(default_factory=dict)
     """The adapter's own options, such as {"hidden_dims": [512, 512, 512, 512]} for flow_mlp."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

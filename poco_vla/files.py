@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from poco_vla.errors import PocoError
+
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON under a temporary name, then rename."""
@@ -27,8 +29,16 @@ def replace_folder(partial: Path, final: Path) -> None:
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """An empty folder to fill; it takes `path`'s place when the block ends well, and goes away when it does not."""
-    final = Path(path)
+    """An empty folder to fill; it takes `path`'s place when the block ends well, and goes away when it does not.
+
+    Raises:
+        PocoError: at `path` is something that is no policy's folder, which would be lost.
+    """
+    final = Path(path).resolve()
+    if final.exists() and not (final.is_dir() and (not any(final.iterdir()) or (final / "config.json").is_file())):
+        raise PocoError(
+            f"{final} holds something else than a policy (no config.json) and is not replaced; choose another"
+        )
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

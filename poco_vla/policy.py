@@ -5,7 +5,7 @@ An adapter subclasses :class:`FlowPolicy`; :func:`poco_vla.testing.check_policy`
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -47,6 +47,7 @@ class FlowPolicy(nn.Module):
         postprocess: LeRobot's post-processor: normalised actions [..., action_dim] to the robot's units.
         input_keys: the raw observation keys that `preprocess` reads.
         base: Hub id or folder of the frozen model that a head alone can be put on again; None where there is none.
+        base_version: what tells that model from another of the same name: a run is only resumed on the same.
         lerobot_arguments: what LeRobot's commands need beside ``--policy.path`` to load what `save_pretrained` writes.
     """
 
@@ -57,7 +58,16 @@ class FlowPolicy(nn.Module):
     postprocess: Callable[[Tensor], Tensor]
     input_keys: tuple[str, ...]
     base: str | None = None
+    base_version: str | None = None
     lerobot_arguments: tuple[str, ...] = ()
+
+    def shrink_images(self, images: Any) -> Any:
+        """Camera pictures as the pool keeps them: uint8 [T, height, width, 3] to what the network can still tell apart.
+
+        Dataset and environment may have cameras of different resolution; after this they must not. As they come by
+        default.
+        """
+        return images
 
     def encode(self, obs: Mapping[str, Any]) -> Prefix:
         """Prefix of B processed observations: frozen, in eval mode, without gradient."""
@@ -89,12 +99,14 @@ class FlowPolicy(nn.Module):
         device: str = "cpu",
         features: Mapping[str, Any] | None = None,
         stats: Mapping[str, Any] | None = None,
+        statistics: Literal["auto", "dataset", "checkpoint"] = "auto",
         **options: Any,
     ) -> "FlowPolicy":
         """Load a LeRobot policy folder or Hub repository. Raises PolicyError on anything but a complete match.
 
-        `features` and `stats` are those of the dataset to fine-tune on. A base model takes them on; a policy that was
-        trained already keeps its own, and the trainer checks that they fit.
+        `features` and `stats` are those of the dataset to fine-tune on, `statistics` says whether they hold or those of
+        the checkpoint: by "auto" a base model takes the dataset's, and a policy that was trained already keeps its own.
+        The trainer checks that they fit the data.
         """
         raise NotImplementedError
 

@@ -51,7 +51,7 @@ def eval_command(run: Path) -> str | None:
         [
             "lerobot-eval",
             f"--policy.path={run / result['policy']}",
-            "--policy.device=cpu",
+            f"--policy.device={result.get('device', 'cpu')}",
             *result.get("lerobot_arguments", ()),
             "--env.discover_packages_path=poco_vla.rollout.environments",
             f"--env.type={env['type']}",

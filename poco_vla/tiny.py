@@ -18,13 +18,16 @@ def tiny_pick_task(config: TrainConfig) -> TrainConfig:
     root = Path("runs/tiny")
     base = root / f"{config.adapter}_base"
     if not base.is_dir():
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             load_adapter(config.adapter).tiny().save_pretrained(base)
-        while not base.is_dir():  # another process of this launch is writing it
+        for _ in range(600):  # another process of this launch is writing it
+            if base.is_dir():
+                break
             time.sleep(0.1)
     return replace(
         config,
         policy=str(base),
+        statistics="dataset",
         dataset=DatasetConfig(),
         demonstrations=DemonstrationConfig(episodes=8, root=root / "data"),
         env=EnvSpec(

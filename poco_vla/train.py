@@ -39,7 +39,7 @@ from poco_vla.progress import Bar, Display
 from poco_vla.registry import load_adapter
 from poco_vla.rollout import Actor, EnvPool, EpisodeRecorder, ensure_demonstrations, environment
 from poco_vla.rollout.demonstrations import demonstrations_root
-from poco_vla.rollout.fit import check_fit, check_inputs
+from poco_vla.rollout.fit import check_fit, check_inputs, check_pictures
 from poco_vla.rollout.video import write_episode_video
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ class Trainer:
                     best_of_n = config.best_of_n if now.stage_update > config.warmup_steps else 1
                     self._envs.send(self.actor.chunks(self._envs.obs, self._envs.tasks, best_of_n=best_of_n))
                 self._learn_what_is_owed(bar)
-                episodes, steps = self._share(*(self._envs.receive() if self._envs is not None else ([], 0)))
+                episodes, steps = self._share(*self._receive())
                 # Counted first: a line of episodes.jsonl that a checkpoint does not cover lies beyond its count.
                 before, now.env_steps = now.env_steps, now.env_steps + steps
                 self._take(episodes)
@@ -316,7 +316,13 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.policy = self._make_policy()
         check_inputs(self.policy, self.info, self.env_config)
-        demos = read_episodes(self.dataset, self.dataset_config, self.policy.input_keys, horizon=config.horizon)
+        demos = read_episodes(
+            self.dataset,
+            self.dataset_config,
+            self.policy.input_keys,
+            horizon=config.horizon,
+            shrink=self.policy.shrink_images,
+        )
         self.replay = Replay(
             horizon=config.horizon,
             gamma=config.poco.gamma,
@@ -325,7 +331,7 @@ class Trainer:
             demo_fraction=config.replay.demo_fraction,
         )
         self.replay.extend(demos, is_demo=True)
-        self._columns = demos[0]
+        self._columns = {name: column[:1].copy() for name, column in _columns_of(demos[0]).items()}
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.draws = Draws(torch.Generator().manual_seed(config.seed), rank, world_size)
         self.poco = Poco(self.policy, config.poco, self.draws)
@@ -355,8 +361,8 @@ class Trainer:
         )
 
     def _rehearse(self, demos: list[Episode]) -> None:
-        """Show the policy every instruction and a first observation of the environment: what it cannot read is told
-        before any work."""
+        """Show the policy every instruction and a first observation of the environment: what it cannot read, and what
+        of the two does not fit together, is told before any work."""
         for episode in {episode.task: episode for episode in demos}.values():
             first = {key: column[:1].copy() for key, column in episode.obs.items()}
             network_obs(self.policy, first, [episode.task])
@@ -364,6 +370,7 @@ class Trainer:
             self._eval_envs = EnvPool(self._env, self.config.horizon)
             self._eval_envs.reset(self.config.eval.seed)
             network_obs(self.policy, self._eval_envs.obs, self._eval_envs.tasks)
+            check_pictures(self.policy, demos[0].obs, self._eval_envs.obs)
 
     def _make_policy(self) -> FlowPolicy:
         config = self.config
@@ -374,7 +381,12 @@ class Trainer:
         if config.policy is None:
             return adapter.from_dataset(self.info.features, self.info.stats, horizon=config.horizon, **options)
         return adapter.from_pretrained(
-            config.policy, horizon=config.horizon, features=self.info.features, stats=self.info.stats, **options
+            config.policy,
+            horizon=config.horizon,
+            features=self.info.features,
+            stats=self.info.stats,
+            statistics=config.statistics,
+            **options,
         )
 
     @property
@@ -395,12 +407,20 @@ class Trainer:
                 norms[f"{name}_grad_norm"] = norm.detach()
         return norms
 
+    def _receive(self) -> tuple[list[Episode], int]:
+        """Episodes that ended, recorded as they came and given back as the pool keeps them, and control steps taken."""
+        if self._envs is None:
+            return [], 0
+        episodes, steps = self._envs.receive()
+        for episode in episodes:
+            self.recorder.add(episode)
+        return [episode.with_images(self.policy.shrink_images) for episode in episodes], steps
+
     def _take(self, episodes: list[Episode]) -> None:
         for episode in episodes:
             self.replay.add(episode, is_demo=False)
             self.progress.recent = [*self.progress.recent, episode.succeeded][-report.WINDOW :]
             if self.is_main:
-                self.recorder.add(episode)
                 self._write_line(
                     "episodes.jsonl",
                     {"env_steps": self.progress.env_steps, "length": len(episode), "success": episode.succeeded},
@@ -420,7 +440,7 @@ class Trainer:
         lengths = torch.tensor([len(e) for e in episodes] or [0] * count, device=device)
         lengths = [int(x) for x in _broadcast(lengths)]
         columns = {}
-        for name, like in _columns_of(self._columns).items():
+        for name, like in self._columns.items():
             shape = (sum(lengths), *like.shape[1:])
             mine = np.concatenate([_columns_of(e)[name] for e in episodes]) if episodes else np.zeros(shape, like.dtype)
             columns[name] = _broadcast(torch.from_numpy(mine).to(device)).cpu().numpy()
@@ -475,6 +495,7 @@ class Trainer:
             "online_episodes": self.replay.num_online_episodes,
             "seconds": round(self._seconds(), 1),
             "adapter": config.adapter,
+            "device": self.accelerator.device.type,
             "policy": "policy",
             "lerobot_arguments": self.policy.lerobot_arguments,
             "demonstrations": {"steps": self.replay.num_demo_steps, "repo_id": self.dataset_config.repo_id},
@@ -537,6 +558,7 @@ class Trainer:
                 "batches": self.batches.rng.bit_generator.state,
                 "seeds": envs["seeds"],
                 "parts": self._flush_episodes(),
+                "base_version": self.policy.base_version,
                 "sums": {name: value.item() for name, value in self._sums.items()},
                 "num_summed": self._num_summed,
             }
@@ -563,6 +585,11 @@ class Trainer:
     def _resume(self) -> None:
         path = checkpoint.latest(self.config.output_dir / "checkpoints")
         weights, optimizer, tensors, state = checkpoint.load(path, self.config)
+        if state["base_version"] != self.policy.base_version:
+            raise CheckpointError(
+                f"{path} was trained on the base model {state['base_version']}, and {self.config.policy} is now "
+                f"{self.policy.base_version}. Give the same one (policy_options.revision pins a Hub revision)."
+            )
         checkpoint.load_trainable_state(self.poco, weights)
         self.optimizer.load_state_dict(optimizer)
         self.progress = Progress(**state["progress"])
@@ -575,7 +602,7 @@ class Trainer:
         }
         self._num_summed = state["num_summed"]
         for episode in self.recorder.load(state["parts"], self.policy.input_keys):
-            self.replay.add(episode, is_demo=False)
+            self.replay.add(episode.with_images(self.policy.shrink_images), is_demo=False)
         if self.is_main and state["seeds"]:
             self._envs = EnvPool(self._env, self.config.horizon)
             self._envs.restore(

@@ -15,10 +15,8 @@ from poco_vla.cli import run_recipe
 def config() -> TrainConfig:
     return TrainConfig(
         adapter="pi05",
-        policy="lerobot/pi05_base",
-        # Frozen backbone; the head trains in float32. "checkpoint" goes on with a pi05 that was fine-tuned on the same
-        # data already, by its own statistics (then --sft-steps 0).
-        policy_options={"dtype": "bfloat16", "statistics": "dataset"},
+        policy="lerobot/pi05_base",  # or a pi05 that was fine-tuned on the same data, with --sft-steps 0
+        policy_options={"dtype": "bfloat16"},  # frozen backbone; the head trains in float32
         dataset=DatasetConfig(repo_id="you/pick_pen"),  # your demonstrations
         # The paper's robot is a real one. Until yours has a LeRobot environment type, this is the simulated pick task.
         env=EnvSpec(

@@ -26,7 +26,7 @@ DOORS = {
     "testing": MATHS | BASE,  # it probes the contract with the flow's own equations
     "data": {"policy", "config", *BASE},
     "rollout": ACTING,
-    "files": set(),
+    "files": {"errors"},
     "checkpoint": ALGORITHM | {"registry", "files"},
     "hub": ALGORITHM | {"registry", "checkpoint", "report"},
     "progress": set(),

@@ -1,7 +1,7 @@
 """One episode as column arrays: what environments produce, recorders write, datasets hold and the pool takes."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -45,6 +45,10 @@ class Episode:
         if config.source == "recorded":
             return self.reward
         return (config.step + config.success * self.success).astype(np.float32)
+
+    def with_images(self, change: Callable[[np.ndarray], np.ndarray]) -> "Episode":
+        """The same episode, its pictures changed."""
+        return replace(self, obs={k: change(v) if v.dtype == np.uint8 else v for k, v in self.obs.items()})
 
     def check(self, where: str) -> None:
         """Raise DataError, naming column and frame, when a number is not finite."""

@@ -1,6 +1,9 @@
 """Whether a dataset and an environment belong together, told from their descriptions alone."""
 
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from poco_vla.data import DatasetInfo
 from poco_vla.errors import DataError
@@ -55,3 +58,22 @@ def check_inputs(policy: FlowPolicy, info: DatasetInfo, env: Any | None) -> None
     action_dim = info.features["action"]["shape"][0]
     if action_dim != policy.spec.action_dim:
         raise DataError(f"the policy acts in {policy.spec.action_dim} dimensions, {info.repo_id} in {action_dim}")
+
+
+def check_pictures(policy: FlowPolicy, demos: Mapping[str, np.ndarray], env: Mapping[str, np.ndarray]) -> None:
+    """Raise DataError unless the environment's pictures, as the pool keeps them, have the demonstrations' size.
+
+    Args:
+        policy: whose `shrink_images` is applied.
+        demos: columns of a demonstration, as the pool keeps them.
+        env: columns of an observation, as the environment gives it.
+    """
+    for key, column in demos.items():
+        if column.dtype == np.uint8 and key in env:
+            kept = policy.shrink_images(env[key][:1])
+            if kept.shape[1:] != column.shape[1:]:
+                raise DataError(
+                    f'"{key}" has {column.shape[1]}x{column.shape[2]} pixels in the dataset and {env[key].shape[1]}x'
+                    f"{env[key].shape[2]} in the environment, and this policy does not bring them to one size: give "
+                    "the environment the dataset's resolution"
+                )

@@ -29,7 +29,7 @@ from poco_vla_pi05.adapter import HEAD_FILE, HEAD_WEIGHTS, Pi05
 from poco_vla_pi05.architecture import ARCHITECTURE_FILE, TINY, lerobot_builds
 from safetensors.torch import load_file
 
-from poco_vla import DataError, PolicyError, propose
+from poco_vla import DataError, PocoError, PolicyError, propose
 
 LAST_NORM = "model.paligemma_with_expert.paligemma.model.language_model.norm.weight"
 PROJECTION = "model.action_out_proj.weight"
@@ -323,10 +323,69 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     for name in ("old", "new"):
         with pytest.raises(OSError, match="no space left"):
             policy.save_pretrained(tmp_path / name)
-        with pytest.raises(OSError, match="no space left"):
-            based.save_head(tmp_path / name)
+    with pytest.raises(OSError, match="no space left"):
+        based.save_head(tmp_path / "head")
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
     assert {p.name: p.read_bytes() for p in (tmp_path / "old").glob("*") if p.is_file()} == held
+
+
+def test_nothing_but_a_policy_is_replaced(folder, tmp_path):
+    """A folder of somebody's own stays; a head does not take the place of a whole policy."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("three years")
+    policy = Pi05.from_pretrained(folder)
+    with pytest.raises(PocoError, match="mine holds something else than a policy"):
+        policy.save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "three years"
+    with pytest.raises(PolicyError, match="holds a whole policy, which a head is not to replace"):
+        policy.save_head(folder)
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "self_attn.q_proj", "embed_tokens"])
+def test_a_head_notices_a_base_that_changed_anywhere(folder, tmp_path, part):
+    policy = Pi05.from_pretrained(folder)
+    policy.save_head(tmp_path / "head")
+    with torch.no_grad():
+        name = next(n for n, p in policy.policy.named_parameters() if part in n and not p.requires_grad)
+        policy.policy.get_parameter(name).add_(1)
+    policy.save_pretrained(folder)
+    with pytest.raises(PolicyError, match="another base model"):
+        Pi05.from_pretrained(tmp_path / "head")
+
+
+def test_a_base_that_has_moved_can_be_shown(folder, tmp_path):
+    policy = Pi05.from_pretrained(folder, dtype="bfloat16")
+    policy.save_head(tmp_path / "head")
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(PolicyError, match=r"If it has moved, give policy_options.base"):
+        Pi05.from_pretrained(tmp_path / "head")
+    found = Pi05.from_pretrained(tmp_path / "head", base=tmp_path / "moved")
+    assert velocity(found).equal(velocity(policy))
+
+
+def test_what_was_trained_on_a_bfloat16_backbone_is_loaded_on_one(folder, tmp_path):
+    """LeRobot's configuration goes on saying float32: its rotary table must not be rounded."""
+    policy = Pi05.from_pretrained(folder, dtype="bfloat16")
+    policy.save_pretrained(tmp_path / "out")
+    assert velocity(Pi05.from_pretrained(tmp_path / "out")).equal(velocity(policy))
+
+
+def test_mixed_precision_of_a_trainer_does_not_change_the_policy(folder):
+    """Acting and evaluation run without autocast: training must be the same function."""
+    policy = Pi05.from_pretrained(folder, dtype="bfloat16")
+    plain = velocity(policy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert velocity(policy).equal(plain)
+
+
+def test_pictures_are_kept_at_the_models_resolution():
+    """As LeRobot's own letterbox leaves them: what the model makes of either differs by rounding to uint8 only."""
+    policy = Pi05.tiny()
+    images = torch.randint(0, 256, (2, 90, 120, 3), dtype=torch.uint8).numpy()
+    kept = policy.shrink_images(images)
+    assert kept.shape == (2, 56, 56, 3)
+    assert kept.dtype == images.dtype
+    assert policy.shrink_images(kept) is kept
 
 
 def test_a_folder_can_be_saved_over_the_one_it_came_from(folder):

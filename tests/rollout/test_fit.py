@@ -1,5 +1,6 @@
 """Policy, dataset and environment must offer and act in the same things: refused before the first update otherwise."""
 
+import numpy as np
 import pytest
 from lerobot_policy_flow_mlp.adapter import FlowMlp
 from tiny_env import PointConfig
@@ -8,7 +9,7 @@ from poco_vla.config import EnvSpec
 from poco_vla.data import DatasetInfo
 from poco_vla.errors import DataError
 from poco_vla.rollout import environment
-from poco_vla.rollout.fit import check_fit, check_inputs
+from poco_vla.rollout.fit import check_fit, check_inputs, check_pictures
 
 STATE = {"dtype": "float32", "shape": (6,), "names": None}
 ACTION = {"dtype": "float32", "shape": (3,), "names": None}
@@ -82,3 +83,15 @@ def test_a_camera_that_the_environment_does_not_have_is_told_with_those_it_has(c
         r".*'observation\.images\.front', 'observation\.images\.wrist'",
     ):
         check_inputs(policy, cube_info(camera="top"), cube)
+
+
+def test_pictures_that_stay_of_different_sizes_are_told_before_any_work():
+    """A policy that brings them to one size may have both."""
+    policy = FlowMlp.tiny()
+    demos = {"observation.images.front": np.zeros((4, 32, 32, 3), dtype=np.uint8)}
+    env = {"observation.images.front": np.zeros((2, 48, 64, 3), dtype=np.uint8)}
+    check_pictures(policy, demos, demos)
+    with pytest.raises(DataError, match="32x32 pixels in the dataset and 48x64 in the environment"):
+        check_pictures(policy, demos, env)
+    policy.shrink_images = lambda images: images[:, :32, :32]
+    check_pictures(policy, demos, env)

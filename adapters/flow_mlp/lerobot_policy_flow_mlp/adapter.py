@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from lerobot.configs.policies import PreTrainedConfig
@@ -70,8 +70,11 @@ class FlowMlp(FlowPolicy):
         device: str = "cpu",
         features: Mapping[str, Any] | None = None,
         stats: Mapping[str, Any] | None = None,
+        statistics: Literal["auto", "dataset", "checkpoint"] = "auto",
         **options: Any,
     ) -> Self:
+        if statistics == "dataset":
+            raise PolicyError("a pretrained flow_mlp keeps the statistics that it was trained with")
         if options:
             raise PolicyError(
                 f"a pretrained flow_mlp takes no options, got {sorted(options)}: its config.json fixes them"

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
+from lerobot.policies.common.vla_utils import resize_with_pad_torch
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.processor import TokenizerProcessorStep
@@ -34,7 +36,10 @@ from poco_vla_pi05.tokenizer import DEFAULT, byte_tokenizer, load_tokenizer
 logger = logging.getLogger(__name__)
 
 HEAD_WEIGHTS, HEAD_FILE = "head.safetensors", "head.json"
+TRAINED_FILE = "poco_vla.json"
+"""What LeRobot's configuration has no field for: the dtype of the backbone that the head was trained on."""
 TOKENIZER_FOLDER = "tokenizer"
+NO_PROCESSORS = "this Pi05 was wrapped without processors: give Pi05.wrap(policy, pipelines) LeRobot's two"
 
 
 class Pi05(FlowPolicy):
@@ -80,7 +85,8 @@ class Pi05(FlowPolicy):
         if lora is None:
             self.head.requires_grad_(True).float()
         self.source, self.architecture = source, architecture or Architecture()
-        self.base = None if source is None else source.name
+        if source is not None:
+            self.base, self.base_version = source.name, f"{source.name}@{source.revision}:{self._fingerprint()}"
         if self.architecture != Architecture():
             self.lerobot_arguments = ("--plugin.discover_packages_path=poco_vla_pi05.small",)
         assert config.action_feature is not None
@@ -106,14 +112,16 @@ class Pi05(FlowPolicy):
         core.paligemma.eval()
         return self
 
+    @property
+    def _device(self) -> torch.device:
+        return self.policy.model.action_in_proj.weight.device
+
     # -- the contract -------------------------------------------------------------------------------------------
 
     def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:  # pyright: ignore
         """LeRobot's pre-processor, on a batch that was checked first: see :func:`.processors.check_batch`."""
         if self.preprocessor is None:
-            raise PolicyError(
-                "this Pi05 was wrapped without processors: give Pi05.wrap(policy, pipelines) LeRobot's two"
-            )
+            raise PolicyError(NO_PROCESSORS)
         *cameras, state = self.input_keys
         processors.check_batch(batch, cameras, state, self.policy.config)
         processed = self.preprocessor(batch)
@@ -122,19 +130,27 @@ class Pi05(FlowPolicy):
 
     def postprocess(self, actions: Tensor) -> Tensor:  # pyright: ignore
         if self.postprocessor is None:
-            raise PolicyError(
-                "this Pi05 was wrapped without processors: give Pi05.wrap(policy, pipelines) LeRobot's two"
-            )
+            raise PolicyError(NO_PROCESSORS)
         return self.postprocessor(actions)
 
     def encode(self, obs: Mapping[str, Any]) -> Pi05Prefix:
         """SigLIP and the VLM, once per state; see :func:`poco_vla_pi05.prefix.encode`."""
-        return encode(self.policy, obs)
+        with torch.autocast(self._device.type, enabled=False):  # the dtypes are chosen here, for training and acting
+            return encode(self.policy, obs)
 
     def velocity(self, prefix: Any, x: Tensor, t: Tensor) -> Tensor:
         # A time that is expanded from one number, as `integrate` gives it, stays so.
         time = (1 - t[:1, :1]).expand_as(t) if t.stride() == (0, 0) else 1 - t
-        return -expert.velocity(self.policy.model, prefix, x, time, compute=self.compute, recompute=self.recompute)
+        with torch.autocast(self._device.type, enabled=False):
+            return -expert.velocity(self.policy.model, prefix, x, time, compute=self.compute, recompute=self.recompute)
+
+    def shrink_images(self, images: np.ndarray) -> np.ndarray:
+        """Pictures at the model's resolution, by LeRobot's own letterbox, rounded to uint8."""
+        height, width = self.policy.config.image_resolution
+        if images.shape[1:3] == (height, width):
+            return images
+        resized = resize_with_pad_torch(torch.from_numpy(images).permute(0, 3, 1, 2), height, width)
+        return resized.permute(0, 2, 3, 1).contiguous().numpy()
 
     def sample_time(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """1 - (Beta(1.5, 1) * 0.999 + 0.001): pi0.5's own training distribution, mirrored (most draws near noise)."""
@@ -191,6 +207,7 @@ class Pi05(FlowPolicy):
         tokenizer: str | Path | None = None,
         tokenizer_max_length: int | None = None,
         asset: str | None = None,
+        base: str | Path | None = None,
         lora: Any = None,
         recompute: bool = True,
         compute: Literal["bfloat16", "float32"] | None = None,
@@ -215,6 +232,7 @@ class Pi05(FlowPolicy):
             tokenizer: Hub id, folder or sentencepiece file; the checkpoint's own or LeRobot's default when None.
             tokenizer_max_length: tokens of the longest prompt.
             asset: openpi's dataset id, where a checkpoint has several.
+            base: where the base of a saved head is now, if not where it was.
             lora: rank, or a mapping of rank, alpha and targets: train a LoRA instead of the full head.
             recompute: see the class.
             compute: see the class.
@@ -230,7 +248,7 @@ class Pi05(FlowPolicy):
         _check_options(dtype, compute, statistics, normalization_mapping, horizon)
         source = checkpoint.locate(repo_or_path, revision)
         about = _read_head(source)
-        base = checkpoint.locate(about["base"], about["revision"]) if about else source
+        frozen = _base_of(source, about, base)
         lora = _chosen_lora(lora, about, source)
 
         config, stats_used, use_dataset = _configure(
@@ -245,32 +263,29 @@ class Pi05(FlowPolicy):
             tokenizer_max_length=tokenizer_max_length,
             asset=asset,
         )
-        loaded_tokenizer = load_tokenizer(tokenizer or _saved_tokenizer(source.folder))
+        words = load_tokenizer(tokenizer or _saved_tokenizer(source.folder))
         if processors.are_saved(source.folder):
+            new_stats = stats_used if use_dataset else None
+            remap = bool(normalization_mapping)
             pipelines = processors.load(
-                source.folder,
-                config,
-                loaded_tokenizer,
-                stats=stats_used if use_dataset else None,
-                normalization=bool(normalization_mapping),
-                max_length=tokenizer_max_length,
+                source.folder, config, words, stats=new_stats, normalization=remap, max_length=tokenizer_max_length
             )
         else:
-            pipelines = processors.build(config, stats_used, loaded_tokenizer)
+            pipelines = processors.build(config, stats_used, words)
 
-        architecture = Architecture.of_folder(base.folder)
+        architecture = Architecture.of_folder(frozen.folder)
         policy = empty_policy(config, architecture)
         checkpoint.load_weights(
             policy,
-            base.folder / checkpoint.WEIGHTS,
-            backbone=getattr(torch, dtype or (about["dtype"] if about else config.dtype)),
+            checkpoint.weights_file(frozen),
+            backbone=getattr(torch, dtype or _trained_dtype(source.folder) or config.dtype),
             head=[name for name, _ in policy.named_parameters() if in_head(name)],
             device=device,
         )
         adapter = cls(
             policy,
             pipelines,
-            source=base,
+            source=frozen,
             architecture=architecture,
             compute=getattr(torch, compute) if compute else None,
             recompute=recompute,
@@ -345,12 +360,13 @@ class Pi05(FlowPolicy):
             raise PolicyError(
                 "this policy was built from no checkpoint, so that a head alone could not be put on anything"
             )
+        if (Path(path) / checkpoint.WEIGHTS).exists():
+            raise PolicyError(f"{path} holds a whole policy, which a head is not to replace; choose another folder")
         weights = {name: p.detach().cpu().contiguous() for name, p in self.policy.named_parameters() if p.requires_grad}
         about = {
             "base": self.source.name,
             "revision": self.source.revision,
             "base_fingerprint": self._fingerprint(),
-            "dtype": str(self._backbone_dtype).removeprefix("torch."),
             "lora": self.lora.to_json() if self.lora else None,
         }
         with whole_folder(path) as partial:
@@ -361,23 +377,24 @@ class Pi05(FlowPolicy):
     def _save_description(self, partial: Path, final: Path) -> None:
         """Configuration, processors, and whatever the real model's folder would not need."""
         if self.preprocessor is None or self.postprocessor is None:
-            raise PolicyError(
-                "this Pi05 was wrapped without processors, and a policy folder without them cannot be run"
-            )
+            raise PolicyError(NO_PROCESSORS)
         self.policy.config._save_pretrained(partial)
         step = processors.step_of(self.preprocessor, TokenizerProcessorStep)
         name = getattr(step.input_tokenizer, "name_or_path", None)
         if name != DEFAULT:
             step.input_tokenizer.save_pretrained(partial / TOKENIZER_FOLDER)
             name = str(final.resolve() / TOKENIZER_FOLDER)
+            logger.info("LeRobot will look for the tokenizer in %s: its own commands find it there only", name)
         step.tokenizer, step.tokenizer_name = None, name  # LeRobot saves the name of a tokenizer that it loaded itself
         self.preprocessor.save_pretrained(partial, config_filename=processors.PREPROCESSOR)
         self.postprocessor.save_pretrained(partial, config_filename=processors.POSTPROCESSOR)
+        dtype = str(self._backbone_dtype).removeprefix("torch.")
+        (partial / TRAINED_FILE).write_text(json.dumps({"dtype": dtype}, indent=2) + "\n")
         if self.architecture != Architecture():
             (partial / ARCHITECTURE_FILE).write_text(self.architecture.to_json() + "\n")
 
     def _fingerprint(self) -> str:
-        return checkpoint.fingerprint(self.policy.state_dict(), expert=self.lora is not None)
+        return checkpoint.fingerprint({name: p for name, p in self.policy.named_parameters() if not p.requires_grad})
 
     def _load_head(self, source: checkpoint.Source, about: Mapping[str, Any]) -> None:
         found = self._fingerprint()
@@ -400,11 +417,29 @@ def _read_head(source: checkpoint.Source) -> dict[str, Any] | None:
     file = source.folder / HEAD_FILE
     if not file.is_file():
         return None
-    about, names = checkpoint.read_json(file), ("base", "revision", "base_fingerprint", "dtype", "lora")
+    about, names = checkpoint.read_json(file), ("base", "revision", "base_fingerprint", "lora")
     missing = [name for name in names if name not in about]
     if missing:
         raise PolicyError(f"{file} is damaged: it lacks {', '.join(missing)}")
     return {name: about[name] for name in names}
+
+
+def _base_of(source: checkpoint.Source, about: Mapping[str, Any] | None, moved: str | Path | None) -> checkpoint.Source:
+    """Where the frozen weights are: in the source itself, or where a saved head says, or is told."""
+    if about is None:
+        return source
+    try:
+        return checkpoint.locate(about["base"], about["revision"]) if moved is None else checkpoint.locate(moved)
+    except PolicyError as error:
+        raise PolicyError(
+            f"the base of the head in {source.name}: {error}. If it has moved, give policy_options.base"
+        ) from error
+
+
+def _trained_dtype(folder: Path) -> str | None:
+    """The backbone's dtype that a folder of ours was trained with."""
+    file = folder / TRAINED_FILE
+    return checkpoint.read_json(file).get("dtype") if file.is_file() else None
 
 
 def _check_options(
@@ -450,7 +485,7 @@ def _configure(
 ) -> tuple[PI05Config, Mapping[str, Any], bool]:
     """The checkpoint's configuration as it is asked for, the statistics in use, and whether they are the dataset's."""
     config, from_openpi = checkpoint.read_config(source)
-    own = checkpoint.openpi_stats(source.folder, asset) if from_openpi else processors.saved_stats(source.folder)
+    own = _own_stats(source.folder, from_openpi, asset, given=stats is not None, statistics=statistics)
     if horizon is not None and horizon > config.chunk_size:
         raise PolicyError(
             f"{source.name} was trained with chunks of {config.chunk_size} steps, asked for {horizon}: it never "
@@ -471,7 +506,8 @@ def _configure(
     used = stats if use_dataset and stats is not None else own
     where = "the dataset" if use_dataset else source.name
     processors.check_stats(config, used, where)
-    logger.info("pi05: features and statistics of %s", where)
+    if use_dataset and ACTION in own:
+        logger.warning("%s brings statistics of its own; the dataset's take their place", source.name)
     return config, used, use_dataset
 
 
@@ -484,6 +520,19 @@ def _saved_tokenizer(folder: Path) -> str | Path | None:
         return None
     steps = checkpoint.read_json(file).get("steps", [])
     return next((s["config"]["tokenizer_name"] for s in steps if "tokenizer_name" in s.get("config", {})), None)
+
+
+def _own_stats(
+    folder: Path, from_openpi: bool, asset: str | None, *, given: bool, statistics: str
+) -> Mapping[str, Mapping[str, Tensor]]:
+    """The checkpoint's statistics. openpi's base models have those of many datasets; they matter only where none is
+    given."""
+    if not from_openpi:
+        return processors.saved_stats(folder)
+    several = asset is None and checkpoint.num_assets(folder) > 1
+    if given and (statistics == "dataset" or (statistics == "auto" and several)):
+        return {}
+    return checkpoint.openpi_stats(folder, asset)
 
 
 def _use_dataset(statistics: str, config: PI05Config, own: Mapping[str, Any], features: Any, stats: Any) -> bool:

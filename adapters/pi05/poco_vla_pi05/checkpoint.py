@@ -6,13 +6,14 @@ LeRobot's own `from_pretrained` prints a line and returns a half-random model wh
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
@@ -54,7 +55,7 @@ class Source:
 
 
 def locate(repo_or_path: str | Path, revision: str | None = None) -> Source:
-    """A local folder as it is, or a Hub repository's snapshot (weights, configuration, processors, statistics).
+    """A local folder as it is, or a Hub repository's snapshot without its weights: what is wrong is told first.
 
     Raises:
         PolicyError: neither can be had.
@@ -69,12 +70,24 @@ def locate(repo_or_path: str | Path, revision: str | None = None) -> Source:
     name = str(repo_or_path)
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise PolicyError(f"no policy in {name}: the folder does not exist")
+    small = ["*.json", "policy_*.safetensors", "head.safetensors", "tokenizer*/*", "assets/*"]
+    with _hub_errors(name, revision):
+        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=small))
+    return Source(name, snapshot.name, snapshot)
+
+
+def weights_file(source: Source) -> Path:
+    """The weights of a checkpoint; fetched now when it is a Hub repository."""
+    if source.revision is None:
+        return source.folder / WEIGHTS
+    with _hub_errors(source.name, source.revision):
+        return Path(hf_hub_download(source.name, WEIGHTS, revision=source.revision))
+
+
+@contextmanager
+def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     try:
-        snapshot = Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=["*.json", "*.safetensors", "tokenizer*/*", "assets/*"]
-            )
-        )
+        yield
     except Exception as error:  # the Hub client and the network each raise their own
         first_line = str(error).strip().split("\n")[0]
         at = f" at revision {revision!r}" if revision else ""
@@ -82,7 +95,6 @@ def locate(repo_or_path: str | Path, revision: str | None = None) -> Source:
             f'the policy "{name}"{at} is no local folder and cannot be had from the Hub '
             f"({type(error).__name__}: {first_line})"
         ) from error
-    return Source(name, snapshot.name, snapshot)
 
 
 def read_config(source: Source) -> tuple[PI05Config, bool]:
@@ -125,6 +137,11 @@ def _openpi_config(values: Mapping[str, Any], image_size: int) -> PI05Config:
         image_resolution=(image_size, image_size),
         device="cpu",
     )
+
+
+def num_assets(folder: Path) -> int:
+    """Datasets whose statistics an openpi checkpoint brings."""
+    return len(list((folder / "assets").rglob("norm_stats.json")))
 
 
 def openpi_stats(folder: Path, asset: str | None) -> dict[str, dict[str, Tensor]]:
@@ -236,20 +253,16 @@ def full_weights(policy: PI05Policy, weights: Mapping[str, Tensor]) -> dict[str,
     return out
 
 
-def fingerprint(weights: Mapping[str, Tensor], *, expert: bool) -> str:
-    """A short hash of the VLM's norms: tells one base model from another without reading all of it.
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """A short hash of 16 numbers out of every tensor: tells one frozen model from another without reading all of it.
 
-    Args:
-        weights: the policy's.
-        expert: whether what is frozen of the expert counts, too, by the biases of its norms: a LoRA adds to it, a full
-            head takes its place.
+    It does not depend on the dtype that the tensors are held in.
     """
-    digest = hashlib.sha256()
+    samples = []
     for name in sorted(weights):
-        of_vlm = "language_model" in name and name.endswith(("layernorm.weight", "norm.weight"))
-        if of_vlm or (expert and "gemma_expert" in name and name.endswith(("dense.bias", "dense.base_layer.bias"))):
-            digest.update(weights[name].detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        flat = weights[name].detach().flatten()
+        samples.append(flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16))
+    return hashlib.sha256(torch.cat(samples).float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def read_json(file: Path) -> dict[str, Any]:

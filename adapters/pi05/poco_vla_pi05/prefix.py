@@ -1,6 +1,7 @@
 """What of pi0.5 does not depend on the noisy action: images, instruction and state through SigLIP and the VLM, once."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,8 +17,8 @@ class Pi05Prefix:
     """B encoded states. P is the longest state's number of valid tokens: padding is left out before the VLM runs.
 
     Attributes:
-        features: [B, D] what the critic sees: the mean of the VLM's last hidden states over valid tokens, and the
-            normalised proprioceptive state. The paper does not say what its VLA critic sees; this is our choice.
+        features: [B, D] what the critic sees: the mean of the VLM's last hidden states over valid tokens, as they are,
+            and the normalised proprioceptive state. The paper does not say what its VLA critic sees: our choice.
         keys: the VLM's rotated keys, one [B, P, head width] per layer.
         values: likewise.
         lengths: [B] valid tokens; the chunk's positions begin there.
@@ -50,16 +51,21 @@ def encode(policy: PI05Policy, obs: Mapping[str, Any]) -> Pi05Prefix:
     shows nothing. Both count as LeRobot's masked cameras do: their tokens neither attend nor advance positions.
     """
     model: Any = policy.model  # LeRobot's annotations are narrower than what it takes
+    device = next(policy.parameters()).device
+    obs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in obs.items()}
     cameras = [key for key in policy.config.image_features if key in obs]
     images, present = (column[: len(cameras)] for column in policy._preprocess_images(dict(obs)))
     present = [
         shown & ~obs[f"{key}_is_pad"].bool() if f"{key}_is_pad" in obs else shown
         for key, shown in zip(cameras, present, strict=True)
     ]
-    embedded, valid, _ = model.embed_prefix(images, present, obs[OBS_LANGUAGE_TOKENS], obs[OBS_LANGUAGE_ATTENTION_MASK])
+    language_model: Any = model.paligemma_with_expert.paligemma.model.language_model
+    with _tf32(language_model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16):
+        embedded, valid, _ = model.embed_prefix(
+            images, present, obs[OBS_LANGUAGE_TOKENS], obs[OBS_LANGUAGE_ATTENTION_MASK]
+        )
     embedded, lengths, mask = _without_padding(embedded, valid)
 
-    language_model: Any = model.paligemma_with_expert.paligemma.model.language_model
     language_model.config._attn_implementation = "sdpa"  # LeRobot sets "eager" by itself where it wants it
     (hidden, _), cache = model.paligemma_with_expert.forward(
         inputs_embeds=[embedded, None],
@@ -75,6 +81,18 @@ def encode(policy: PI05Policy, obs: Mapping[str, Any]) -> Pi05Prefix:
         lengths=lengths,
         mask=None if bool(mask.all()) else mask,
     )
+
+
+@contextmanager
+def _tf32(wanted: bool) -> Iterator[None]:
+    """SigLIP is float32 in LeRobot's bfloat16 layout. On CUDA its products may then run in TF32, whose 10 bits are
+    still more than the VLM keeps of them; strict float32 would take longer than the whole VLM."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = wanted or before
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _without_padding(embedded: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,6 @@ from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
 from lerobot.processor import (
     AbsoluteActionsProcessorStep,
-    NormalizerProcessorStep,
     ProcessorStep,
     RelativeActionsProcessorStep,
     RenameObservationsProcessorStep,
@@ -175,10 +174,6 @@ def raw_keys(pipeline: Any, keys: Sequence[str]) -> tuple[str, ...]:
     return tuple(renamed.get(key, key) for key in keys)
 
 
-def normaliser(pipeline: Any) -> NormalizerProcessorStep:
-    return step_of(pipeline, NormalizerProcessorStep)
-
-
 def check_batch(batch: Mapping[str, Any], cameras: Sequence[str], state: str, config: PI05Config) -> None:
     """Raise DataError for a raw batch that the policy cannot read: a camera or the state is missing, a dimension is not
     the policy's, a number is not finite, an instruction is empty.
@@ -213,6 +208,8 @@ def check_batch(batch: Mapping[str, Any], cameras: Sequence[str], state: str, co
         if isinstance(column, Tensor) and column.is_floating_point() and not torch.isfinite(column).all():
             row = 0 if batch[state].ndim == 1 else int((~torch.isfinite(column)).nonzero()[0, 0])
             raise DataError(f'"{key}" is NaN or infinite in row {row} of the batch')
+        if key in cameras and isinstance(column, Tensor) and column.amax() > 1.01:
+            raise DataError(f'"{key}" reaches {column.amax():.3g}; LeRobot hands images over in [0, 1]')
 
 
 def check_prompts(processed: Mapping[str, Any], config: PI05Config) -> None:
