@@ -506,8 +506,7 @@ def _configure(
     used = stats if use_dataset and stats is not None else own
     where = "the dataset" if use_dataset else source.name
     processors.check_stats(config, used, where)
-    if use_dataset and ACTION in own:
-        logger.warning("%s brings statistics of its own; the dataset's take their place", source.name)
+    logger.info("pi05: features and statistics of %s", where)
     return config, used, use_dataset
 
 
