@@ -17,6 +17,7 @@ from poco_vla.distill import clipped_distillation, flow_errors
 from poco_vla.errors import DataError, PocoError, PolicyError
 from poco_vla.files import whole_folder
 from poco_vla.flow import Draws, integrate, interpolate, target_velocity
+from poco_vla.lora import Lora, inject_lora, merge_lora
 from poco_vla.policy import FlowPolicy, Prefix, propose
 from poco_vla.posterior import effective_sample_size, posterior_weights
 from poco_vla.registry import available_adapters, load_adapter
@@ -36,6 +37,7 @@ __all__ = [
     "EnvSpec",
     "EvalConfig",
     "FlowPolicy",
+    "Lora",
     "Metrics",
     "OptimConfig",
     "Poco",
@@ -51,9 +53,11 @@ __all__ = [
     "clipped_distillation",
     "effective_sample_size",
     "flow_errors",
+    "inject_lora",
     "integrate",
     "interpolate",
     "load_adapter",
+    "merge_lora",
     "polyak_update",
     "posterior_weights",
     "propose",

@@ -27,6 +27,7 @@ DOORS = {
     "data": {"policy", "config", *BASE},
     "rollout": ACTING,
     "files": {"errors"},
+    "lora": {"errors"},
     "checkpoint": ALGORITHM | {"registry", "files"},
     "hub": ALGORITHM | {"registry", "checkpoint", "report"},
     "progress": set(),
@@ -36,7 +37,7 @@ DOORS = {
     "train": ALGORITHM | ACTING | {"registry", "checkpoint", "files", "hub", "progress", "evaluate", "report"},
     "tiny": {"config", "registry"},
     "cli": {"train", "tiny", "evaluate", "report", "hub", "registry", "checkpoint", "config", "errors"},
-    "__init__": ALGORITHM | {"registry", "testing", "files"},
+    "__init__": ALGORITHM | {"registry", "testing", "files", "lora"},
 }
 """Room of poco_vla -> rooms that it may import."""
 
@@ -49,6 +50,7 @@ THIRD_PARTY = {
     "hub": PURE | {"safetensors", "huggingface_hub", "peft", "lerobot"},
     "progress": {"rich"},
     "files": set(),
+    "lora": {"torch", "peft"},
     "tiny": set(),
     "evaluate": PURE | {"numpy", "rich"},
     "report": {"numpy", "matplotlib", "rich"},

@@ -8,12 +8,11 @@ import torch
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from pi05_folders import change_json
 from poco_vla_pi05 import checkpoint
-from poco_vla_pi05.adapter import HEAD_FILE, HEAD_WEIGHTS, Pi05
+from poco_vla_pi05.adapter import HEAD_FILE, HEAD_WEIGHTS, LORA_TARGETS, Pi05
 from poco_vla_pi05.architecture import TINY, in_head, lerobot_builds
-from poco_vla_pi05.lora import TARGETS, Lora
 from safetensors.torch import load_file
 
-from poco_vla import Poco, PocoConfig, PolicyError, check_policy, flow_errors, propose
+from poco_vla import Lora, Poco, PocoConfig, PolicyError, check_policy, flow_errors, propose
 from poco_vla.checkpoint import load_trainable_state, trainable_state
 
 
@@ -61,7 +60,7 @@ def test_only_lora_matrices_train_and_every_target_has_a_pair(policy):
     names = trainable(policy)
     assert len(names) == 2 * (7 * 3 + 4)
     assert all(".lora_A." in name or ".lora_B." in name for name in names)
-    for target in TARGETS:
+    for target in LORA_TARGETS:
         assert sum(f"{target}.lora_A" in name for name in names) == (
             1 if "_proj" not in target or "action" in target else 3
         )
@@ -199,14 +198,14 @@ def test_the_frozen_expert_is_kept_in_the_dtype_that_it_is_multiplied_in(saved):
     ("option", "expected"),
     [
         (None, None),
-        (4, Lora(rank=4)),
-        ({"rank": 4, "alpha": 1.5}, Lora(rank=4, alpha=1.5)),
-        ({"targets": ["q_proj", "time_mlp_in"]}, Lora(targets=("q_proj", "time_mlp_in"))),
-        (Lora(rank=3), Lora(rank=3)),
+        (4, Lora(LORA_TARGETS, rank=4)),
+        ({"rank": 4, "alpha": 1.5}, Lora(LORA_TARGETS, rank=4, alpha=1.5)),
+        ({"targets": ["q_proj", "time_mlp_in"]}, Lora(("q_proj", "time_mlp_in"))),
+        (Lora(LORA_TARGETS, rank=3), Lora(LORA_TARGETS, rank=3)),
     ],
 )
 def test_it_is_asked_for_by_rank_or_by_its_fields(option, expected):
-    assert Lora.of(option) == expected
+    assert Lora.of(option, LORA_TARGETS) == expected
 
 
 @pytest.mark.parametrize(

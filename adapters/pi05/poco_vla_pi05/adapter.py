@@ -18,7 +18,7 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_LANGUAGE_ATTENTION_M
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor, nn
 
-from poco_vla import ActionSpec, FlowPolicy, PolicyError, whole_folder
+from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, inject_lora, merge_lora, whole_folder
 from poco_vla_pi05 import checkpoint, expert, processors
 from poco_vla_pi05.architecture import (
     ARCHITECTURE_FILE,
@@ -29,7 +29,6 @@ from poco_vla_pi05.architecture import (
     in_head,
     random_weights,
 )
-from poco_vla_pi05.lora import Lora, inject, merged
 from poco_vla_pi05.prefix import Pi05Prefix, encode
 from poco_vla_pi05.tokenizer import DEFAULT, byte_tokenizer, load_tokenizer
 
@@ -80,7 +79,10 @@ class Pi05(FlowPolicy):
         self.compute, self.recompute, self.lora = compute or self._backbone_dtype, recompute, lora
         self.policy = policy.requires_grad_(False)
         if lora is not None:
-            inject(model, lora, self.compute)
+            for name, parameter in model.named_parameters():
+                if in_head(name) and _in_layers(name):
+                    parameter.data = parameter.data.to(self.compute)
+            inject_lora(model, lora, in_head, lambda name: self.compute if _in_layers(name) else torch.float32)
         self.head = nn.ModuleDict({"expert": core.gemma_expert.model} | {n: getattr(model, n) for n in PROJECTIONS})
         if lora is None:
             self.head.requires_grad_(True).float()
@@ -187,7 +189,7 @@ class Pi05(FlowPolicy):
             options: `compute`, `recompute`, `lora` of this class.
         """
         if "lora" in options:
-            options["lora"] = Lora.of(options["lora"])
+            options["lora"] = Lora.of(options["lora"], LORA_TARGETS)
         return cls(policy, pipelines, **options)
 
     @classmethod
@@ -345,7 +347,7 @@ class Pi05(FlowPolicy):
 
         A tokenizer that is not LeRobot's default lies beside the weights, and the processors name its absolute path.
         """
-        weights = merged(self.policy.state_dict(), self.policy)
+        weights = merge_lora(self.policy.state_dict(), self.policy)
         with whole_folder(path) as partial:
             checkpoint.write_tensors(checkpoint.full_weights(self.policy, weights), partial / checkpoint.WEIGHTS)
             self._save_description(partial, Path(path))
@@ -413,6 +415,19 @@ class Pi05(FlowPolicy):
         self.policy.load_state_dict(weights, strict=False)
 
 
+LORA_TARGETS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+    *PROJECTIONS,
+)
+"""Every projection of the head but the adaRMS ones (`dense`). LeRobot 0.6.1's own default misses `time_mlp_*`."""
+
+
+def _in_layers(name: str) -> bool:
+    """Whether a part of the head works in the head's compute dtype: attention and MLP. The rest stays in float32."""
+    return ".self_attn." in name or ".mlp." in name
+
+
 def _read_head(source: checkpoint.Source) -> dict[str, Any] | None:
     file = source.folder / HEAD_FILE
     if not file.is_file():
@@ -461,10 +476,10 @@ def _check_options(
 
 def _chosen_lora(option: Any, about: Mapping[str, Any] | None, source: checkpoint.Source) -> Lora | None:
     """The LoRA that is asked for, or the saved head's; they must not contradict each other."""
-    wanted = Lora.of(option)
+    wanted = Lora.of(option, LORA_TARGETS)
     if about is None:
         return wanted
-    saved = Lora.of(about["lora"])
+    saved = Lora.of(about["lora"], LORA_TARGETS)
     if wanted not in (None, saved):
         raise PolicyError(f"the head in {source.name} was trained with lora {saved}, asked for {wanted}")
     return saved
