@@ -1,0 +1,365 @@
+"""``groot_n1d6`` as a poco_vla adapter: GrootN1d6Policy behind :class:`poco_vla.FlowPolicy`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from draccus.utils import DraccusException
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from lerobot.utils.feature_utils import dataset_to_policy_features
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lerobot_policy_groot_n1d6 import weights
+from lerobot_policy_groot_n1d6.configuration_groot_n1d6 import GrootN1d6Config
+from lerobot_policy_groot_n1d6.model import (
+    GrootSizes,
+    HeadSizes,
+    Memory,
+    Tokens,
+    random_weights,
+    sample_time,
+    sort_tokens,
+)
+from lerobot_policy_groot_n1d6.modeling_groot_n1d6 import GrootN1d6Policy
+from lerobot_policy_groot_n1d6.processing.steps import (
+    ATTENTION_MASK,
+    EMBODIMENT_ID,
+    INPUT_IDS,
+    PIXEL_VALUES,
+    STATE,
+    EncodeStep,
+)
+from lerobot_policy_groot_n1d6.processor_groot_n1d6 import make_groot_n1d6_pre_post_processors
+from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, inject_lora, merge_lora, whole_folder
+
+PROCESSED = {"embodiment", "tokenizer", "byte_ids", "letterbox", "exact_images", "augment_images"}
+"""Options that the processors heed."""
+
+
+LORA_TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+"""Every projection of the transformer's layers but AdaLN's."""
+
+
+@dataclass(frozen=True)
+class GrootPrefix:
+    """B encoded states.
+
+    Attributes:
+        features: [B, D] what the critic sees: the mean of the language model's features over valid tokens, as they are,
+            and the normalised state. The paper does not say what its VLA critic sees: our choice.
+        tokens: the features themselves, text and images apart, without padding; what keys and values are made of.
+        memories: keys and values of the cross-attention layers under the weights at the time of encoding, for
+            sampling. With gradients, `velocity` makes them anew: their projections train.
+        state: [B, 1, S] normalised, padded.
+    """
+
+    features: Tensor
+    tokens: Tokens
+    memories: tuple[Memory, ...]
+    state: Tensor
+
+    def select(self, index: Any) -> Self:
+        memories = tuple(memory.select(index) for memory in self.memories)
+        return type(self)(self.features[index], self.tokens.select(index), memories, self.state[index])
+
+    def to(self, device: Any) -> Self:
+        memories = tuple(memory.to(device) for memory in self.memories)
+        return type(self)(self.features.to(device), self.tokens.to(device), memories, self.state.to(device))
+
+
+class GrootN1d6Adapter(FlowPolicy):
+    """GR00T N1.6 with a frozen vision-language model and a trainable action head.
+
+    The network denoises exactly the chunk's H steps: NVIDIA's own fine-tuning pads them with noise to 50. Its time
+    convention is the library's. The head stays in eval mode: no dropout, no state dropout, in training as in acting.
+
+    Args:
+        policy: the LeRobot policy, `config.max_action_horizon` and `chunk_size` being the horizon.
+        pipelines: its pre- and post-processor.
+        recompute: keep one tensor per layer for backward and compute the rest again.
+        lora: train this on the transformer instead of the full head.
+    """
+
+    def __init__(
+        self,
+        policy: GrootN1d6Policy,
+        pipelines: tuple[Any, Any],
+        *,
+        recompute: bool = True,
+        lora: Lora | None = None,
+    ) -> None:
+        super().__init__()
+        config = policy.config
+        self.policy, self.recompute, self.lora = policy, recompute, lora
+        if lora is not None:
+            inject_lora(policy.action_head, lora, lambda name: True, lambda name: policy.compute)
+        self.head: Any = policy.action_head
+        self.preprocess, self.postprocess = pipelines
+        (encode,) = (step for step in pipelines[0].steps if isinstance(step, EncodeStep))
+        self.embodiment = encode.embodiment
+        self.state_dim = self.embodiment.state_dim
+        self.feature_dim = policy.sizes.language.width + self.state_dim
+        columns = [view.column for view in self.embodiment.views] + [key.column for key in self.embodiment.state]
+        self.input_keys = tuple(dict.fromkeys(columns))
+        self.spec = ActionSpec(
+            horizon=config.chunk_size,
+            width=config.max_action_dim,
+            action_dim=self.embodiment.action_dim,
+            flow_steps=policy.sizes.head.flow_steps,
+        )
+
+    def encode(self, obs: Mapping[str, Any]) -> GrootPrefix:
+        """The vision-language model, once per state."""
+        with torch.no_grad(), torch.autocast(self.policy.device.type, enabled=False):
+            encoded = self.policy.encode(obs)
+            tokens = sort_tokens(*encoded)
+            state = obs[STATE].to(self.policy.device)
+            valid = encoded.mask[..., None]
+            pooled = (encoded.features.float() * valid).sum(dim=1) / valid.sum(dim=1)
+            return GrootPrefix(
+                features=torch.cat([pooled, state[:, 0, : self.state_dim].float()], dim=-1),
+                tokens=tokens,
+                memories=self.head.cross_kv(tokens, compute=self.policy.compute),
+                state=state,
+            )
+
+    def velocity(self, prefix: Any, x: Tensor, t: Tensor) -> Tensor:
+        compute, slot = self.policy.compute, self.embodiment.slot
+        with torch.autocast(self.policy.device.type, enabled=False):
+            memories = prefix.memories
+            if torch.is_grad_enabled():
+                memories = self.head.cross_kv(prefix.tokens, compute=compute)
+            token = self.head.state_tokens(prefix.state, slot, compute=compute)
+            return self.head.velocity(memories, token, x, t, slot, compute=compute, recompute=self.recompute)
+
+    def sample_time(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+        return sample_time(shape, self.policy.sizes.head, generator)
+
+    def native_sample(self, obs: Mapping[str, Any], noise: Tensor) -> Tensor:
+        """The policy's own sampler, one candidate per row, keys and values made for it."""
+        return self.policy.sample(obs, noise)
+
+    # -- loading and saving ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_path: str | Path,
+        *,
+        horizon: int | None = None,
+        device: str = "cpu",
+        features: Mapping[str, Any] | None = None,
+        stats: Mapping[str, Any] | None = None,
+        statistics: Literal["auto", "dataset", "checkpoint"] = "auto",
+        revision: str | None = None,
+        recompute: bool = True,
+        lora: Any = None,
+        **options: Any,
+    ) -> Self:
+        """Load a ``groot_n1d6`` LeRobot folder, or one of NVIDIA's N1.6 checkpoints together with a dataset.
+
+        Args:
+            repo_or_path: local folder or Hub id.
+            horizon: H; a folder's own chunk size when None.
+            device: torch device.
+            features: LeRobot features of the dataset to fine-tune on; NVIDIA's checkpoints need them.
+            stats: its statistics.
+            statistics: whose hold. "auto" keeps a LeRobot folder's own; NVIDIA's checkpoints take the dataset's unless
+                `embodiment` names one that they describe.
+            revision: Hub revision.
+            recompute: see the class.
+            lora: rank, or a mapping of rank, alpha and targets: train a LoRA on the transformer instead of the head.
+            options: fields of GrootN1d6Config, such as `embodiment`, `tokenizer`, `letterbox`, `dtype`.
+
+        Raises:
+            PolicyError: files are missing or damaged, or do not fit together.
+        """
+        if horizon is not None and horizon < 1:
+            raise PolicyError(f"horizon is {horizon}: expected at least 1 step")
+        if statistics not in ("auto", "dataset", "checkpoint"):
+            raise PolicyError(f'statistics is "{statistics}": expected auto, dataset or checkpoint')
+        try:
+            folder = weights.locate(str(repo_or_path), revision)
+            file = folder / "config.json"
+            if file.is_file() and weights.read_object(file).get("type") == "groot_n1d6":
+                policy, pipelines = _of_lerobot(folder, horizon, device, features, stats, statistics, options)
+            else:
+                policy, pipelines = _of_nvidia(folder, horizon, device, features, stats, options)
+        except PolicyError:
+            raise
+        # LeRobot's loaders name no file.
+        except (json.JSONDecodeError, RuntimeError, SafetensorError, DraccusException) as error:
+            raise PolicyError(f"{folder} cannot be loaded: {error}") from error
+        except (ValueError, TypeError, OSError) as error:
+            raise PolicyError(str(error)) from error
+        return cls(policy, pipelines, recompute=recompute, lora=Lora.of(lora, LORA_TARGETS))
+
+    @classmethod
+    def from_dataset(
+        cls, features: Mapping[str, Any], stats: Mapping[str, Any], *, horizon: int, **options: Any
+    ) -> Self:
+        raise PolicyError(
+            "groot_n1d6 starts from a pretrained base: give policy the folder or Hub id of an N1.6 checkpoint, such as "
+            '"nvidia/GR00T-N1.6-3B", or of a groot_n1d6 policy'
+        )
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> Self:
+        """Every part of the real network, small: two cameras, 6 state and 4 action dimensions, a tokenizer of bytes."""
+        sizes = GrootSizes.tiny()
+        sizes = replace(
+            sizes,
+            language=replace(sizes.language, vocab=264, image_token=259),
+            head=replace(sizes.head, state_dim=32, horizon=16, max_steps=64),
+        )
+        images = {f"{OBS_IMAGES}.{name}": PolicyFeature(FeatureType.VISUAL, (3, 64, 64)) for name in ("front", "wrist")}
+        config = GrootN1d6Config(
+            input_features=images | {OBS_STATE: PolicyFeature(FeatureType.STATE, (6,))},
+            output_features={ACTION: PolicyFeature(FeatureType.ACTION, (4,))},
+            chunk_size=16,
+            n_action_steps=16,
+            max_action_horizon=16,
+            max_state_dim=sizes.head.state_dim,
+            max_action_dim=sizes.head.action_dim,
+            dtype="float32",
+            compute="float32",
+            sizes=asdict(sizes),
+            tokenizer="bytes",
+            device="cpu",
+        )
+        policy = GrootN1d6Policy(config)
+        policy.load_state_dict(random_weights(policy, seed))
+        bounds = {"min": -2.0, "max": 2.0, "mean": 0.0, "std": 1.0, "q01": -2.0, "q99": 2.0}
+        sizes_of = {OBS_STATE: 6, ACTION: 4}
+        stats = {key: {name: torch.full((n,), value) for name, value in bounds.items()} for key, n in sizes_of.items()}
+        return cls(policy.eval(), make_groot_n1d6_pre_post_processors(config, stats))
+
+    def example_obs(self, batch_size: int, seed: int = 0) -> dict[str, Any]:
+        """Pictures of noise and instructions of different lengths, through the pre-processor."""
+        generator = torch.Generator().manual_seed(seed)
+        features = self.policy.config.input_features or {}
+        raw: dict[str, Any] = {
+            key: (torch.rand if feature.type is FeatureType.VISUAL else torch.randn)(
+                (batch_size, *feature.shape), generator=generator
+            )
+            for key, feature in features.items()
+        }
+        processed = self.preprocess(raw | {"task": [f"pick up{' the cube' * (i % 3)}" for i in range(batch_size)]})
+        wanted = (STATE, EMBODIMENT_ID, INPUT_IDS, ATTENTION_MASK)
+        return {k: v for k, v in processed.items() if k in wanted or k.startswith(PIXEL_VALUES)}
+
+    def save_pretrained(self, path: str | Path) -> None:
+        with whole_folder(path) as partial:
+            self.policy.save_pretrained(partial, state_dict=merge_lora(self.policy.state_dict(), self.policy))
+            self.preprocess.save_pretrained(partial, config_filename="policy_preprocessor.json")  # pyright: ignore
+            self.postprocess.save_pretrained(partial, config_filename="policy_postprocessor.json")  # pyright: ignore
+
+
+def _of_lerobot(
+    folder: Path,
+    horizon: int | None,
+    device: str,
+    features: Mapping[str, Any] | None,
+    stats: Mapping[str, Any] | None,
+    statistics: str,
+    options: Mapping[str, Any],
+) -> tuple[GrootN1d6Policy, tuple[Any, Any]]:
+    """A LeRobot folder as it is, or fitted to a dataset."""
+    config = PreTrainedConfig.from_pretrained(str(folder))
+    assert isinstance(config, GrootN1d6Config)
+    if horizon is not None and horizon > config.max_action_horizon:
+        raise PolicyError(
+            f"{folder} was trained with chunks of {config.max_action_horizon} steps, asked for {horizon}: choose a "
+            "shorter horizon"
+        )
+    config.chunk_size = config.n_action_steps = config.max_action_horizon = horizon or config.chunk_size
+    config.device = device
+    changed = sorted(name for name in PROCESSED & options.keys() if options[name] != getattr(config, name))
+    if changed and statistics != "dataset":
+        raise PolicyError(
+            f"{folder} keeps processors of its own, which {', '.join(changed)} would not reach: leave these options "
+            'out, or build the processors anew with a dataset and statistics="dataset"'
+        )
+    _set(config, options)
+    if statistics == "dataset":
+        if features is None or stats is None:
+            raise PolicyError('statistics="dataset" without a dataset: give features and stats')
+        _adopt(config, features)
+        pipelines = make_groot_n1d6_pre_post_processors(config, stats)
+    else:
+        overrides = {"device_processor": {"device": device}}
+        pipelines = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
+        (encode,) = (step for step in pipelines[0].steps if isinstance(step, EncodeStep))
+        trained = encode.embodiment.horizon
+        if config.chunk_size > trained:
+            raise PolicyError(
+                f"{folder} was trained with chunks of {trained} steps, asked for {config.chunk_size}: choose a shorter "
+                "horizon"
+            )
+    if not (folder / "model.safetensors").is_file():
+        raise PolicyError(f"no weights in {folder}: model.safetensors is missing")
+    return GrootN1d6Policy.from_pretrained(str(folder), config=config), pipelines
+
+
+def _of_nvidia(
+    folder: Path,
+    horizon: int | None,
+    device: str,
+    features: Mapping[str, Any] | None,
+    stats: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> tuple[GrootN1d6Policy, tuple[Any, Any]]:
+    """NVIDIA's weights for a dataset's robot."""
+    described = weights.read_config(folder)
+    if features is None or stats is None:
+        raise PolicyError(
+            f"{folder} is a base model: which robot it is to move is said by a dataset's features and stats"
+        )
+    sizes = HeadSizes.from_config(described)
+    steps = horizon or 16
+    if steps > sizes.horizon:
+        raise PolicyError(f"{folder} was trained with chunks of {sizes.horizon} steps, asked for {steps}")
+    config = GrootN1d6Config(
+        base_model_path=str(folder),
+        chunk_size=steps,
+        n_action_steps=steps,
+        max_action_horizon=steps,
+        max_state_dim=sizes.state_dim,
+        max_action_dim=sizes.action_dim,
+        device=device,
+        push_to_hub=False,
+    )
+    _set(config, options)
+    _adopt(config, features)
+    pipelines = make_groot_n1d6_pre_post_processors(config, stats)
+    return GrootN1d6Policy(config).eval(), pipelines
+
+
+def _set(config: GrootN1d6Config, options: Mapping[str, Any]) -> None:
+    known = set(vars(config))
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise PolicyError(f"groot_n1d6 has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    for name, value in options.items():
+        setattr(config, name, value)
+    config.__post_init__()
+    if config.tune_top_llm_layers:
+        raise PolicyError(
+            "here the language model is frozen, so that features are computed once: tune_top_llm_layers=0"
+        )
+
+
+def _adopt(config: GrootN1d6Config, features: Mapping[str, Any]) -> None:
+    """Take a dataset's cameras, state and action into a configuration."""
+    offered = dataset_to_policy_features(dict(features))
+    config.input_features = {
+        key: ft for key, ft in offered.items() if ft.type in (FeatureType.VISUAL, FeatureType.STATE)
+    }
+    config.output_features = {key: ft for key, ft in offered.items() if ft.type is FeatureType.ACTION}
