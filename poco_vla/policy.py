@@ -100,13 +100,15 @@ class FlowPolicy(nn.Module):
         features: Mapping[str, Any] | None = None,
         stats: Mapping[str, Any] | None = None,
         statistics: Literal["auto", "dataset", "checkpoint"] = "auto",
+        dataset_meta: Any = None,
         **options: Any,
     ) -> "FlowPolicy":
         """Load a LeRobot policy folder or Hub repository. Raises PolicyError on anything but a complete match.
 
         `features` and `stats` are those of the dataset to fine-tune on, `statistics` says whether they hold or those of
         the checkpoint: by "auto" a base model takes the dataset's, and a policy that was trained already keeps its own.
-        The trainer checks that they fit the data.
+        The trainer checks that they fit the data. `dataset_meta` is LeRobot's own description of that dataset, for a
+        policy whose processors need more of it (statistics of relative actions).
         """
         raise NotImplementedError
 

@@ -386,6 +386,7 @@ class Trainer:
             features=self.info.features,
             stats=self.info.stats,
             statistics=config.statistics,
+            dataset_meta=self.dataset.meta,
             **options,
         )
 

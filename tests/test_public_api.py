@@ -110,7 +110,10 @@ def test_arguments_keep_their_names_and_order(name, signature):
         ("native_sample", ["obs", "noise"]),
         ("save_pretrained", ["path"]),
         ("save_head", ["path"]),
-        ("from_pretrained", ["repo_or_path", "horizon", "device", "features", "stats", "statistics", "options"]),
+        (
+            "from_pretrained",
+            ["repo_or_path", "horizon", "device", "features", "stats", "statistics", "dataset_meta", "options"],
+        ),
         ("from_dataset", ["features", "stats", "horizon", "options"]),
         ("tiny", ["seed"]),
     ],

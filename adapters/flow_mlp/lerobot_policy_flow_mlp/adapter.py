@@ -71,6 +71,7 @@ class FlowMlp(FlowPolicy):
         features: Mapping[str, Any] | None = None,
         stats: Mapping[str, Any] | None = None,
         statistics: Literal["auto", "dataset", "checkpoint"] = "auto",
+        dataset_meta: Any = None,
         **options: Any,
     ) -> Self:
         if statistics == "dataset":

@@ -115,6 +115,10 @@ class GrootN1d6Adapter(FlowPolicy):
             flow_steps=policy.sizes.head.flow_steps,
         )
 
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode: candidates are plain samples, the loss has no dropout."""
+        return super().train(False)
+
     def encode(self, obs: Mapping[str, Any]) -> GrootPrefix:
         """The vision-language model, once per state."""
         with torch.no_grad(), torch.autocast(self.policy.device.type, enabled=False):
@@ -158,6 +162,7 @@ class GrootN1d6Adapter(FlowPolicy):
         features: Mapping[str, Any] | None = None,
         stats: Mapping[str, Any] | None = None,
         statistics: Literal["auto", "dataset", "checkpoint"] = "auto",
+        dataset_meta: Any = None,
         revision: str | None = None,
         recompute: bool = True,
         lora: Any = None,
@@ -171,6 +176,7 @@ class GrootN1d6Adapter(FlowPolicy):
             device: torch device.
             features: LeRobot features of the dataset to fine-tune on; NVIDIA's checkpoints need them.
             stats: its statistics.
+            dataset_meta: LeRobot's description of it; relative actions of a new embodiment need it.
             statistics: whose hold. "auto" keeps a LeRobot folder's own; NVIDIA's checkpoints take the dataset's unless
                 `embodiment` names one that they describe.
             revision: Hub revision.
@@ -185,13 +191,14 @@ class GrootN1d6Adapter(FlowPolicy):
             raise PolicyError(f"horizon is {horizon}: expected at least 1 step")
         if statistics not in ("auto", "dataset", "checkpoint"):
             raise PolicyError(f'statistics is "{statistics}": expected auto, dataset or checkpoint')
+        data, folder = _Data(features, stats, dataset_meta), Path(repo_or_path)
         try:
             folder = weights.locate(str(repo_or_path), revision)
             file = folder / "config.json"
             if file.is_file() and weights.read_object(file).get("type") == "groot_n1d6":
-                policy, pipelines = _of_lerobot(folder, horizon, device, features, stats, statistics, options)
+                policy, pipelines = _of_lerobot(folder, horizon, device, data, statistics, options)
             else:
-                policy, pipelines = _of_nvidia(folder, horizon, device, features, stats, options)
+                policy, pipelines = _of_nvidia(folder, horizon, device, data, options)
         except PolicyError:
             raise
         # LeRobot's loaders name no file.
@@ -262,12 +269,20 @@ class GrootN1d6Adapter(FlowPolicy):
             self.postprocess.save_pretrained(partial, config_filename="policy_postprocessor.json")  # pyright: ignore
 
 
+@dataclass(frozen=True)
+class _Data:
+    """The dataset to fine-tune on: LeRobot's features, statistics and description of it."""
+
+    features: Mapping[str, Any] | None
+    stats: Mapping[str, Any] | None
+    meta: Any
+
+
 def _of_lerobot(
     folder: Path,
     horizon: int | None,
     device: str,
-    features: Mapping[str, Any] | None,
-    stats: Mapping[str, Any] | None,
+    data: "_Data",
     statistics: str,
     options: Mapping[str, Any],
 ) -> tuple[GrootN1d6Policy, tuple[Any, Any]]:
@@ -289,14 +304,14 @@ def _of_lerobot(
         )
     _set(config, options)
     if statistics == "dataset":
-        if features is None or stats is None:
+        if data.features is None or data.stats is None:
             raise PolicyError('statistics="dataset" without a dataset: give features and stats')
-        _adopt(config, features)
-        pipelines = make_groot_n1d6_pre_post_processors(config, stats)
+        _adopt(config, data.features)
+        pipelines = make_groot_n1d6_pre_post_processors(config, data.stats, data.meta)
     else:
         overrides = {"device_processor": {"device": device}}
         pipelines = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
-        (encode,) = (step for step in pipelines[0].steps if isinstance(step, EncodeStep))
+        encode: Any = next(step for step in pipelines[0].steps if isinstance(step, EncodeStep))
         trained = encode.embodiment.horizon
         if config.chunk_size > trained:
             raise PolicyError(
@@ -312,13 +327,12 @@ def _of_nvidia(
     folder: Path,
     horizon: int | None,
     device: str,
-    features: Mapping[str, Any] | None,
-    stats: Mapping[str, Any] | None,
+    data: "_Data",
     options: Mapping[str, Any],
 ) -> tuple[GrootN1d6Policy, tuple[Any, Any]]:
     """NVIDIA's weights for a dataset's robot."""
     described = weights.read_config(folder)
-    if features is None or stats is None:
+    if data.features is None or data.stats is None:
         raise PolicyError(
             f"{folder} is a base model: which robot it is to move is said by a dataset's features and stats"
         )
@@ -337,8 +351,8 @@ def _of_nvidia(
         push_to_hub=False,
     )
     _set(config, options)
-    _adopt(config, features)
-    pipelines = make_groot_n1d6_pre_post_processors(config, stats)
+    _adopt(config, data.features)
+    pipelines = make_groot_n1d6_pre_post_processors(config, data.stats, data.meta)
     return GrootN1d6Policy(config).eval(), pipelines
 
 

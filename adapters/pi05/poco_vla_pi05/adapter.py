@@ -201,6 +201,7 @@ class Pi05(FlowPolicy):
         device: str = "cpu",
         features: Mapping[str, Any] | None = None,
         stats: Mapping[str, Any] | None = None,
+        dataset_meta: Any = None,
         revision: str | None = None,
         dtype: Literal["bfloat16", "float32"] | None = None,
         statistics: Literal["auto", "dataset", "checkpoint"] = "auto",
@@ -223,6 +224,7 @@ class Pi05(FlowPolicy):
             device: torch device.
             features: LeRobot features of the dataset to fine-tune on.
             stats: its statistics.
+            dataset_meta: not needed here.
             revision: Hub revision.
             dtype: of the frozen backbone, SigLIP and norms left out (LeRobot's layout); the configuration's when None,
                 or that which a saved head was trained on. "bfloat16" saves 7 GB.
