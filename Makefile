@@ -19,7 +19,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint typecheck pytest bench benchpi format pins clean FORCE
+.PHONY: help setup demo test lint typecheck pytest bench benchpi benchgroot format pins clean FORCE
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r verb text; do printf '  make %-10s %s\n' "$$verb" "$$text"; done
@@ -52,6 +52,9 @@ bench: $(STAMP)  ## measure one update
 
 benchpi: $(STAMP)  ## measure pi0.5 against LeRobot's own code (minutes); options go into ARGS="--device cuda"
 	$(PYTHON) tests/benchmarks/bench_pi05.py $(ARGS)
+
+benchgroot: $(STAMP)  ## measure GR00T N1.6 with and without its shared prefix (minutes); options go into ARGS="--device cuda"
+	$(PYTHON) tests/benchmarks/bench_groot.py $(ARGS)
 
 format: $(STAMP)  ## put the style right where ruff can
 	.venv/bin/ruff check --fix

@@ -118,7 +118,6 @@ def recipe(run, folder, monkeypatch):
     """The recipe by its command line, in this process and in the run's folder."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("MUJOCO_GL", "disable")
     config = runpy.run_path(str(RECIPE))["config"]()
     return lambda *arguments: run_recipe(config, arguments, tiny=True)
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from poco_vla import Poco, PocoConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
+import bench_groot
 import bench_pi05
 import measure
 from measure import Size
@@ -113,6 +114,65 @@ def test_pi05_is_measured_against_the_same_losses_and_samples(tmp_path, capsys):
     for column in ("ms", "GFLOP"):
         assert sum(row[column] for row in stages) == pytest.approx(update["update"][column])
     assert "One update of POCO" in capsys.readouterr().out
+
+
+GROOT = ["--tiny", "--states=2", "--candidates=3", "--horizon=4", "--rounds=1", "--rows=4", "--threads=1"]
+
+
+@pytest.mark.slow
+def test_groot_is_measured_against_the_same_samples_and_losses(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    bench_groot.main(["sampling", "gradient", "latency", "update", "memory", *GROOT, f"--json={file}"])
+    kept = json.loads(file.read_text())
+    assert {"case", "torch", "args", "date", "sampling", "gradient", "latency", "update"} == set(kept)
+    sampling, gradient = ({row["what"]: row for row in kept[name]} for name in ("sampling", "gradient"))
+    names = {"ours", "features cached", "naive", "features cached, weights gathered"}
+    assert set(sampling) == names
+    assert max(value for row in sampling.values() for name, value in row.items() if name.startswith("off by")) < 1e-5
+    assert max(gradient[name]["loss, off by"] for name in names) < 1e-5
+    assert gradient["ours"]["saved MB"] < gradient["ours, all kept for backward"]["saved MB"]
+    assert gradient["ours, all kept for backward"]["saved MB"] < gradient["features cached"]["saved MB"]
+    assert "One update of POCO" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_groot_flops_are_those_of_the_variants_that_run():
+    """Counted on the meta device from their parts, and as they run."""
+    case = bench_groot.Case.of(bench_groot.Args(tiny=True, states=2, candidates=3, horizon=4, rows=6))
+    obs, draws, steps = case.observations(2), case.draws(), case.adapter.spec.flow_steps
+    valid = torch.ones(2, 4, dtype=torch.bool)
+    noise = draws[1]
+
+    def ours():
+        with torch.no_grad():
+            bench_groot.integrate(case.adapter, case.adapter.encode(obs), noise, steps)
+
+    def our_gradient():
+        chunks, noise, t = draws
+        prefix = case.adapter.encode(obs)
+        bench_groot.flow_errors(case.adapter, prefix, chunks, valid, noise=noise, t=t).mean().backward()
+
+    flops = bench_groot.counts(case)[0]
+    runs = {
+        "cached": bench_groot.Baseline(case, obs, cached=True),
+        "naive": bench_groot.Baseline(case, obs, cached=False),
+    }
+    assert flops.sampling(steps)["ours"] == bench_groot.counted(ours)
+    assert flops.gradients()["ours"] == bench_groot.counted(our_gradient)
+    for name, run in runs.items():
+        assert flops.sampling(steps)[name] == bench_groot.counted(lambda run=run: run.sample(noise))
+        assert flops.gradients()[name] == bench_groot.counted(
+            lambda run=run: [one.backward() for one in run.losses(*draws)]
+        )
+
+
+@pytest.mark.slow
+def test_groot_at_full_size_costs_what_its_specification_says():
+    case = bench_groot.Case.of(bench_groot.Args(tiny=True, candidates=32))
+    for row in bench_groot.bench_expected(case):
+        over_naive, over_cached = bench_groot.SPECIFIED[row["views"]]
+        assert row["x naive"] == pytest.approx(over_naive, rel=0.02)
+        assert row["x cached"] == pytest.approx(over_cached, rel=0.02)
 
 
 def test_stages_leave_out_what_is_inside_them():

@@ -57,21 +57,25 @@ class GrootPrefix:
         tokens: the features themselves, text and images apart, without padding; what keys and values are made of.
         memories: keys and values of the cross-attention layers under the weights at the time of encoding, for
             sampling. With gradients, `velocity` makes them anew: their projections train.
+        state_token: [B, 1, C] likewise.
         state: [B, 1, S] normalised, padded.
     """
 
     features: Tensor
     tokens: Tokens
     memories: tuple[Memory, ...]
+    state_token: Tensor
     state: Tensor
 
     def select(self, index: Any) -> Self:
         memories = tuple(memory.select(index) for memory in self.memories)
-        return type(self)(self.features[index], self.tokens.select(index), memories, self.state[index])
+        states = self.state_token[index], self.state[index]
+        return type(self)(self.features[index], self.tokens.select(index), memories, *states)
 
     def to(self, device: Any) -> Self:
         memories = tuple(memory.to(device) for memory in self.memories)
-        return type(self)(self.features.to(device), self.tokens.to(device), memories, self.state.to(device))
+        states = self.state_token.to(device), self.state.to(device)
+        return type(self)(self.features.to(device), self.tokens.to(device), memories, *states)
 
 
 class GrootN1d6Adapter(FlowPolicy):
@@ -131,16 +135,17 @@ class GrootN1d6Adapter(FlowPolicy):
                 features=torch.cat([pooled, state[:, 0, : self.state_dim].float()], dim=-1),
                 tokens=tokens,
                 memories=self.head.cross_kv(tokens, compute=self.policy.compute),
+                state_token=self.head.state_tokens(state, self.embodiment.slot, compute=self.policy.compute),
                 state=state,
             )
 
     def velocity(self, prefix: Any, x: Tensor, t: Tensor) -> Tensor:
         compute, slot = self.policy.compute, self.embodiment.slot
         with torch.autocast(self.policy.device.type, enabled=False):
-            memories = prefix.memories
+            memories, token = prefix.memories, prefix.state_token
             if torch.is_grad_enabled():
                 memories = self.head.cross_kv(prefix.tokens, compute=compute)
-            token = self.head.state_tokens(prefix.state, slot, compute=compute)
+                token = self.head.state_tokens(prefix.state, slot, compute=compute)
             return self.head.velocity(memories, token, x, t, slot, compute=compute, recompute=self.recompute)
 
     def sample_time(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
