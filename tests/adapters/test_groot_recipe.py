@@ -92,7 +92,6 @@ def test_lerobots_own_command_runs_the_exported_policy(run, tmp_path):
 def test_without_the_checkpoint_it_says_what_to_do(recipe, run, monkeypatch, capsys):
     """On the small demonstrations of the run: the real weights are gated."""
     monkeypatch.chdir(run[0].parent)
-    monkeypatch.setenv("MUJOCO_GL", "disable")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = runpy.run_path(str(RECIPES / recipe))["config"]()
     gated = ["--tiny", *SMALL, "--policy", config.policy, "--output-dir", "bad"]
