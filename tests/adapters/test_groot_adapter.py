@@ -558,3 +558,33 @@ def test_a_prefix_can_be_picked_and_moved(policy, obs):
     picked = prefix.select(torch.tensor([2, 0])).to("cpu")
     for found, tensor in zip(prefix_tensors(picked), prefix_tensors(prefix), strict=True):
         assert found.equal(tensor[[2, 0]])
+
+
+def test_a_lora_trains_alone_changes_nothing_at_first_and_is_merged_on_export(saved, tmp_path):
+    """Rank 2 on the default targets; trained by hand to see that the export holds it."""
+    full = GrootN1d6Adapter.from_pretrained(saved)
+    policy = GrootN1d6Adapter.from_pretrained(saved, lora=2)
+    trained = [name for name, p in policy.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(".lora_" in name for name in trained)
+    torch.testing.assert_close(velocity(policy), velocity(full), rtol=0, atol=1e-6)
+    check_policy(policy)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    policy.save_pretrained(tmp_path / "out")
+    merged = GrootN1d6Adapter.from_pretrained(tmp_path / "out")
+    assert merged.policy.state_dict().keys() == full.policy.state_dict().keys()
+    torch.testing.assert_close(velocity(merged), velocity(policy), rtol=0, atol=1e-5)
+    with pytest.raises(PolicyError, match='lora target "to_nowhere" is the end of no linear layer'):
+        GrootN1d6Adapter.from_pretrained(saved, lora={"rank": 2, "targets": ["to_nowhere"]})
+
+
+def test_a_datasets_statistics_need_no_base_checkpoint(tmp_path):
+    """Of a policy that came from NVIDIA's weights, when these are gone."""
+    base = nvidia_folder(tmp_path / "nvidia")
+    GrootN1d6Adapter.from_pretrained(base, **dataset(), **OPTIONS, horizon=8).save_pretrained(tmp_path / "out")
+    shutil.rmtree(base)
+    policy = GrootN1d6Adapter.from_pretrained(tmp_path / "out", **dataset(), statistics="dataset")
+    assert policy.spec.horizon == 8

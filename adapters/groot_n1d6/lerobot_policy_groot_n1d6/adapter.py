@@ -312,6 +312,7 @@ def _of_lerobot(
         if data.features is None or data.stats is None:
             raise PolicyError('statistics="dataset" without a dataset: give features and stats')
         _adopt(config, data.features)
+        config.base_model_path = None  # its statistics are not asked for, and it may be gone
         pipelines = make_groot_n1d6_pre_post_processors(config, data.stats, data.meta)
     else:
         overrides = {"device_processor": {"device": device}}
