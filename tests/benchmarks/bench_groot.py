@@ -406,7 +406,7 @@ class Flops:
     def sampling(self, steps: int) -> dict[str, int]:
         features, rows = self.vision + self.language, self.states * self.candidates
         return {
-            "ours": self.states * features + self.kv + steps * (self.token + self.step),
+            "ours": self.states * features + self.kv + self.token + steps * self.step,
             "cached": self.states * features + self.token + steps * self.plain_step,
             "naive": rows * features + self.candidates * self.token + steps * self.plain_step,
         }
@@ -417,9 +417,9 @@ class Flops:
             ours, kept = (counted(partial(self._fast_gradient, recompute)) for recompute in (True, False))
             cached, naive = (counted(partial(self._plain_gradient, copies)) for copies in (1, self.candidates))
         return {
-            # Ours makes keys and values twice: with the prefix, and again where gradients are recorded.
-            "ours": self.states * features + self.kv + ours,
-            "ours, all kept for backward": self.states * features + self.kv + kept,
+            # Ours makes keys, values and states' tokens twice: with the prefix, and again where gradients are recorded.
+            "ours": self.states * features + self.kv + self.token + ours,
+            "ours, all kept for backward": self.states * features + self.kv + self.token + kept,
             "cached": self.states * features + cached,
             "naive": rows * features + naive,
         }
