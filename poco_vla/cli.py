@@ -1,21 +1,21 @@
-"""Command lines: `poco-vla train | eval | report | adapters`, and the entry of recipes."""
+"""Command lines: `poco-vla train | eval | data | report | adapters`, and the entries of recipes."""
 
 import json
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from poco_vla.config import EnvSpec, TrainConfig, from_json
-from poco_vla.errors import ConfigError, PocoError
+from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, from_json
+from poco_vla.errors import ConfigError, PocoError, UnknownNameError
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -26,6 +26,7 @@ def run_recipe(
     args: Sequence[str] | None = None,
     *,
     tiny: bool = False,
+    smoke: bool = False,
 ) -> None:
     """Run a recipe: its configuration as defaults, every value overridable on the command line.
 
@@ -35,26 +36,89 @@ def run_recipe(
         config: the recipe's values.
         args: the command line; the process's own when None.
         tiny: offer `--tiny` (:func:`poco_vla.tiny.tiny_pick_task`); the command line overrides its values, too.
+        smoke: offer `--smoke` (:func:`poco_vla.tiny.smoke_run`), likewise.
     """
-    given = list(sys.argv[1:] if args is None else args)
-    use_tiny = tiny and "--tiny" in given
-    about = (
-        "Every value of this recipe, with its default. Options of adapter and environment that are not listed can be "
-    )
-    about += "added: --policy-options.NAME VALUE, --env.options.NAME VALUE (JSON, or a plain word)."
-    if tiny:
-        about += " --tiny runs all of it on a CPU within minutes: small random weights, a simulated task."
+    given, seeds = _seeds(list(sys.argv[1:] if args is None else args))
 
     def run() -> None:
-        from poco_vla.tiny import tiny_pick_task
-
-        default = tiny_pick_task(config) if use_tiny else config
-        default, rest = _with_open_options(default, [arg for arg in given if not (use_tiny and arg == "--tiny")])
-        _train(
-            tyro.cli(TrainConfig, description=about, default=default, args=rest, config=(tyro.conf.AvoidSubcommands,))
-        )
+        # The words are read for every seed before the first run: a bad one is told at once.
+        runs = [_parsed(config, [*given, "--seed", str(seed)], tiny=tiny, smoke=smoke) for seed in seeds or ()]
+        for one in runs or [_parsed(config, given, tiny=tiny, smoke=smoke)]:
+            _train(one)
 
     _guarded(run)
+
+
+def run_sweep(
+    variants: Callable[[int], Mapping[str, TrainConfig]], args: Sequence[str] | None = None, *, smoke: bool = False
+) -> None:
+    """Run a recipe's variants one after another, for each of `--seeds`, and write one report of all.
+
+    A variant whose result is there already is not run again, so that a sweep goes on where it was stopped; `--only
+    NAME ...` leaves the others out. Further words of the command line hold for every variant.
+
+    Args:
+        variants: configurations by name for a seed, later ones free to start from what earlier ones wrote.
+        args: the command line; the process's own when None.
+        smoke: offer `--smoke`.
+    """
+    given, seeds = _seeds(list(sys.argv[1:] if args is None else args))
+    given, only = _taken(given, "--only")
+
+    def run() -> None:
+        from poco_vla.report import write_page
+
+        done: list[Path] = []
+        for seed in seeds or [0]:
+            configs = variants(seed)
+            for name in only:
+                if name not in configs:
+                    raise UnknownNameError("variant", name, configs)
+            for name in only or configs:
+                one = _parsed(configs[name], [*given, "--seed", str(seed)], tiny=False, smoke=smoke)
+                if not (one.output_dir / "result.json").is_file():
+                    resumable = any((one.output_dir / "checkpoints").glob("[0-9]*"))
+                    _train(replace(one, resume=one.resume or resumable))
+                done.append(one.output_dir)
+        Console(highlight=False).print(write_page(done, done[0].parent.parent / "report.html"))
+
+    _guarded(run)
+
+
+def _parsed(config: TrainConfig, given: Sequence[str], *, tiny: bool, smoke: bool) -> TrainConfig:
+    """The recipe's configuration with the words of a command line in it."""
+    from poco_vla.tiny import smoke_run, tiny_pick_task
+
+    about = (
+        "Every value of this recipe, with its default. Options of adapter and environment that are not listed can be "
+        "added: --policy-options.NAME VALUE, --env.options.NAME VALUE (JSON, or a plain word). --seeds 0 1 2 runs once "
+        "for each."
+    )
+    smaller = {}
+    if tiny:
+        smaller["--tiny"] = tiny_pick_task
+        about += " --tiny runs all of it on a CPU within minutes: small random weights, a simulated task."
+    if smoke:
+        smaller["--smoke"] = smoke_run
+        about += " --smoke runs every stage within a minute, on little data and with small networks."
+    for flag, shrink in smaller.items():
+        config = shrink(config) if flag in given else config
+    default, rest = _with_open_options(config, [word for word in given if word not in smaller])
+    return tyro.cli(TrainConfig, description=about, default=default, args=rest, config=(tyro.conf.AvoidSubcommands,))
+
+
+def _seeds(given: list[str]) -> tuple[list[str], list[int]]:
+    given, words = _taken(given, "--seeds")
+    return given, [int(word) for word in words if word.isdigit()]
+
+
+def _taken(given: list[str], flag: str) -> tuple[list[str], list[str]]:
+    """A command line without `flag` and its values, and these values."""
+    if flag not in given:
+        return given, []
+    begin = given.index(flag)
+    end = next((i for i in range(begin + 1, len(given)) if given[i].startswith("-")), len(given))
+    return given[:begin] + given[end:], given[begin + 1 : end]
 
 
 def _with_open_options(config: TrainConfig, args: Sequence[str]) -> tuple[TrainConfig, list[str]]:
@@ -121,12 +185,73 @@ class Eval:
 
 @dataclass
 class Report:
-    """Table and learning curves of finished runs."""
+    """Table, learning curves and one HTML page of finished runs."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders."""
-    output: Path = Path("curves.png")
-    """Picture to write."""
+    """Run folders, or folders with runs up to three levels below."""
+    output: Path = Path("report.html")
+    """What to write: .html is one page with everything in it; .png, .pdf and .svg are a picture of the curves."""
+    max_video_bytes: int = 20_000_000
+    """Most bytes of videos that the page takes in; it says which were left out."""
+
+
+@dataclass
+class MakeData:
+    """Data of the simulator's own scripted expert."""
+
+    env: EnvSpec = field(default_factory=EnvSpec)
+    """The environment."""
+    demonstrations: Annotated[DemonstrationConfig, tyro.conf.arg(name="")] = field(default_factory=DemonstrationConfig)
+
+
+@dataclass
+class OGBenchData:
+    """An official OGBench set (.npz) with the rewards of one task."""
+
+    task: str
+    """Single task, such as cube-double-singletask-task2-v0."""
+    root: Path
+    """Folder of the LeRobot dataset."""
+    path: Path | None = None
+    """The .npz, or the folder that it or its parts lie in. Left out: it is downloaded."""
+    kind: Literal["play", "noisy"] = "play"
+    """Which of the task's sets to download."""
+    episodes: int | None = None
+    """Trajectories to take, from the first; None is all."""
+    downloads: Path = Path("runs/downloads")
+    """Where downloaded files are kept."""
+
+
+@dataclass
+class RobomimicData:
+    """An official RoboMimic low_dim set (.hdf5)."""
+
+    task: str
+    """Lift, Can or Square."""
+    root: Path
+    """Folder of the LeRobot dataset."""
+    path: Path | None = None
+    """The .hdf5. Left out: it is downloaded."""
+    kind: Literal["ph", "mh", "mg"] = "mh"
+    """Which set to download: one proficient human, six of mixed skill, a machine (Lift and Can)."""
+    filter_key: str | None = None
+    """One of the file's own splits, such as 20_percent."""
+    episodes: int | None = None
+    """Demonstrations to take, from the first; None is all."""
+    downloads: Path = Path("runs/downloads")
+    """Where downloaded files are kept."""
+
+
+@dataclass
+class Data:
+    """A LeRobot dataset from a simulator's expert or from an official file."""
+
+    source: Annotated[
+        Annotated[MakeData, tyro.conf.subcommand("make")]
+        | Annotated[OGBenchData, tyro.conf.subcommand("ogbench")]
+        | Annotated[RobomimicData, tyro.conf.subcommand("robomimic")],
+        tyro.conf.arg(name=""),
+    ]
 
 
 @dataclass
@@ -136,14 +261,31 @@ class Adapters:
 
 def main(args: Sequence[str] | None = None) -> None:
     """`poco-vla`."""
+    given = list(sys.argv[1:] if args is None else args)
+    _guarded(lambda: _run(_command(given)))
+
+
+def _command(args: Sequence[str]) -> object:
+    """What is asked for."""
+    options, rest = _with_open_options(TrainConfig(env=EnvSpec()), args)
+    assert options.env is not None
     command = tyro.extras.subcommand_cli_from_dict(
-        {"train": Train, "eval": Eval, "report": Report, "adapters": Adapters},
+        {"train": Train, "eval": Eval, "data": Data, "report": Report, "adapters": Adapters},
         prog="poco-vla",
         description="POCO for vision-language-action policies: imitate first, then succeed.",
-        args=args,
+        args=rest,
         config=(tyro.conf.AvoidSubcommands,),
     )
-    _guarded(lambda: _run(command))
+    if isinstance(command, Train):
+        env = command.config.env and _with_options(command.config.env, options.env)
+        command.config = replace(command.config, policy_options=options.policy_options, env=env)
+    elif isinstance(command, Data) and isinstance(command.source, MakeData):
+        command.source.env = _with_options(command.source.env, options.env)
+    return command
+
+
+def _with_options(env: EnvSpec, options: EnvSpec) -> EnvSpec:
+    return replace(env, options=env.options | options.options)
 
 
 def _run(command: object) -> None:
@@ -162,16 +304,56 @@ def _run(command: object) -> None:
             policy = adapter.from_pretrained(command.policy, device=command.device)
             result = evaluate(policy, env, episodes=command.episodes, seed=command.seed)
             console.print(f"success {result.success} of {command.episodes} episodes")
+        case Data():
+            console.print(_make_data(command.source))
         case Report():
-            from poco_vla.report import draw_curves, result_table
+            from poco_vla.report import draw_curves, find_runs, result_table, write_page
 
-            console.print(result_table(command.runs))
-            console.print(draw_curves(command.runs, command.output))
+            kind = command.output.suffix.lower()
+            if kind not in (".html", ".png", ".pdf", ".svg"):
+                raise ConfigError(f"--output {command.output} ends in {kind or 'nothing'}; .html, .png, .pdf or .svg")
+            runs, problems = find_runs(command.runs)
+            for problem in problems:
+                _stderr().print(f"[yellow]left out[/yellow]: {escape(problem)}")
+            console.print(result_table(runs))
+            if kind == ".html":
+                console.print(write_page(runs, command.output, max_video_bytes=command.max_video_bytes))
+            else:
+                console.print(draw_curves(runs, command.output))
         case Adapters():
             from poco_vla.registry import available_adapters
 
             for name, where in available_adapters().items():
                 console.print(f"{name:<16} {where}")
+
+
+def _make_data(source: MakeData | OGBenchData | RobomimicData) -> Path:
+    """The dataset's folder, made while a bar shows how far it is."""
+    from poco_vla.progress import Display
+    from poco_vla.rollout import published
+    from poco_vla.rollout.demonstrations import ensure_demonstrations
+
+    display = Display()
+    if isinstance(source, MakeData):
+        with display.stage("episodes", source.demonstrations.episodes) as bar:
+            return ensure_demonstrations(source.env, source.demonstrations, bar.to)
+    path = source.path
+    if path is None:
+        ogbench = isinstance(source, OGBenchData)
+        name = published.ogbench_file(source.task, source.kind) if ogbench else f"{source.task.lower()}-{source.kind}"
+        with display.stage(f"download {name}", 1) as bar:
+            path = published.download("ogbench" if ogbench else "robomimic", name, source.downloads, on_bytes=bar.of)
+    with display.stage("episodes", source.episodes or 0) as bar:
+        if isinstance(source, OGBenchData):
+            return published.import_ogbench(path, source.task, source.root, episodes=source.episodes, on_episode=bar.to)
+        return published.import_robomimic(
+            path,
+            source.task,
+            source.root,
+            episodes=source.episodes,
+            filter_key=source.filter_key,
+            on_episode=bar.to,
+        )
 
 
 def _env_of(command: Eval) -> EnvSpec:

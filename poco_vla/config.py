@@ -80,18 +80,37 @@ class PocoConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What a control step is worth: the same rule for demonstrations and for online episodes.
+    """What a control step is worth: the same rule for offline data and for online episodes.
 
-    With source "success" the reward of a step is ``step``, plus ``success`` when the step reaches success:
-    sparse 0/1 is (1, 0), the usual -1/0 is (1, -1), the authors' code is (1, -0.01).
+    A step is worth ``step``, plus ``success`` when it reaches success, or plus the recorded reward. `named` has the
+    usual ones.
     """
 
     source: Literal["success", "recorded"] = "success"
-    """"success" derives the reward from the success signal; "recorded" takes next.reward as it is."""
+    """"success" derives the reward from the success signal; "recorded" takes next.reward, the environment's own."""
     success: float = 1.0
-    """Added at the step that reaches success, in units of reward (paper: sparse 0/1)."""
+    """Added at the step that reaches success, in units of reward; source "success" only (paper: sparse 0/1)."""
     step: float = 0.0
     """Added at every step, in units of reward (paper's text: 0; code: -0.01)."""
+
+    @classmethod
+    def named(cls, name: str) -> "RewardConfig":
+        """A reward that papers go by (`REWARDS` says what each is). Raises UnknownNameError."""
+        if name not in REWARDS:
+            raise UnknownNameError("reward", name, REWARDS)
+        return REWARDS[name]
+
+
+REWARDS = {
+    "sparse": RewardConfig(success=1.0, step=0.0),
+    "minus_one": RewardConfig(success=1.0, step=-1.0),
+    "semi_sparse": RewardConfig(source="recorded"),
+    "step_cost": RewardConfig(source="recorded", step=-0.01),
+}
+"""Name -> reward. "sparse": 1 at success, else 0 (POCO's text). "minus_one": -1 per step, 0 at success (RLPD, QC;
+learns faster where episodes are long). "semi_sparse": the environment's own; OGBench's is minus the number of unmet
+subgoals after the step, robosuite's is the sparse one. "step_cost": the environment's own less 0.01 per step (POCO's
+released code)."""
 
 
 @dataclass(frozen=True)
@@ -136,21 +155,31 @@ class EnvSpec:
 
 @dataclass(frozen=True)
 class DemonstrationConfig:
-    """Demonstrations made on the spot by the simulator's own scripted expert, kept for the next run."""
+    """Offline data made on the spot by the simulator's own scripted expert, kept for the next run."""
 
+    kind: Literal["expert", "play", "noisy"] = "expert"
+    """"expert" solves the task; "play" and "noisy" do something or other, as OGBench's published sets (state only)."""
     episodes: int = 30
-    """Successful episodes to record."""
+    """Episodes to record; of an expert the successful ones."""
     noise: float = 0.1
-    """The expert's own noise level (OGBench: its plan oracle's `noise`)."""
+    """The expert's own noise level (OGBench: its oracle's `noise`; 0.1 in the published sets)."""
+    recovery: float = 0.0
+    """Share of the expert's attempts that begin with a disturbance, which is not recorded: how to recover (DAgger)."""
+    steps: int = 1001
+    """Rows of one play trajectory (OGBench's published sets: 1,001)."""
     seed: int = 0
     """Seed of environment and expert. Not the training seed: all training seeds share one dataset."""
     root: Path = Path("runs/data")
     """Folder that holds the datasets, one sub-folder per task and settings."""
     video: bool = True
     """Camera images as video, LeRobot's usual form; False stores PNG, bit for bit."""
+    workers: int | None = None
+    """Processes that collect side by side; None is one per core. The dataset does not depend on it."""
 
     def __post_init__(self) -> None:
         _require(self.episodes >= 1, f"demonstrations.episodes is {self.episodes}; at least 1")
+        _require(0 <= self.recovery <= 1, f"demonstrations.recovery is {self.recovery}; it must lie in [0, 1]")
+        _require(self.steps >= 2, f"demonstrations.steps is {self.steps}; at least 2")
 
 
 @dataclass(frozen=True)
@@ -182,7 +211,7 @@ class EvalConfig:
     seed: int = 100_000
     """Seed of the first episode; episode i starts from seed + i. Every evaluation meets the same starts."""
     videos: bool = True
-    """Write one video of a failure before and of a success after."""
+    """Write a video of a success and of a failure, after SFT and at the end, as far as there are any."""
 
     def __post_init__(self) -> None:
         _require(self.episodes >= 1, f"eval.episodes is {self.episodes}; at least 1")
@@ -234,7 +263,8 @@ class TrainConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     """Offline demonstrations."""
     demonstrations: DemonstrationConfig | None = None
-    """Make the dataset with the environment's scripted expert when it is not there yet."""
+    """Make the dataset with the environment's scripted expert when it is not there yet; a `dataset` that is given comes
+    before it."""
     env: EnvSpec | None = None
     """Where the policy acts; None trains stage 1 only."""
     reward: RewardConfig = field(default_factory=RewardConfig)

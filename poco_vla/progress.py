@@ -69,6 +69,13 @@ class Bar:
         if not self._display.console.is_terminal and time.monotonic() - self._shown > self._display.interval:
             self._plain()
 
+    def of(self, done: int, total: int | None) -> None:
+        """`done` steps of `total` are done, where that is known by now only."""
+        if total is not None and total != self._total:
+            self._total = total
+            self._progress.update(self._task, total=total)
+        self.to(done)
+
     def note(self, scalars: Mapping[str, float | str]) -> None:
         """Scalars shown below the bar."""
         words = (f"{k} {v if isinstance(v, str) else format(v, '.3g')}" for k, v in scalars.items())

@@ -1,7 +1,8 @@
-"""`--tiny`: a recipe's whole run on a CPU within minutes, before anybody rents a GPU for it.
+"""`--tiny` and `--smoke`: a recipe's whole run on a CPU within minutes, before anybody rents a GPU for it.
 
-The model is the recipe's own at small random weights, the task a simulated one: OGBench's cube-single, seen by two
-cameras. Every stage is the real one; nothing is learned that would transfer.
+Every stage is the real one; nothing is learned that would transfer. With `--tiny` a VLA's model is the recipe's own at
+small random weights, the task a simulated one: OGBench's cube-single, seen by two cameras. With `--smoke` a
+simulation's task stays, and data, networks and steps are few.
 """
 
 import os
@@ -44,4 +45,30 @@ def tiny_pick_task(config: TrainConfig) -> TrainConfig:
         warmup_steps=100,
         online_steps=640,
         output_dir=root / config.adapter / "{time}",
+    )
+
+
+def smoke_run(config: TrainConfig) -> TrainConfig:
+    """A simulation's `config` on little data, with small networks and few steps: under a minute on a CPU."""
+    root = Path("runs/smoke")
+    assert config.env is not None
+    demos = config.demonstrations
+    # An expert needs its time to succeed, play does not; and updates wait for the end of a first episode.
+    limit = 250 if demos is None or demos.kind == "expert" else 30
+    if demos is not None:
+        demos = replace(demos, episodes=2, steps=60, recovery=0.0, root=root / "data")
+    policy = str(root / Path(config.policy).relative_to("runs")) if config.policy else None
+    return replace(
+        config,
+        policy=policy,
+        policy_options=config.policy_options | {"hidden_dims": [32, 32], "num_inference_steps": 2},
+        demonstrations=demos,
+        env=replace(config.env, options=config.env.options | {"episode_length": limit}, num_envs=2),
+        poco=replace(config.poco, num_candidates=2, critic_hidden=(32, 32)),
+        optim=replace(config.optim, batch_size=16),
+        eval=replace(config.eval, episodes=2, every=0),
+        sft_steps=min(20, config.sft_steps),
+        warmup_steps=5,
+        online_steps=3 * limit,
+        output_dir=root / config.output_dir.relative_to("runs"),
     )

@@ -9,8 +9,9 @@ import logging
 import math
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -159,14 +160,13 @@ class Trainer:
             if self.progress.stage == "sft":
                 self._imitate()
                 self._calibrate()
-                # A failure of the policy that only imitates, a success of the one that learned.
-                self._evaluate("after SFT", video="failure_before")
+                self._evaluate("after SFT", videos="before")
                 self._enter("online")
                 self._save()
             if self.progress.stage == "online":
                 self._learn_online()
                 if self.config.online_steps:
-                    self._evaluate("after POCO", video="success_after")
+                    self._evaluate("after POCO", videos="after")
                 self._enter("done")
                 self._save()
         return self._finish()
@@ -258,7 +258,7 @@ class Trainer:
             f"zeta = auto: {zeta:.4f}, the {self.config.poco.zeta_quantile:.0%} quantile of the demonstrations"
         )
 
-    def _evaluate(self, label: str, *, video: str | None = None) -> None:
+    def _evaluate(self, label: str, *, videos: str | None = None) -> None:
         if not self.is_main or self.config.env is None:
             self.accelerator.wait_for_everyone()
             return
@@ -270,11 +270,20 @@ class Trainer:
             )
         now = self.progress
         self.display.say(f"success {label}: [bold]{result.success}[/bold] of {settings.episodes} episodes")
-        now.evaluations.append({"label": label, "env_steps": now.env_steps} | result.success.figures())
-        wanted = [e for e in result.episodes if video and e.succeeded == video.startswith("success")]
-        if settings.videos and wanted:
-            write_episode_video(wanted[0], self._env, self.config.output_dir / f"{video}.mp4")
+        now.evaluations.append(
+            {"label": label, "env_steps": now.env_steps, "update": now.update} | result.success.figures()
+        )
+        if settings.videos and videos:
+            self._write_videos(result.episodes, videos)
         self.accelerator.wait_for_everyone()
+
+    def _write_videos(self, episodes: Sequence[Episode], when: str) -> None:
+        """The first success and the first failure."""
+        for outcome in ("success", "failure"):
+            episode = next((e for e in episodes if e.succeeded == (outcome == "success")), None)
+            if episode is not None:
+                path = self.config.output_dir / f"{outcome}_{when}.mp4"
+                write_episode_video(episode, self._env, path, every=1 + len(episode) // 200)
 
     def _finish(self) -> TrainResult:
         config, now = self.config, self.progress
@@ -297,7 +306,7 @@ class Trainer:
         config = self.config
         self.dataset_config = config.dataset
         env_config = environment(config.env) if config.env is not None else None
-        if config.demonstrations is not None:
+        if config.demonstrations is not None and not (config.dataset.root or config.dataset.repo_id):
             assert config.env is not None
             root = demonstrations_root(config.env, config.demonstrations)
             if self.is_main and not (root / "meta" / "info.json").is_file():
@@ -486,6 +495,7 @@ class Trainer:
         now, config = self.progress, self.config
         return {
             "seed": config.seed,
+            "command": sys.argv,
             "env": to_json(config.env) if config.env else None,
             "before": now.evaluations[0] if now.evaluations else None,
             "after": now.evaluations[-1] if now.evaluations else None,

@@ -36,7 +36,10 @@ DOORS = {
     # Deviation from the house plan: the loop shows a bar, evaluates between updates and draws its report at the end.
     "train": ALGORITHM | ACTING | {"registry", "checkpoint", "files", "hub", "progress", "evaluate", "report"},
     "tiny": {"config", "registry"},
-    "cli": {"train", "tiny", "evaluate", "report", "hub", "registry", "checkpoint", "config", "errors"},
+    "cli": {
+        *{"train", "tiny", "evaluate", "report", "hub", "registry", "checkpoint", "config", "errors"},
+        *{"rollout", "progress"},  # `poco-vla data` makes datasets and shows how far it is
+    },
     "__init__": ALGORITHM | {"registry", "testing", "files", "lora"},
 }
 """Room of poco_vla -> rooms that it may import."""
@@ -45,7 +48,8 @@ PURE = {"torch", "jaxtyping"}
 THIRD_PARTY = {
     **dict.fromkeys(BASE | MATHS | {"config", "algorithm", "registry", "testing", "__init__"}, PURE),
     "data": PURE | {"numpy", "lerobot"},
-    "rollout": PURE | {"numpy", "lerobot", "gymnasium", "mujoco", "OpenGL", "ogbench"},
+    "rollout": PURE
+    | {*{"numpy", "lerobot", "gymnasium", "mujoco", "OpenGL", "ogbench", "robosuite"}, *{"h5py", "huggingface_hub"}},
     "checkpoint": PURE | {"numpy", "safetensors", "huggingface_hub", "peft"},
     "hub": PURE | {"safetensors", "huggingface_hub", "peft", "lerobot"},
     "progress": {"rich"},
@@ -53,7 +57,7 @@ THIRD_PARTY = {
     "lora": {"torch", "peft"},
     "tiny": set(),
     "evaluate": PURE | {"numpy", "rich"},
-    "report": {"numpy", "matplotlib", "rich"},
+    "report": {"numpy", "pandas", "matplotlib", "rich"},
     "train": PURE | {"numpy", "accelerate"},
     "cli": {"tyro", "rich"},
 }

@@ -42,9 +42,8 @@ class Episode:
 
     def rewards(self, config: RewardConfig) -> np.ndarray:
         """[T] float32: the reward that the critic learns, by the rule of `config`."""
-        if config.source == "recorded":
-            return self.reward
-        return (config.step + config.success * self.success).astype(np.float32)
+        earned = self.reward if config.source == "recorded" else config.success * self.success
+        return (config.step + earned).astype(np.float32)
 
     def with_images(self, change: Callable[[np.ndarray], np.ndarray]) -> "Episode":
         """The same episode, its pictures changed."""

@@ -1,6 +1,7 @@
 """Environments side by side, stepped a whole chunk at a time, in worker processes while the learner learns."""
 
 import multiprocessing
+import multiprocessing.context
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -308,9 +309,14 @@ def _make_chunk_env(
 def _vectorise(makers: list[Any], preload: Sequence[str], *, in_process: bool) -> VectorEnv:
     if in_process:
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED, copy=True)
-    # forkserver: workers are forked from a clean process that has imported all they need once, never from the learner.
+    context = worker_context(preload).get_start_method()
+    return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED, context=context, copy=True)
+
+
+def worker_context(preload: Sequence[str]) -> multiprocessing.context.BaseContext:
+    """Where workers come from: forked from a clean process that has imported all they need once, never the learner."""
     multiprocessing.set_forkserver_preload(["__main__", __name__, *preload])
-    return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED, context="forkserver", copy=True)
+    return multiprocessing.get_context("forkserver")
 
 
 def _instructions(envs: VectorEnv) -> list[str]:

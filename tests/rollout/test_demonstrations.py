@@ -2,6 +2,7 @@
 
 import re
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import tiny_gym  # noqa: F401 (registers the environments)
@@ -11,8 +12,8 @@ from tiny_env import FPS, point_spec
 from poco_vla.config import DatasetConfig, DemonstrationConfig, EnvSpec
 from poco_vla.data import open_dataset, read_episodes
 from poco_vla.errors import ConfigError
-from poco_vla.rollout import ensure_demonstrations
-from poco_vla.rollout.demonstrations import demonstrations_root
+from poco_vla.rollout import demonstrations, ensure_demonstrations
+from poco_vla.rollout.demonstrations import demonstrate, demonstrations_root
 
 
 def expert_spec(**options):
@@ -82,9 +83,119 @@ def test_whatever_decides_the_content_is_in_the_folders_name(tmp_path):
         assert demonstrations_root(side_by_side, configs[0]) == demonstrations_root(spec, configs[0])
 
 
-def test_the_folders_name_is_what_it_was_where_there_are_no_cameras(tmp_path):
-    root = demonstrations_root(EnvSpec(options={"episode_length": 120}), wanted(tmp_path, episodes=30))
-    assert root.name == "cube-single-singletask-task1-v0_episode_length-120_n30_noise0.1_seed0"
+def test_the_folders_name_can_be_read(tmp_path):
+    spec = EnvSpec(options={"episode_length": 120})
+    root = demonstrations_root(spec, wanted(tmp_path, episodes=30))
+    assert root.name == "cube-single-singletask-task1-v0_episode_length-120_expert_n30_noise0.1_seed0"
+    root = demonstrations_root(EnvSpec(), wanted(tmp_path, kind="play", steps=100, recovery=0.5))
+    assert root.name == "cube-single-singletask-task1-v0_play_n4_noise0.1_seed0_steps100_recovery0.5"
+
+
+def test_any_number_of_workers_makes_the_same_dataset(tmp_path):
+    """At this noise and time limit attempts fail now and then, so that workers finish out of order."""
+    spec = expert_spec(episode_length=5)
+    roots = [
+        ensure_demonstrations(spec, wanted(tmp_path / str(workers), episodes=9, noise=0.5, workers=workers))
+        for workers in (1, 2)
+    ]
+    assert_same(*map(read, roots))
+
+
+class _StopError(Exception):
+    pass
+
+
+def test_an_interrupted_collection_goes_on_where_it_was(tmp_path, monkeypatch):
+    whole = read(ensure_demonstrations(expert_spec(), wanted(tmp_path / "whole", workers=1)))
+
+    def stop_after_two(done):
+        if done == 2:
+            raise _StopError
+
+    config = wanted(tmp_path / "cut", workers=1)
+    with pytest.raises(_StopError):
+        ensure_demonstrations(expert_spec(), config, stop_after_two)
+    assert not demonstrations_root(expert_spec(), config).exists()
+    made = []
+    demonstrate = demonstrations.demonstrate
+    monkeypatch.setattr(demonstrations, "demonstrate", lambda *a, **k: made.append(1) or demonstrate(*a, **k))
+    assert_same(read(ensure_demonstrations(expert_spec(), config)), whole)
+    assert len(made) == 2, "the first two are taken from disk"
+    assert [p.name for p in config.root.iterdir()] == [demonstrations_root(expert_spec(), config).name]
+
+
+class Corridor:
+    """A walk to the tenth place; the expert goes one place a step. It remembers what was done to it."""
+
+    task_description = "go to the end"
+    action_space = gym.spaces.Box(-1, 1, (1,), dtype=np.float32)
+
+    def reset(self, *, seed):
+        self.place, self.actions = 0.0, []
+        return {"agent_pos": np.array([self.place])}, {}
+
+    def step(self, action):
+        self.actions.append(float(action[0]))
+        self.place += float(action[0])
+        done = self.place > 9.5
+        return {"agent_pos": np.array([self.place])}, 0.0, done, False, {"is_success": done}
+
+    def expert(self, noise, rng):
+        return self
+
+    def action(self):
+        return np.ones(1, dtype=np.float32)
+
+
+def test_a_recovery_is_recorded_from_after_the_disturbance_on():
+    """Three steps of the expert, ten of one random push, and only then the episode: the expert's actions alone."""
+    env = Corridor()
+    episode = demonstrate(env, 0.0, np.random.default_rng(0), seed=0, disturb_at=3)
+    push = env.actions[3]
+    assert env.actions[:3] == [1, 1, 1]
+    assert env.actions[3:13] == [push] * 10
+    assert abs(push) != 1
+    assert episode.obs["observation.state"][0, 0] == pytest.approx(3 + 10 * push)
+    assert (episode.action == 1).all()
+    assert len(episode) == len(env.actions) - 13
+    assert episode.success[-1]
+
+
+def test_recoveries_are_made_for_the_share_that_is_asked_for(tmp_path, monkeypatch):
+    disturbed = []
+    demonstrate = demonstrations.demonstrate
+
+    def watch(*args, disturb_at=0, **options):
+        disturbed.append(disturb_at)
+        return demonstrate(*args, disturb_at=disturb_at, **options)
+
+    monkeypatch.setattr(demonstrations, "demonstrate", watch)
+    for share in (0.0, 1.0):
+        ensure_demonstrations(expert_spec(), wanted(tmp_path, recovery=share, workers=1))
+    assert disturbed[:4] == [0] * 4
+    assert [bool(moment) for moment in disturbed[4:]] == [False, True] * 4
+
+
+def test_play_data_need_an_environment_that_has_them(tmp_path):
+    with pytest.raises(ConfigError, match=r'"tiny_point" has no play data; give dataset.repo_id'):
+        ensure_demonstrations(expert_spec(), wanted(tmp_path, kind="play"))
+    cameras = EnvSpec(options={"cameras": ["front"], "image_size": 32})
+    with pytest.raises(ConfigError, match="play data hold the whole state and no pictures"):
+        ensure_demonstrations(cameras, wanted(tmp_path, kind="play", episodes=1))
+
+
+@pytest.mark.parametrize("kind", ["play", "noisy"])
+def test_play_has_the_tasks_rewards_and_repeats_under_a_seed(tmp_path, kind):
+    spec = EnvSpec(task="scene-singletask-task1-v0")
+    a, b = (
+        read(ensure_demonstrations(spec, wanted(tmp_path / name, episodes=2, kind=kind, steps=60))) for name in "ab"
+    )
+    assert_same(a, b)
+    assert [len(episode) for episode in a] == [60, 60]
+    for episode in a:
+        assert episode.obs["observation.state"].shape == (60, 40)
+        assert set(np.unique(episode.reward)) <= {-5.0, -4.0, -3.0, -2.0, -1.0, 0.0}
+        np.testing.assert_array_equal(episode.success[:-1], episode.reward[:-1] == 0)
 
 
 def test_the_folders_name_is_one_for_any_option_and_differs_with_it(tmp_path):
@@ -152,12 +263,6 @@ def test_ogbenchs_expert_solves_cube_single_reproducibly(tmp_path):
         assert np.abs(episode.action).max() <= 1
         assert episode.success[-1]
         assert 20 < len(episode) <= 120
-
-
-def test_ogbench_tasks_without_an_expert_say_which_have_one(tmp_path):
-    spec = EnvSpec(type="ogbench", task="cube-double-singletask-task1-v0")
-    with pytest.raises(ConfigError, match=r'no scripted expert for "cube-double-singletask-task1-v0".*cube-single'):
-        ensure_demonstrations(spec, wanted(tmp_path, episodes=1))
 
 
 def test_the_expert_leaves_numpys_global_generator_alone(tmp_path):

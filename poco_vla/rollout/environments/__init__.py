@@ -21,6 +21,7 @@ def environment(spec: EnvSpec) -> Any:
     from lerobot.utils.import_utils import register_third_party_plugins
 
     import_module("poco_vla.rollout.environments.ogbench")
+    import_module("poco_vla.rollout.environments.robosuite")
     known = EnvConfig.get_known_choices()
     if spec.type not in known:
         register_third_party_plugins()

@@ -8,7 +8,7 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from poco_vla.errors import ConfigError
-from poco_vla.rollout.environments import ogbench_gym
+from poco_vla.rollout.environments import ogbench_gym, ogbench_tasks
 
 
 @EnvConfig.register_subclass("ogbench")
@@ -25,7 +25,7 @@ class OGBenchConfig(EnvConfig):
     """
 
     task: str | None = "cube-single-singletask-task1-v0"
-    fps: int = ogbench_gym.FPS
+    fps: int = ogbench_tasks.FPS
     episode_length: int | None = None
     success_timing: Literal["pre", "post"] = "post"
     cameras: tuple[str, ...] | list[str] = ()
@@ -37,7 +37,7 @@ class OGBenchConfig(EnvConfig):
         self.cameras = ogbench_gym.checked_cameras(self.cameras)
         if self.image_size < 32 or self.image_size % 2:
             raise ConfigError(f"image_size is {self.image_size}; video encoders need an even one of at least 32 pixels")
-        state_dim, action_dim = ogbench_gym.dimensions(self.task or "", proprioceptive=bool(self.cameras))
+        state_dim, action_dim = ogbench_tasks.dimensions(self.task or "", proprioceptive=bool(self.cameras))
         self.features = {
             ACTION: PolicyFeature(FeatureType.ACTION, (action_dim,)),
             "agent_pos": PolicyFeature(FeatureType.STATE, (state_dim,)),

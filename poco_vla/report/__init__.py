@@ -1,0 +1,26 @@
+"""Pictures, tables and one HTML page of runs, from the files that a run writes."""
+
+from poco_vla.report.console import finish, result_table
+from poco_vla.report.curves import WINDOW, Curve, curve_of, read_curve
+from poco_vla.report.page import write_page
+from poco_vla.report.plots import draw_curves
+from poco_vla.report.published import published
+from poco_vla.report.runs import Group, Run, eval_command, find_runs, group_runs, read_result
+
+__all__ = [
+    "WINDOW",
+    "Curve",
+    "Group",
+    "Run",
+    "curve_of",
+    "draw_curves",
+    "eval_command",
+    "find_runs",
+    "finish",
+    "group_runs",
+    "published",
+    "read_curve",
+    "read_result",
+    "result_table",
+    "write_page",
+]

@@ -1,0 +1,58 @@
+"""Published learning curves of the same tasks, for comparison: Q-chunking (QC) and its baselines.
+
+Source: the figures that the authors of QC publish with their code (MIT): Li, Zhou and Levine, Reinforcement Learning
+with Action Chunking, arXiv 2507.07969. ``published_curves.json`` beside this file says what was kept.
+"""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from poco_vla.report.curves import Curve
+
+OGBENCH = re.compile(r"(scene|puzzle-3x3|cube-double|cube-triple)(?:-play)?(?:-sparse)?-singletask(?:-task([1-5]))?-v0")
+DEFAULT_TASK = {"scene": 2, "puzzle-3x3": 4, "cube-double": 2, "cube-triple": 2}
+"""OGBench's single task where a name gives none."""
+ROBOMIMIC = {"lift": "lift", "can": "can", "pickplacecan": "can", "square": "square", "nutassemblysquare": "square"}
+
+
+@cache
+def _file() -> dict[str, Any]:
+    return json.loads((Path(__file__).parent / "published_curves.json").read_text())
+
+
+def source() -> str:
+    """Where the curves come from, and whose work they are."""
+    return f"{_file()['source']}. {_file()['credit']}"
+
+
+def published_name(task: str) -> str | None:
+    """The name of an environment's task in the published file; None for a task that is not in it."""
+    if found := OGBENCH.fullmatch(task):
+        scene, number = found.groups()
+        return f"{scene}-play-task{number or DEFAULT_TASK[scene]}"
+    name = ROBOMIMIC.get(task.lower(), task)
+    return name if name in _file()["tasks"] else None
+
+
+def published(task: str) -> dict[str, Curve]:
+    """Published curves of a task by method, online part only; none for a task that was not published.
+
+    Args:
+        task: as an environment names it ("scene-singletask-task1-v0", "lift"), or as the file does; an OGBench scene's
+            bare name ("scene") is the mean of its five tasks.
+    """
+    name = published_name(task)
+    if name is None:
+        return {}
+    label = f"mean of 5 {name} tasks" if name in DEFAULT_TASK else name
+    return {method: _curve(figures, label) for method, figures in _file()["tasks"][name].items()}
+
+
+def _curve(figures: dict[str, list[float]], label: str) -> Curve:
+    mean, low, high = (np.array(figures[end], dtype=float) for end in ("mean", "low", "high"))
+    return Curve(np.array(_file()["steps"], dtype=float), mean, low, high, label)

@@ -1,0 +1,297 @@
+"""What lies in a run's folder, read back; runs grouped by task and setting."""
+
+import json
+import logging
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, to_json
+from poco_vla.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+DEPTH = 3
+"""Levels below a folder where :func:`find_runs` looks."""
+NO_SETTING = (
+    *("seed", "output_dir", "resume", "demonstrations.root", "demonstrations.workers"),
+    *("checkpoint_every", "log_every", "trackers", "num_threads", "eval.videos"),
+)
+"""Fields that do not change what is learned: runs that differ in these alone belong together."""
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """``result.json`` of a finished run.
+
+    Raises:
+        DataError: the folder holds none, a damaged one, or one that lacks what a report needs.
+    """
+    path = run / "result.json"
+    try:
+        result = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DataError(f"no result.json in {run}: not the folder of a finished run") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    try:
+        _check(result)
+    except (KeyError, TypeError) as error:
+        told = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{path}: {told}; not as a run that ended well writes it, run it again") from error
+    return result
+
+
+def _check(result: Any) -> None:
+    """Raises KeyError or TypeError where `result` does not hold what a report is made of."""
+    if not isinstance(result, dict):
+        raise TypeError("it holds no JSON object")
+    evaluations = [e for e in (result["before"], result["after"], *result["evaluations"]) if e is not None]
+    numbers = [result[name] for name in ("seed", "updates", "env_steps", "seconds")]
+    for e in evaluations:
+        numbers += [*e["interval_95"], *(e[name] for name in ("env_steps", "success_rate", "episodes"))]
+    if wrong := [value for value in numbers if not isinstance(value, int | float)]:
+        raise TypeError(f"{wrong[0]!r} stands where a number belongs")
+    env = {"type": "", "task": "", "options": {}} if result["env"] is None else result["env"]
+    if not isinstance(result["policy"], str) or not isinstance(env, dict) or not isinstance(env["options"], dict):
+        raise TypeError("env or policy is of another kind")
+    if wrong := [env[name] for name in ("type", "task") if not isinstance(env[name], str)]:
+        raise TypeError(f"{wrong[0]!r} stands where a name belongs")
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """``config.json`` as one flat table "poco.eta" -> 0.1; empty where there is none.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        return flat(json.loads((run / "config.json").read_text()))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{run / 'config.json'} cannot be read: {error}") from error
+
+
+def read_lines(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; none where there is no file. A line that a crash cut short is left out, as is one
+    without the `needed` names."""
+    lines = []
+    for number, text in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else [], 1):
+        try:
+            line = json.loads(text)
+            lines.append({name: line[name] for name in needed} | line)
+        except (ValueError, TypeError, KeyError):
+            logger.warning("%s: line %d is no object with %s and is left out", path, number, ", ".join(needed))
+    return lines
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested JSON objects as one table with dotted names."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return out
+
+
+def defaults() -> dict[str, Any]:
+    """Every default of :class:`TrainConfig`, of its environment and of its demonstrations, flat."""
+    return flat(to_json(TrainConfig(env=EnvSpec(), demonstrations=DemonstrationConfig())))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run.
+
+    Attributes:
+        path: its folder, as it was given.
+        result: result.json.
+        config: config.json, flat.
+    """
+
+    path: Path
+    result: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def task(self) -> str:
+        env = self.result["env"]
+        return str(env["task"]) if env else "no environment"
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What makes it the same experiment as another run: all of its configuration but seed, folders and logging."""
+        own = self.config or {"adapter": self.result.get("adapter")} | flat({"env": self.result["env"] or {}})
+        return {name: value for name, value in (defaults() | own).items() if name not in NO_SETTING}
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """metrics.jsonl, a row per line: stage, update, env_steps, seconds and scalars, NaN where a line lacks one."""
+        needed = ("stage", "update", "env_steps")
+        table = pd.DataFrame(read_lines(self.path / "metrics.jsonl", needed))
+        return table if len(table) else pd.DataFrame({name: [] for name in needed})
+
+    @property
+    def warmup_steps(self) -> int:
+        """Environment steps until the actor began to learn."""
+        steps = self.metrics.loc[self.metrics["stage"] == "warmup", "env_steps"]
+        return int(steps.max()) if len(steps) else 0
+
+    @property
+    def differences(self) -> dict[str, Any]:
+        """Fields of its configuration that are not the library's defaults."""
+        usual = defaults()
+        return {name: v for name, v in self.config.items() if name not in usual or usual[name] != v}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one task and setting, by seed.
+
+    Attributes:
+        runs: at least one.
+        name: what tells the setting from the others of the same task, such as "poco.eta 0.1"; else its adapter.
+    """
+
+    runs: tuple[Run, ...]
+    name: str
+
+    @property
+    def task(self) -> str:
+        return self.runs[0].task
+
+    @property
+    def warmup_steps(self) -> int:
+        """Environment steps until the last of its actors began to learn."""
+        return max(run.warmup_steps for run in self.runs)
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps of the shortest run."""
+        return min(run.result["env_steps"] for run in self.runs)
+
+
+def group_runs(paths: Sequence[Path]) -> list[Group]:
+    """Runs grouped by (task, setting), tasks and settings in the order in which they first appear."""
+    tasks: dict[str, dict[str, list[Run]]] = {}
+    for path in paths:
+        run = Run(path, read_result(path), read_config(path))
+        key = json.dumps(run.setting, sort_keys=True, default=str)
+        tasks.setdefault(run.task, {}).setdefault(key, []).append(run)
+    return [group for settings in tasks.values() for group in _named(list(settings.values()))]
+
+
+def _named(settings: list[list[Run]]) -> list[Group]:
+    """Groups of one task, each named by the fewest fields that tell them apart."""
+    tables = [runs[0].setting for runs in settings]
+    telling = _telling_fields(tables)
+    groups = []
+    for table, runs in zip(tables, settings, strict=True):
+        told = ", ".join(f"{name} {shown(table.get(name))}" for name in telling)
+        groups.append(Group(tuple(sorted(runs, key=lambda run: run.result["seed"])), told or str(table["adapter"])))
+    return groups
+
+
+def _telling_fields(tables: list[dict[str, Any]]) -> list[str]:
+    """Fields that tell `tables` apart, the adapter and the algorithm's own first, evaluation last."""
+
+    def kinds(names: Iterable[str]) -> int:
+        return len({json.dumps([table.get(name) for name in names], default=str) for table in tables})
+
+    every = sorted({name for table in tables for name in table}, key=_rank)
+    told: list[str] = []
+    while kinds(told) < len(tables):
+        told.append(max(every, key=lambda name: kinds([*told, name])))
+    return told
+
+
+def _rank(name: str) -> tuple[bool, bool, bool, str]:
+    return name != "adapter", not name.startswith("poco."), name.startswith("eval."), name
+
+
+def shown(value: object) -> str:
+    """A configuration's value as people write it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Finished runs in `folders`, each a run or a folder with runs up to three levels below.
+
+    Returns:
+        The runs that can be reported, and one sentence about each that cannot.
+
+    Raises:
+        DataError: not one run can be reported.
+    """
+    runs: dict[Path, Path] = {}
+    problems: list[str] = []
+    for candidate in (c for folder in folders for c in _candidates(folder)):
+        try:
+            read_result(candidate)
+            read_config(candidate)
+            runs.setdefault(candidate.resolve(), candidate)
+        except DataError as error:
+            problems.append(str(error))
+    if not runs:
+        raise DataError("; ".join(problems) or "no run is given; name a run's folder, such as runs/mlp_cube/*")
+    return list(runs.values()), problems
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Folders below that a run has begun to write; `folder` itself where there is none."""
+    if (folder / "result.json").is_file():
+        return [folder]
+    levels = ["/".join(["*"] * depth) for depth in range(1, DEPTH + 1)]
+    marks = ("result.json", "metrics.jsonl")
+    found = {path.parent for level in levels for mark in marks for path in folder.glob(f"{level}/{mark}")}
+    return sorted(found) or [folder]
+
+
+def eval_command(run: Path) -> str | None:
+    """The lerobot-eval command line of a run's exported policy."""
+    result = read_result(run)
+    env = result["env"]
+    if env is None:
+        return None
+    options = [f"--env.{name}={shown(value)}" for name, value in env["options"].items()]
+    return shlex.join(
+        [
+            "lerobot-eval",
+            f"--policy.path={run / result['policy']}",
+            f"--policy.device={result.get('device', 'cpu')}",
+            *result.get("lerobot_arguments", ()),
+            "--env.discover_packages_path=poco_vla.rollout.environments",
+            f"--env.type={env['type']}",
+            f"--env.task={env['task']}",
+            *options,
+            f"--eval.n_episodes={result['after']['episodes']}",
+            f"--eval.batch_size={min(10, result['after']['episodes'])}",
+        ]
+    )
+
+
+def train_command(run: Run) -> str | None:
+    """The command line that started a run; None where result.json does not tell one that can be given again."""
+    command = run.result.get("command") or []
+    recipe = run.result.get("recipe") or next((word for word in command[:1] if word.endswith(".py")), None)
+    if recipe:
+        given = command[1:] if command and Path(command[0]).name == Path(recipe).name else command
+        return shlex.join(["accelerate", "launch", recipe, *given])
+    known = command and Path(command[0]).name == "poco-vla"
+    return shlex.join(["poco-vla", *command[1:]]) if known else None
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; it takes `path`'s place when the block ends well."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
