@@ -38,9 +38,9 @@ def run_recipe(
         tiny: offer `--tiny` (:func:`poco_vla.tiny.tiny_pick_task`); the command line overrides its values, too.
         smoke: offer `--smoke` (:func:`poco_vla.tiny.smoke_run`), likewise.
     """
-    given, seeds = _seeds(list(sys.argv[1:] if args is None else args))
 
     def run() -> None:
+        given, seeds = _seeds(list(sys.argv[1:] if args is None else args))
         # The words are read for every seed before the first run: a bad one is told at once.
         runs = [_parsed(config, [*given, "--seed", str(seed)], tiny=tiny, smoke=smoke) for seed in seeds or ()]
         for one in runs or [_parsed(config, given, tiny=tiny, smoke=smoke)]:
@@ -62,12 +62,12 @@ def run_sweep(
         args: the command line; the process's own when None.
         smoke: offer `--smoke`.
     """
-    given, seeds = _seeds(list(sys.argv[1:] if args is None else args))
-    given, only = _taken(given, "--only")
 
     def run() -> None:
         from poco_vla.report import write_page
 
+        given, seeds = _seeds(list(sys.argv[1:] if args is None else args))
+        given, only = _taken(given, "--only")
         done: list[Path] = []
         for seed in seeds or [0]:
             configs = variants(seed)
@@ -109,7 +109,10 @@ def _parsed(config: TrainConfig, given: Sequence[str], *, tiny: bool, smoke: boo
 
 def _seeds(given: list[str]) -> tuple[list[str], list[int]]:
     given, words = _taken(given, "--seeds")
-    return given, [int(word) for word in words if word.isdigit()]
+    odd = [word for word in words if not word.isdigit()]
+    if odd:
+        raise ConfigError(f"--seeds takes whole numbers, not {', '.join(odd)}")
+    return given, [int(word) for word in words]
 
 
 def _taken(given: list[str], flag: str) -> tuple[list[str], list[str]]:

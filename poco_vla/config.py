@@ -330,8 +330,8 @@ def to_json(config: Any) -> dict[str, Any]:
 
 def to_scalars(config: Any) -> dict[str, int | float | str]:
     """A configuration as one flat table of plain values, as trackers show it; what is neither is its text."""
-    flat = _flat(to_json(config))
-    return {name: value if isinstance(value, int | float | str) else str(value) for name, value in flat.items()}
+    table = flat(to_json(config))
+    return {name: value if isinstance(value, int | float | str) else str(value) for name, value in table.items()}
 
 
 def from_json(cls: type[Any], values: Mapping[str, Any]) -> Any:
@@ -359,12 +359,13 @@ def _revive(hint: Any, value: Any) -> Any:
 
 def differences(old: Any, new: Any) -> list[str]:
     """Fields in which two configurations differ, as "name: old -> new" lines."""
-    a, b = _flat(to_json(old)), _flat(to_json(new))
+    a, b = flat(to_json(old)), flat(to_json(new))
     return [f"{name}: {a.get(name)!r} -> {b.get(name)!r}" for name in sorted(a | b) if a.get(name) != b.get(name)]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values as one table with dotted names: {"poco": {"eta": 0.1}} -> {"poco.eta": 0.1}."""
     out: dict[str, Any] = {}
     for name, value in values.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return out

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from pointmass_run import small
 
+sys.path.append(str(Path(__file__).parent / "rollout"))
+from published_files import collect, save_npz
+
 from poco_vla import available_adapters
 from poco_vla.cli import _with_open_options, main, run_recipe
 from poco_vla.config import EnvSpec, TrainConfig
@@ -160,6 +163,62 @@ def test_an_added_option_without_a_value_is_told(capsys):
         run_recipe(TrainConfig(env=EnvSpec()), ["--policy-options.lora"])
     assert stop.value.code == 1
     assert "--policy-options.lora needs a value" in capsys.readouterr().err
+
+
+def test_seeds_runs_once_for_each(tmp_path):
+    config = small(tmp_path / "{time}", tmp_path / "data", online_steps=0, sft_steps=2)
+    names = iter(["first", "second"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("time.strftime", lambda *_: next(names))  # both begin within one second
+        run_recipe(config, ["--seeds", "3", "5", "--poco.eta", "0.3"])
+    runs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "second")]
+    assert [(run["seed"], run["poco"]["eta"]) for run in runs] == [(3, 0.3), (5, 0.3)]
+
+
+def test_a_seed_that_is_no_number_is_told(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_recipe(TrainConfig(env=EnvSpec()), ["--seeds", "0", "one"])
+    assert stop.value.code == 1
+    assert "--seeds takes whole numbers, not one" in capsys.readouterr().err
+
+
+def test_data_of_an_expert_are_made_once(tmp_path, capsys):
+    words = [
+        "data",
+        "make",
+        "--env.type",
+        "pointmass",
+        "--env.task",
+        "dock",
+        "--episodes",
+        "2",
+        "--root",
+        str(tmp_path),
+    ]
+    for _ in range(2):
+        main([*words, "--env.options.episode-length", "90"])
+        root = Path(capsys.readouterr().out.strip().splitlines()[-1])
+        assert (root / "meta" / "info.json").is_file()
+        assert "episode_length-90" in root.name
+
+
+def test_data_of_official_files(tmp_path, capsys):
+    """A truncated file is one line; a good one becomes a dataset, of which `--episodes` takes the first."""
+    task = "cube-single-singletask-task1-v0"
+    path, root = tmp_path / "cube-single-play-v0.npz", tmp_path / "made"
+    save_npz(path, collect("cube-single", trajectories=2, steps=20))
+    words = ["data", "ogbench", "--task", task, "--root", str(root), "--path"]
+    broken = tmp_path / "broken.npz"
+    broken.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(SystemExit) as stop:
+        main([*words, str(broken)])
+    assert stop.value.code == 1
+    shown = capsys.readouterr().err
+    assert "it is truncated, damaged" in shown
+    assert len(shown.strip().splitlines()) == 1
+    assert not root.exists()
+    main([*words, str(path), "--episodes", "1"])
+    assert json.loads((root / "meta" / "info.json").read_text())["total_episodes"] == 1
 
 
 def test_tiny_is_offered_by_recipes_of_large_models_only(capsys):

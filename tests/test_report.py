@@ -223,6 +223,15 @@ def test_runs_that_differ_in_seed_and_folder_alone_are_one_group(tmp_path):
     assert [group.task for group in groups] == [TASK, TASK, "lift"]
 
 
+def test_a_sweeps_variant_is_one_group_over_seeds_though_each_starts_from_its_own_sft_policy(tmp_path):
+    runs = [configured(tmp_path / f"seed{seed}" / "zeta", seed=seed) for seed in (0, 1)]
+    for run in runs:
+        values = json.loads((run / "config.json").read_text())
+        values |= {"policy": str(run.parent / "sft" / "policy"), "output_dir": str(run)}
+        (run / "config.json").write_text(json.dumps(values))
+    assert len(report.group_runs(runs)) == 1
+
+
 def test_a_setting_that_an_older_configuration_lacks_is_the_default(tmp_path):
     new, old = configured(tmp_path / "new"), configured(tmp_path / "old")
     values = json.loads((old / "config.json").read_text())

@@ -3,7 +3,7 @@
 import json
 import logging
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, to_json
+from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, flat, to_json
 from poco_vla.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -91,14 +91,6 @@ def read_lines(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested JSON objects as one table with dotted names."""
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        out |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return out
-
-
 def defaults() -> dict[str, Any]:
     """Every default of :class:`TrainConfig`, of its environment and of its demonstrations, flat."""
     return flat(to_json(TrainConfig(env=EnvSpec(), demonstrations=DemonstrationConfig())))
@@ -126,7 +118,10 @@ class Run:
     @property
     def setting(self) -> dict[str, Any]:
         """What makes it the same experiment as another run: all of its configuration but seed, folders and logging."""
-        own = self.config or {"adapter": self.result.get("adapter")} | flat({"env": self.result["env"] or {}})
+        own = dict(self.config) or {"adapter": self.result.get("adapter")} | flat({"env": self.result["env"] or {}})
+        siblings = Path(str(own.get("output_dir"))).parent
+        if own.get("policy") and Path(own["policy"]).is_relative_to(siblings):
+            own["policy"] = str(Path(own["policy"]).relative_to(siblings))  # an earlier run of the same sweep and seed
         return {name: value for name, value in (defaults() | own).items() if name not in NO_SETTING}
 
     @cached_property

@@ -19,6 +19,7 @@ from poco_vla.config import EnvSpec
 from poco_vla.errors import ConfigError, UnknownNameError
 from poco_vla.rollout import EnvPool, environment
 from poco_vla.rollout.environments.ogbench_gym import OGBenchEnv
+from poco_vla.rollout.environments.ogbench_tasks import make_simulator
 
 TASK = "cube-single-singletask-task1-v0"
 
@@ -180,6 +181,51 @@ def test_a_seed_repeats_its_pictures_too(seeing):
     assert digest(seeing, 4, steps=4) != first
     assert digest(seeing, 3, steps=4) == first
     assert digest(OGBenchEnv(TASK, cameras=CAMERAS, image_size=64), 3, steps=4) == first
+
+
+@pytest.mark.parametrize("task", ["scene-singletask-task2-v0", "puzzle-3x3-singletask-task4-v0"])
+def test_other_scenes_are_seen_by_the_same_cameras(task):
+    env = OGBenchEnv(task, cameras=CAMERAS, image_size=32)
+    observation, _ = env.reset(seed=0)
+    assert observation["agent_pos"].shape == (19,)
+    for picture in observation["pixels"].values():
+        assert picture.shape == (32, 32, 3)
+        assert picture.std() > 5
+    assert env.task_description
+
+
+def test_an_ogbench_that_checks_success_at_a_fixed_time_is_told_which_one_to_install():
+    class Old(gym.Env):
+        def __init__(self):
+            """OGBench's environments before 1.2.0 take no success_timing."""
+
+    gym.register("cube-old-singletask-v0", entry_point=Old)
+    try:
+        with pytest.raises(ConfigError, match=r"has no success_timing: .* install ogbench==1.2.2"):
+            make_simulator("cube-old-singletask-v0", "post")
+    finally:
+        del gym.registry["cube-old-singletask-v0"]
+
+
+@pytest.mark.parametrize(("timing", "late"), [("post", 0), ("pre", 1)])
+def test_success_is_told_at_the_step_that_brings_it_or_one_later(timing, late):
+    """The expert's own actions, played under both timings: the cube is on its target when the state says so."""
+    env = OGBenchEnv(TASK, success_timing=timing)
+    env.reset(seed=0)
+    expert, there = env.expert(0.0, np.random.default_rng(0)), []
+    for _ in range(100):
+        action = expert.action()
+        if action is None:
+            action = np.zeros(5, dtype=np.float32)
+        _, reward, terminated, _, info = env.step(action)
+        simulator = env.simulator
+        cube = simulator._data.joint("object_joint_0").qpos[:3]
+        there.append(np.linalg.norm(cube - simulator._data.mocap_pos[simulator._cube_target_mocap_ids[0]]) <= 0.04)
+        if terminated:
+            break
+    assert info["is_success"]
+    assert reward == 0
+    assert len(there) - 1 - there.index(True) == late
 
 
 def test_unknown_cameras_are_answered_with_those_there_are():

@@ -4,14 +4,13 @@ The oracles know one subgoal each (move a cube, press a button, slide drawer or 
 correlated noise; the expert strings them together until the task's goal is met.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from poco_vla.errors import ConfigError
+from poco_vla.rollout.environments.seeding import draw_seed, numpy_seed
 
 if TYPE_CHECKING:
     from poco_vla.rollout.environments.ogbench_gym import OGBenchEnv
@@ -55,7 +54,7 @@ class PlanExpert:
             if subgoal is None:
                 return None
             self._oracle, self._target = self._oracles[subgoal.kind], subgoal.target
-            with numpy_seed(self._rng):
+            with numpy_seed(draw_seed(self._rng)):
                 self._oracle.reset(None, self._env.info | self._target)
         return self._oracle.select_action(None, self._env.info | self._target).astype(np.float32)
 
@@ -205,14 +204,3 @@ def plan_oracles(simulator: Any, task: str, noise: float) -> dict[str, Any]:
         "drawer": DrawerPlanOracle(env=simulator, noise=noise),
         "window": WindowPlanOracle(env=simulator, noise=noise),
     }
-
-
-@contextmanager
-def numpy_seed(rng: np.random.Generator) -> Iterator[None]:
-    """numpy's global generator, from which the oracles draw, seeded by `rng`; the caller's state comes back."""
-    state = np.random.get_state()
-    np.random.seed(int(rng.integers(2**32)))
-    try:
-        yield
-    finally:
-        np.random.set_state(state)

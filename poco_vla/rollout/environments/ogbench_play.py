@@ -8,8 +8,9 @@ import gymnasium as gym
 import numpy as np
 
 from poco_vla.data import Episode
-from poco_vla.rollout.environments.ogbench_expert import numpy_seed, plan_oracles
+from poco_vla.rollout.environments.ogbench_expert import plan_oracles
 from poco_vla.rollout.environments.ogbench_tasks import make_simulator, sentence
+from poco_vla.rollout.environments.seeding import draw_seed, numpy_seed
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Play:
 
     def trajectory(self, steps: int, rng: np.random.Generator) -> Trajectory:
         """One trajectory of `steps` rows."""
-        with numpy_seed(rng):
+        with numpy_seed(draw_seed(rng)):
             while True:
                 trajectory = self._roll_out(steps, int(rng.integers(2**31)), rng)
                 if self.family != "scene" or _cube_in_sight(trajectory.qpos[:, 14:17]):

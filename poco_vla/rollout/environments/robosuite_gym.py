@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 
 from poco_vla.errors import ConfigError, UnknownNameError
+from poco_vla.rollout.environments.seeding import draw_seed, numpy_seed
 from poco_vla.rollout.render import render
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class RobosuiteEnv(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         super().reset(seed=seed)
-        with _global_generator(int(self.np_random.integers(2**32))):
+        with numpy_seed(draw_seed(self.np_random)):
             self.simulator.reset()
         self._steps = 0
         return self._observation(), {"is_success": False}
@@ -206,7 +207,7 @@ def _make(name: str) -> Any:
     with _quiet_import():
         import robosuite
     # The cube's size is drawn when the model is made: the same one in every instance.
-    with _global_generator(0):
+    with numpy_seed(0):
         simulator = robosuite.make(
             name,
             robots="Panda",
@@ -224,17 +225,6 @@ def _make(name: str) -> Any:
     group = simulator.sim.model._model.geom_group
     group[group == 0] = 3
     return simulator
-
-
-@contextmanager
-def _global_generator(seed: int) -> Iterator[None]:
-    """numpy's global generator, from which robosuite draws, seeded for a while; the caller's comes back afterwards."""
-    state = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
 
 
 @contextmanager

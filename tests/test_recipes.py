@@ -1,0 +1,127 @@
+"""The recipes of the paper's simulations: the paper's numbers, tasks that exist, and a run that ends."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from poco_vla.config import RewardConfig, TrainConfig
+from poco_vla.rollout import environment
+from poco_vla.tiny import smoke_run
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+ONLINE = ["scene", "puzzle_3x3", "cube_double", "cube_triple", "lift", "can", "square"]
+OFFLINE_TO_ONLINE = ["scene", "puzzle_3x3", "can", "square"]
+NAMES = [f"online_{task}" for task in ONLINE] + [f"offline_to_online_{task}" for task in OFFLINE_TO_ONLINE]
+
+
+def config_of(name):
+    return runpy.run_path(str(RECIPES / f"{name}.py"))["config"]()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_has_the_papers_numbers_and_a_task_that_exists(name):
+    """Table of hyper-parameters of the paper: batch 256, learning rate 3e-4, gamma 0.99, H 5, N 32, K 10, networks of
+    four layers of 512, warm-up 5k, 50 evaluation episodes. The pool holds 2M steps."""
+    config = config_of(name)
+    assert (config.optim.batch_size, config.optim.actor_lr, config.optim.critic_lr) == (256, 3e-4, 3e-4)
+    assert (config.poco.gamma, config.horizon, config.poco.num_candidates, config.poco.beta) == (0.99, 5, 32, 1.0)
+    assert config.poco.critic_hidden == (512,) * 4
+    assert "hidden_dims" not in config.policy_options
+    assert (config.warmup_steps, config.updates_per_step, config.eval.episodes) == (5000, 1, 50)
+    assert config.replay.capacity == 2_000_000
+    features = environment(config.env).features
+    width = {"ogbench": 5, "robosuite": 7}[config.env.type]
+    assert features["action"].shape == (width,)
+    assert config.output_dir == Path(f"runs/{name}/{{time}}")
+
+
+@pytest.mark.parametrize(
+    ("name", "eta", "zeta", "sft_steps", "reward"),
+    [
+        *((f"online_{task}", 0.1, 0.3, 0, "sparse") for task in ONLINE[:4]),
+        *((f"online_{task}", 0.001, 0.15, 0, "sparse") for task in ONLINE[4:]),
+        ("offline_to_online_scene", 0.001, 0.15, 500_000, "step_cost"),
+        ("offline_to_online_puzzle_3x3", 0.001, 0.15, 500_000, "step_cost"),
+        ("offline_to_online_can", 0.001, 0.3, 300_000, "step_cost"),
+        ("offline_to_online_square", 0.001, 0.08, 300_000, "step_cost"),
+    ],
+)
+def test_what_differs_between_settings(name, eta, zeta, sft_steps, reward):
+    config = config_of(name)
+    assert (config.poco.eta, config.poco.zeta, config.sft_steps) == (eta, zeta, sft_steps)
+    assert config.reward == RewardConfig.named(reward)
+
+
+def test_the_ablation_changes_one_value_at_a_time_and_starts_from_one_policy():
+    runs = runpy.run_path(str(RECIPES / "ablation_square.py"))["configs"](42)
+    sft = runs.pop("sft")
+    assert (sft.sft_steps, sft.online_steps) == (300_000, 0)
+    found = {(config.poco.zeta, config.poco.beta) for config in runs.values()}
+    assert found == {(0.04, 1), (0.08, 1), (0.15, 1), (0.3, 1), (0.08, 0), (0.08, 0.1), (0.08, 10)}
+    for config in runs.values():
+        assert config.policy == str(sft.output_dir / "policy")
+        assert config.sft_steps == 0
+    assert len({config.output_dir for config in [sft, *runs.values()]}) == len(runs) + 1
+
+
+def launch(name, folder, *arguments):
+    # Rays need no driver, and the pictures are few.
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MUJOCO_GL": "disable"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return subprocess.run(
+        [*command, RECIPES / f"{name}.py", "--smoke", *arguments],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["offline_to_online_scene", "online_lift"])
+def test_smoke_runs_every_stage_of_a_recipe(name, tmp_path):
+    done = launch(name, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = (tmp_path / "runs" / "smoke" / name).iterdir()
+    result = json.loads((run / "result.json").read_text())
+    config = smoke_run(config_of(name))
+    assert result["env_steps"] >= config.online_steps
+    assert result["updates"] > config.sft_steps + config.warmup_steps
+    assert result["env"]["task"] == config.env.task
+    assert result["command"][0].endswith(f"{name}.py")
+    stages = {json.loads(line)["stage"] for line in (run / "metrics.jsonl").read_text().splitlines()}
+    assert "online" in stages
+    assert (run / "curve.parquet").is_file()
+
+
+@pytest.mark.slow
+def test_the_sweep_runs_what_is_asked_for_once_and_writes_one_report(tmp_path):
+    first = launch("ablation_square", tmp_path, "--only", "sft", "zeta-0.08")
+    assert first.returncode == 0, first.stderr[-3000:]
+    root = tmp_path / "runs" / "smoke" / "ablation_square"
+    assert sorted(p.name for p in (root / "seed0").iterdir()) == ["sft", "zeta-0.08"]
+    assert json.loads((root / "seed0" / "zeta-0.08" / "config.json").read_text())["policy"].endswith("seed0/sft/policy")
+    assert (root / "report.html").stat().st_size > 10_000
+    made = {path: path.stat().st_mtime_ns for path in (root / "seed0").rglob("*")}
+    again = launch("ablation_square", tmp_path, "--only", "sft", "zeta-0.08")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in (root / "seed0").rglob("*")} == made
+    unknown = launch("ablation_square", tmp_path, "--only", "zeta-9")
+    assert unknown.returncode == 1
+    assert 'no variant named "zeta-9"' in unknown.stderr
+
+
+def test_smoke_keeps_the_task_and_the_data_and_shrinks_the_rest():
+    config = config_of("offline_to_online_puzzle_3x3")
+    small = smoke_run(config)
+    assert isinstance(small, TrainConfig)
+    assert (small.env.task, small.demonstrations.kind, small.reward) == (config.env.task, "play", config.reward)
+    assert small.online_steps < 1000
+    assert small.output_dir == Path("runs/smoke/offline_to_online_puzzle_3x3/{time}")
