@@ -144,6 +144,21 @@ def claim_folder(path: Path) -> None:
         ) from error
 
 
+def discard_folder(path: Path) -> None:
+    """Remove the folder of a run that ended before its first checkpoint, if there is one.
+
+    Raises:
+        CheckpointError: it holds a checkpoint or a result, or cannot be removed.
+    """
+    if (path / "result.json").exists() or any((path / "checkpoints").glob("[0-9]*")):
+        raise CheckpointError(f"{path} holds a run that can be continued; nothing was removed")
+    try:
+        if path.exists():
+            shutil.rmtree(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be removed: {error.strerror or error}") from error
+
+
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 

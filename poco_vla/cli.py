@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, from_json
+from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, differences, from_json
 from poco_vla.errors import ConfigError, PocoError, UnknownNameError
 
 INTERRUPTED = 130
@@ -40,13 +41,26 @@ def run_recipe(
     """
 
     def run() -> None:
-        given, seeds = _seeds(list(sys.argv[1:] if args is None else args))
+        given, seeds = _seeds(sys.argv[1:] if args is None else args)
         # The words are read for every seed before the first run: a bad one is told at once.
-        runs = [_parsed(config, [*given, "--seed", str(seed)], tiny=tiny, smoke=smoke) for seed in seeds or ()]
+        runs = [_parsed(config, [*given, "--seed", str(seed)], tiny=tiny, smoke=smoke) for seed in seeds]
         for one in runs or [_parsed(config, given, tiny=tiny, smoke=smoke)]:
-            _train(one)
+            if not (seeds and one.resume):
+                _train(one)
+            elif (state := _state_of(one)) != "done":
+                _train(replace(one, resume=state == "resumable"))
 
     _guarded(run)
+
+
+def _state_of(config: TrainConfig) -> Literal["done", "resumable", "new"]:
+    """How far the newest run is that `config` stands for."""
+    from poco_vla.train import runs_of
+
+    run = next(iter(reversed(runs_of(config))), None)
+    if run is None or not ((run / "result.json").is_file() or any((run / "checkpoints").glob("[0-9]*"))):
+        return "new"
+    return "done" if (run / "result.json").is_file() else "resumable"
 
 
 def run_sweep(
@@ -58,7 +72,8 @@ def run_sweep(
     NAME ...` leaves the others out. Further words of the command line hold for every variant.
 
     Args:
-        variants: configurations by name for a seed, later ones free to start from what earlier ones wrote.
+        variants: configurations by name for a seed, each with a folder of its own, later ones free to start from what
+            earlier ones wrote.
         args: the command line; the process's own when None.
         smoke: offer `--smoke`.
     """
@@ -66,23 +81,50 @@ def run_sweep(
     def run() -> None:
         from poco_vla.report import write_page
 
-        given, seeds = _seeds(list(sys.argv[1:] if args is None else args))
+        given, seeds = _seeds(sys.argv[1:] if args is None else args)
         given, only = _taken(given, "--only")
-        done: list[Path] = []
+        for word in given:
+            if word.split("=")[0].replace("_", "-") in ("--seed", "--output-dir", "--resume"):
+                raise ConfigError(
+                    f"a sweep has its own folders and goes on by itself: leave {word} out, or use --seeds"
+                )
+        runs: list[TrainConfig] = []
         for seed in seeds or [0]:
             configs = variants(seed)
             for name in only:
                 if name not in configs:
                     raise UnknownNameError("variant", name, configs)
-            for name in only or configs:
-                one = _parsed(configs[name], [*given, "--seed", str(seed)], tiny=False, smoke=smoke)
-                if not (one.output_dir / "result.json").is_file():
-                    resumable = any((one.output_dir / "checkpoints").glob("[0-9]*"))
-                    _train(replace(one, resume=one.resume or resumable))
-                done.append(one.output_dir)
-        Console(highlight=False).print(write_page(done, done[0].parent.parent / "report.html"))
+            words = [*given, "--seed", str(seed)]
+            runs += [_parsed(configs[name], words, tiny=False, smoke=smoke) for name in only or configs]
+        for one in runs:
+            _run_variant(one)
+        if os.environ.get("RANK", "0") == "0":
+            folders = [one.output_dir for one in runs]
+            Console(highlight=False, soft_wrap=True).print(write_page(folders, folders[0].parent.parent / "report.html"))
 
     _guarded(run)
+
+
+def _run_variant(config: TrainConfig) -> None:
+    """One run of a sweep, or what is left of it."""
+    from poco_vla import checkpoint
+
+    folder = config.output_dir
+    if (folder / "config.json").is_file():
+        changed = differences(from_json(TrainConfig, json.loads((folder / "config.json").read_text())), config)
+        changed = [line for line in changed if not line.startswith("resume:")]
+        if changed:
+            raise ConfigError(
+                f"{folder} holds a run of another configuration ({'; '.join(changed)}): delete or move it"
+            )
+    if (folder / "result.json").is_file():
+        return
+    if config.policy and Path(config.policy).parts[0] == "runs" and not Path(config.policy).is_dir():
+        raise ConfigError(f"{folder} starts from {config.policy}, which is not there: run that variant first")
+    resumable = any((folder / "checkpoints").glob("[0-9]*"))
+    if not resumable:
+        checkpoint.discard_folder(folder)  # ended before its first checkpoint: nothing to go on from
+    _train(replace(config, resume=resumable))
 
 
 def _parsed(config: TrainConfig, given: Sequence[str], *, tiny: bool, smoke: bool) -> TrainConfig:
@@ -107,21 +149,26 @@ def _parsed(config: TrainConfig, given: Sequence[str], *, tiny: bool, smoke: boo
     return tyro.cli(TrainConfig, description=about, default=default, args=rest, config=(tyro.conf.AvoidSubcommands,))
 
 
-def _seeds(given: list[str]) -> tuple[list[str], list[int]]:
-    given, words = _taken(given, "--seeds")
+def _seeds(given: Sequence[str]) -> tuple[list[str], list[int]]:
+    rest, words = _taken(given, "--seeds")
     odd = [word for word in words if not word.isdigit()]
     if odd:
         raise ConfigError(f"--seeds takes whole numbers, not {', '.join(odd)}")
-    return given, [int(word) for word in words]
+    if words and "--seed" in rest:
+        raise ConfigError("--seed and --seeds were given: one of them")
+    return rest, [int(word) for word in words]
 
 
-def _taken(given: list[str], flag: str) -> tuple[list[str], list[str]]:
+def _taken(given: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
     """A command line without `flag` and its values, and these values."""
-    if flag not in given:
-        return given, []
-    begin = given.index(flag)
-    end = next((i for i in range(begin + 1, len(given)) if given[i].startswith("-")), len(given))
-    return given[:begin] + given[end:], given[begin + 1 : end]
+    words = [part for word in given for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
+    if flag not in words:
+        return words, []
+    begin = words.index(flag)
+    end = next((i for i in range(begin + 1, len(words)) if words[i].startswith("-")), len(words))
+    if end == begin + 1:
+        raise ConfigError(f"{flag} needs at least one value")
+    return words[:begin] + words[end:], words[begin + 1 : end]
 
 
 def _with_open_options(config: TrainConfig, args: Sequence[str]) -> tuple[TrainConfig, list[str]]:
@@ -218,7 +265,7 @@ class OGBenchData:
     path: Path | None = None
     """The .npz, or the folder that it or its parts lie in. Left out: it is downloaded."""
     kind: Literal["play", "noisy"] = "play"
-    """Which of the task's sets to download."""
+    """Which of the task's sets to download, or to look for in a folder."""
     episodes: int | None = None
     """Trajectories to take, from the first; None is all."""
     downloads: Path = Path("runs/downloads")
@@ -292,7 +339,7 @@ def _with_options(env: EnvSpec, options: EnvSpec) -> EnvSpec:
 
 
 def _run(command: object) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)  # a path that is broken into lines cannot be copied
     match command:
         case Train():
             _train(command.config)
@@ -333,16 +380,19 @@ def _run(command: object) -> None:
 def _make_data(source: MakeData | OGBenchData | RobomimicData) -> Path:
     """The dataset's folder, made while a bar shows how far it is."""
     from poco_vla.progress import Display
-    from poco_vla.rollout import published
+    from poco_vla.rollout import environment, published
     from poco_vla.rollout.demonstrations import ensure_demonstrations
 
     display = Display()
     if isinstance(source, MakeData):
         with display.stage("episodes", source.demonstrations.episodes) as bar:
             return ensure_demonstrations(source.env, source.demonstrations, bar.to)
+    ogbench = isinstance(source, OGBenchData)
+    # Before a download: the task exists, and the folder is free.
+    environment(EnvSpec(type="ogbench" if ogbench else "robosuite", task=source.task))
+    published.refuse_existing(source.root)
     path = source.path
     if path is None:
-        ogbench = isinstance(source, OGBenchData)
         name = published.ogbench_file(source.task, source.kind) if ogbench else f"{source.task.lower()}-{source.kind}"
         with display.stage(f"download {name}", 1) as bar:
             path = published.download("ogbench" if ogbench else "robomimic", name, source.downloads, on_bytes=bar.of)

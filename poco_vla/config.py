@@ -179,6 +179,10 @@ class DemonstrationConfig:
     def __post_init__(self) -> None:
         _require(self.episodes >= 1, f"demonstrations.episodes is {self.episodes}; at least 1")
         _require(0 <= self.recovery <= 1, f"demonstrations.recovery is {self.recovery}; it must lie in [0, 1]")
+        _require(
+            self.kind == "expert" or self.recovery == 0,
+            f'demonstrations.recovery is {self.recovery} but kind is "{self.kind}": play recovers from nothing',
+        )
         _require(self.steps >= 2, f"demonstrations.steps is {self.steps}; at least 2")
 
 
@@ -292,7 +296,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of initial weights, batches, draws and episode starts."""
     output_dir: Path = Path("runs/poco/{time}")
-    """Folder of this run; "{time}" becomes its start time."""
+    """Folder of this run; "{time}" becomes its start time and seed."""
     resume: bool = False
     """Continue the run in `output_dir` (with "{time}": the newest one) from its last checkpoint."""
     checkpoint_every: int = 10_000

@@ -57,11 +57,13 @@ def smoke_run(config: TrainConfig) -> TrainConfig:
     limit = 250 if demos is None or demos.kind == "expert" else 30
     if demos is not None:
         demos = replace(demos, episodes=2, steps=60, recovery=0.0, root=root / "data")
-    policy = str(root / Path(config.policy).relative_to("runs")) if config.policy else None
+    policy, options = None, config.policy_options | {"hidden_dims": [32, 32], "num_inference_steps": 2}
+    if config.policy:  # what an earlier run of a sweep has written, which has its sizes
+        policy, options = str(root / Path(config.policy).relative_to("runs")), config.policy_options
     return replace(
         config,
         policy=policy,
-        policy_options=config.policy_options | {"hidden_dims": [32, 32], "num_inference_steps": 2},
+        policy_options=options,
         demonstrations=demos,
         env=replace(config.env, options=config.env.options | {"episode_length": limit}, num_envs=2),
         poco=replace(config.poco, num_candidates=2, critic_hidden=(32, 32)),
@@ -69,6 +71,6 @@ def smoke_run(config: TrainConfig) -> TrainConfig:
         eval=replace(config.eval, episodes=2, every=0),
         sft_steps=min(20, config.sft_steps),
         warmup_steps=5,
-        online_steps=3 * limit,
+        online_steps=min(3 * limit, config.online_steps),
         output_dir=root / config.output_dir.relative_to("runs"),
     )

@@ -89,6 +89,13 @@ def train(config: TrainConfig) -> TrainResult:
         trainer.close()
 
 
+def runs_of(config: TrainConfig) -> list[Path]:
+    """Folders of the runs of this seed that `output_dir` stands for, oldest first."""
+    root = Path(config.output_dir.anchor)
+    pattern = str(config.output_dir.relative_to(root)).replace("{time}", f"*-seed{config.seed}")
+    return sorted(path for path in root.glob(pattern) if (path / "config.json").is_file())
+
+
 @dataclass
 class Progress:
     """How far the run is: everything in state.json that counts."""
@@ -160,7 +167,7 @@ class Trainer:
             if self.progress.stage == "sft":
                 self._imitate()
                 self._calibrate()
-                self._evaluate("after SFT", videos="before")
+                self._evaluate("after SFT" if self.config.sft_steps else "untrained", videos="before")
                 self._enter("online")
                 self._save()
             if self.progress.stage == "online":
@@ -294,8 +301,8 @@ class Trainer:
             self.policy.save_pretrained(policy_dir)
             if self.policy.base is not None:
                 self.policy.save_head(config.output_dir / "head")
-            self.recorder.merge(config.output_dir / "online_episodes")
             write_json(config.output_dir / "result.json", self._figures())
+            self.recorder.merge(config.output_dir / "online_episodes")
             report.finish(config.output_dir, self.display.console)
         self.accelerator.wait_for_everyone()
         return TrainResult(config.output_dir, policy_dir, before, after, now.env_steps, self._seconds())
@@ -643,19 +650,20 @@ class Trainer:
                 partial.rename(path)
 
     def _choose_folder(self, config: TrainConfig) -> Path:
-        """`output_dir`, "{time}" in it replaced: by the start time, alike on all processes, or by the newest run's."""
-        pattern = str(config.output_dir)
-        if "{time}" not in pattern:
+        """`output_dir`, "{time}" in it replaced: by start time and seed, alike on all processes, or by the newest
+        run's of this seed."""
+        if "{time}" not in str(config.output_dir):
             return config.output_dir
         if config.resume:
-            root = Path(config.output_dir.anchor)
-            runs = sorted(root.glob(str(config.output_dir.relative_to(root)).replace("{time}", "*")))
+            runs = runs_of(config)
             if not runs:
-                raise CheckpointError(f"nothing to resume: no run matches {pattern}")
+                raise CheckpointError(
+                    f"nothing to resume: no run of seed {config.seed} matches {config.output_dir}; --seed names another"
+                )
             return runs[-1]
         seconds = torch.tensor([int(time.time())], device=self.accelerator.device)
-        start = time.localtime(int(_broadcast(seconds)))
-        return Path(pattern.format(time=time.strftime("%Y%m%d-%H%M%S", start)))
+        start = time.strftime("%Y%m%d-%H%M%S", time.localtime(int(_broadcast(seconds))))
+        return Path(str(config.output_dir).format(time=f"{start}-seed{config.seed}"))
 
     @staticmethod
     def _refuse_unknown_trackers(config: TrainConfig) -> None:

@@ -1,6 +1,6 @@
 """RoboMimic Square: what the clip zeta and the weight beta do (the paper's ablations), one run for each value.
 
-    accelerate launch recipes/ablation_square.py [--seeds 42 43 44] [--only zeta-0.08 beta-10] [--smoke] [--help]
+    accelerate launch recipes/ablation_square.py [--seeds 42 43 44] [--only sft zeta-0.08 beta-10] [--smoke] [--help]
 
 In the paper zeta 0.3 collapses early, 0.04 stays at imitation and 0.08 is best; beta 0.1 stays at imitation, 1 is best,
 10 collapses. All begin from one SFT policy per seed. Run again, it goes on with what is missing.
@@ -33,8 +33,8 @@ def configs(seed: int) -> dict[str, TrainConfig]:
         online_steps=0,
         output_dir=root / "sft",
     )
-    online = replace(sft, policy=str(root / "sft" / "policy"), statistics="checkpoint", sft_steps=0)
-    online = replace(online, online_steps=500_000)
+    online = replace(sft, policy=str(root / "sft" / "policy"), statistics="checkpoint", policy_options={})
+    online = replace(online, sft_steps=0, online_steps=500_000)
     zetas = {f"zeta-{zeta:g}": replace(online.poco, zeta=zeta) for zeta in ZETAS}
     betas = {f"beta-{beta:g}": replace(online.poco, beta=beta) for beta in BETAS}
     runs = {name: replace(online, poco=poco, output_dir=root / name) for name, poco in (zetas | betas).items()}

@@ -19,12 +19,12 @@ def config() -> TrainConfig:
         adapter="flow_mlp",
         # States and actions as they are [code].
         policy_options={"normalization_mapping": {"STATE": "IDENTITY", "ACTION": "IDENTITY"}},
-        env=EnvSpec(type="robosuite", task="Can"),
+        env=EnvSpec(type="robosuite", task="Can", options={"episode_length": 300}),  # [code]
         # In the place of RoboMimic's multi-human set, which `--dataset.root` takes.
         demonstrations=DemonstrationConfig(episodes=30, noise=0.1, recovery=0.2),
         reward=RewardConfig.named("step_cost"),  # the environment's own less 0.01 per step [code]
         poco=PocoConfig(eta=0.001, beta=1.0, zeta=0.3),
-        eval=EvalConfig(episodes=50, every=50_000),
+        eval=EvalConfig(episodes=50, every=50_000),  # [code]
         sft_steps=300_000,  # [code]
         warmup_steps=5_000,
         online_steps=1_000_000,  # [code]

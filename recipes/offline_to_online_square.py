@@ -24,7 +24,7 @@ def config() -> TrainConfig:
         demonstrations=DemonstrationConfig(episodes=300, noise=0.1, recovery=0.2),
         reward=RewardConfig.named("step_cost"),  # the environment's own less 0.01 per step [code]
         poco=PocoConfig(eta=0.001, beta=1.0, zeta=0.08),
-        eval=EvalConfig(episodes=50, every=50_000),
+        eval=EvalConfig(episodes=50, every=50_000),  # [code]
         sft_steps=300_000,  # [code]
         warmup_steps=5_000,
         online_steps=1_000_000,  # [code]

@@ -19,7 +19,7 @@ def config() -> TrainConfig:
         adapter="flow_mlp",
         # States and actions as they are [code].
         policy_options={"normalization_mapping": {"STATE": "IDENTITY", "ACTION": "IDENTITY"}},
-        env=EnvSpec(type="robosuite", task="Lift"),
+        env=EnvSpec(type="robosuite", task="Lift", options={"episode_length": 300}),  # [code]
         # In the place of RoboMimic's multi-human set, which `--dataset.root` takes.
         demonstrations=DemonstrationConfig(episodes=300, noise=0.2, recovery=0.2),
         reward=RewardConfig.named("sparse"),  # paper: 1 at success, else 0

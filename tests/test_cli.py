@@ -2,9 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ sys.path.append(str(Path(__file__).parent / "rollout"))
 from published_files import collect, save_npz
 
 from poco_vla import available_adapters
-from poco_vla.cli import _with_open_options, main, run_recipe
+from poco_vla.cli import _with_open_options, main, run_recipe, run_sweep
 from poco_vla.config import EnvSpec, TrainConfig
 from poco_vla.train import train
 
@@ -167,19 +168,83 @@ def test_an_added_option_without_a_value_is_told(capsys):
 
 def test_seeds_runs_once_for_each(tmp_path):
     config = small(tmp_path / "{time}", tmp_path / "data", online_steps=0, sft_steps=2)
-    names = iter(["first", "second"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("time.strftime", lambda *_: next(names))  # both begin within one second
-        run_recipe(config, ["--seeds", "3", "5", "--poco.eta", "0.3"])
-    runs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "second")]
+    run_recipe(config, ["--seeds", "3", "5", "--poco.eta", "0.3"])
+    folders = sorted(tmp_path.glob("*-seed*"))
+    assert [folder.name[-6:] for folder in folders] == ["-seed3", "-seed5"]
+    runs = [json.loads((folder / "config.json").read_text()) for folder in folders]
     assert [(run["seed"], run["poco"]["eta"]) for run in runs] == [(3, 0.3), (5, 0.3)]
 
 
-def test_a_seed_that_is_no_number_is_told(capsys):
+def test_seeds_go_on_where_they_were_stopped(tmp_path):
+    """Seed 3 is done, seed 4 was stopped after a checkpoint, seed 5 never began."""
+    config = small(tmp_path / "{time}", tmp_path / "data", online_steps=0, sft_steps=4)
+    run_recipe(config, ["--seeds", "3", "4"])
+    done, stopped = sorted(tmp_path.glob("*-seed*"))
+    (stopped / "result.json").unlink()
+    before = (done / "result.json").stat().st_mtime_ns
+    run_recipe(config, ["--seeds=3", "4", "5", "--resume"])
+    assert (done / "result.json").stat().st_mtime_ns == before
+    assert (stopped / "result.json").is_file()
+    assert [folder.name[-1] for folder in sorted(tmp_path.glob("*-seed*"), key=lambda f: f.name[-1])] == ["3", "4", "5"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seeds", "0", "one"], "--seeds takes whole numbers, not one"),
+        (["--seeds"], "--seeds needs at least one value"),
+        (["--seeds", "0", "1", "--seed", "2"], "--seed and --seeds were given"),
+    ],
+)
+def test_seeds_that_cannot_be_are_told(words, said, capsys):
     with pytest.raises(SystemExit) as stop:
-        run_recipe(TrainConfig(env=EnvSpec()), ["--seeds", "0", "one"])
+        run_recipe(TrainConfig(env=EnvSpec()), words)
     assert stop.value.code == 1
-    assert "--seeds takes whole numbers, not one" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
+
+
+def variants(tmp_path):
+    """Two runs, the second from the first one's policy."""
+
+    def configs(seed):
+        root = tmp_path / f"seed{seed}"
+        first = small(root / "first", tmp_path / "data", online_steps=0, sft_steps=2)
+        second = replace(
+            first, policy=str(root / "first" / "policy"), policy_options={}, statistics="checkpoint", sft_steps=0
+        )
+        return {"first": first, "second": replace(second, output_dir=root / "second")}
+
+    return configs
+
+
+def test_a_sweep_goes_on_by_itself_and_refuses_what_would_mix_its_runs(tmp_path, capsys):
+    configs = variants(tmp_path)
+    run_sweep(configs, ["--seeds", "0", "1", "--log-every", "1"])
+    results = sorted(tmp_path.glob("seed*/*/result.json"))
+    assert [str(path.parent.relative_to(tmp_path)) for path in results] == [
+        *("seed0/first", "seed0/second"),
+        *("seed1/first", "seed1/second"),
+    ]
+    assert (tmp_path / "report.html").is_file()
+    made = [path.stat().st_mtime_ns for path in results]
+    # Ended before its first checkpoint: begun anew. The others are done.
+    half = tmp_path / "seed1" / "second"
+    for name in ("result.json", "checkpoints"):
+        shutil.rmtree(half / name) if (half / name).is_dir() else (half / name).unlink()
+    run_sweep(configs, ["--seeds", "0", "1", "--log-every", "1"])
+    assert [path.stat().st_mtime_ns for path in results][:3] == made[:3]
+    assert results[3].is_file()
+    for words, said in (
+        (["--log-every", "1", "--sft-steps", "9"], "holds a run of another configuration (sft_steps: 2 -> 9"),
+        (["--output-dir", "x"], "leave --output-dir out"),
+        (["--seed", "1"], "leave --seed out, or use --seeds"),
+        (["--seeds", "2", "--only", "second", "--policy", "runs/none"], "run that variant first"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_sweep(configs, words)
+        assert stop.value.code == 1
+        assert said in capsys.readouterr().err
 
 
 def test_data_of_an_expert_are_made_once(tmp_path, capsys):

@@ -49,7 +49,10 @@ THIRD_PARTY = {
     **dict.fromkeys(BASE | MATHS | {"config", "algorithm", "registry", "testing", "__init__"}, PURE),
     "data": PURE | {"numpy", "lerobot"},
     "rollout": PURE
-    | {*{"numpy", "lerobot", "gymnasium", "mujoco", "OpenGL", "ogbench", "robosuite"}, *{"h5py", "huggingface_hub"}},
+    | {
+        *{"numpy", "lerobot", "gymnasium", "mujoco", "OpenGL", "ogbench", "robosuite"},
+        *{"h5py", "huggingface_hub", "filelock"},
+    },
     "checkpoint": PURE | {"numpy", "safetensors", "huggingface_hub", "peft"},
     "hub": PURE | {"safetensors", "huggingface_hub", "peft", "lerobot"},
     "progress": {"rich"},

@@ -116,17 +116,16 @@ def test_the_command_line_names_policy_environment_and_options(tmp_path):
 @pytest.mark.parametrize(
     ("told", "line"),
     [
-        ({"recipe": "recipes/a.py", "command": ["recipes/a.py", "--seed", "1"]}, "launch recipes/a.py --seed 1"),
-        ({"recipe": "recipes/a.py", "command": ["--seed", "1"]}, "launch recipes/a.py --seed 1"),
-        ({"recipe": "recipes/a.py"}, "accelerate launch recipes/a.py"),
-        ({"recipe": None, "command": ["/x/bin/poco-vla", "train", "--a", "b c"]}, "poco-vla train --a 'b c'"),
-        ({"command": ["recipes/a.py", "--seed", "1"]}, "launch recipes/a.py --seed 1"),
+        ({"command": ["recipes/a.py"]}, "accelerate launch recipes/a.py --seed 7"),
+        ({"command": ["recipes/a.py", "--seed", "1", "--poco.eta", "2"]}, "launch recipes/a.py --poco.eta 2 --seed 7"),
+        ({"command": ["recipes/a.py", "--seeds", "7", "8", "--resume", "--smoke"]}, "recipes/a.py --smoke --seed 7"),
+        ({"command": ["/x/bin/poco-vla", "train", "--a", "b c"]}, "poco-vla train --a 'b c' --seed 7"),
         ({"command": ["/x/bin/pytest", "-q"]}, None),
         ({}, None),
     ],
 )
 def test_the_training_command_is_as_far_as_the_run_tells_it(told, line, tmp_path):
-    command = train_command(Run(tmp_path, told, {}))
+    command = train_command(Run(tmp_path, told | {"seed": 7}, {}))
     assert command is line if line is None else command.endswith(line)
 
 
@@ -238,6 +237,16 @@ def test_a_setting_that_an_older_configuration_lacks_is_the_default(tmp_path):
     del values["poco"]["beta"], values["demonstrations"]["noise"]
     (old / "config.json").write_text(json.dumps(values))
     assert len(report.group_runs([new, old])) == 1
+
+
+def test_a_setting_that_is_none_and_one_that_is_absent_are_told_apart(tmp_path):
+    """The fields that tell groups apart are searched until they do; here "not set" against null."""
+    runs = [configured(tmp_path / name) for name in "ab"]
+    values = json.loads((runs[0] / "config.json").read_text())
+    values["env"]["options"]["episode_length"] = None
+    (runs[0] / "config.json").write_text(json.dumps(values))
+    names = [group.name for group in report.group_runs(runs)]
+    assert names == ["env.options.episode_length null", "env.options.episode_length not set"]
 
 
 def test_seeds_meet_on_the_grid_of_the_one_that_ended_first():
@@ -413,7 +422,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def runs(tmp_path):
     """Three seeds of a published task, and one run of a task with a hostile name."""
-    settings = {"episodes": EPISODES, "metrics": METRICS, "device": "cpu", "recipe": "recipes/lift.py"}
+    settings = {"episodes": EPISODES, "metrics": METRICS, "device": "cpu", "command": ["recipes/lift.py"]}
     runs = [configured(tmp_path / "lift" / f"seed{k}", seed=k, task="lift", **settings) for k in range(3)]
     runs.append(configured(tmp_path / "evil" / "<b>run", task=EVIL, metrics=METRICS))
     (runs[0] / "failure_before.mp4").write_bytes(b"1" * 100)

@@ -216,7 +216,7 @@ def _tiles(group: Group) -> str:
         return '<p class="note">No evaluations: this run only imitated, or had no environment to act in.</p>'
     demonstrations = (group.runs[0].result.get("demonstrations") or {}).get("steps")
     tiles = {
-        "after SFT": f"{_percent(before[0])}<small> %</small>",
+        "after SFT" if _imitated(group) else "untrained": f"{_percent(before[0])}<small> %</small>",
         "after POCO": f"{_percent(after[0])}<small> %</small>",
         "gain": f"{_gain(before, after)}<small> points</small>",
         "environment steps": short(round(group.env_steps, -2 if group.env_steps > 1000 else 0)),
@@ -272,16 +272,25 @@ def _published(group: Group) -> str:
         for method, curve in others.items()
     )
     task = next(iter(others.values())).label
-    head = "".join(f"<th>{name}</th>" for name in ("method", "at 0", f"at {short(end)}", f"at {short(last)} [95 %]"))
+    ours = "Ours begins where imitation (SFT) ended." if _imitated(group) else "Ours begins as those two do."
+    head = "".join(
+        f"<th>{name}</th>" for name in ("method", "at 0", f"at {short(round(end, -2))}", f"at {short(last)} [95 %]")
+    )
     return f"""<p class="note published"><strong>The settings differ; compare shapes, not winners.</strong>
 Published runs are of <code>{_esc(task)}</code>. All but RLPD and RLPD-AC were trained offline for 1M steps before
-step 0; those two start from nothing, with the offline data in their replay. Ours begins where
-imitation (SFT) ended. Data, rewards, episode limits and networks may differ, too.
+step 0; those two start from nothing, with the offline data in their replay. {ours}
+Data, rewards, episode limits and networks may differ, too.
 Published points lie 100k steps apart.</p>
 <details><summary>published figures</summary><table class="plain figures"><thead><tr>{head}</tr></thead>
 <tbody>
 {rows}
 </tbody></table></details>"""
+
+
+def _imitated(group: Group) -> bool:
+    """Whether the policies had learned from demonstrations before they acted."""
+    config = group.runs[0].config
+    return bool(config.get("sft_steps", 1)) or config.get("policy") is not None
 
 
 def _metrics(group: Group) -> str:

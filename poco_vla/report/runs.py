@@ -119,9 +119,9 @@ class Run:
     def setting(self) -> dict[str, Any]:
         """What makes it the same experiment as another run: all of its configuration but seed, folders and logging."""
         own = dict(self.config) or {"adapter": self.result.get("adapter")} | flat({"env": self.result["env"] or {}})
-        siblings = Path(str(own.get("output_dir"))).parent
-        if own.get("policy") and Path(own["policy"]).is_relative_to(siblings):
-            own["policy"] = str(Path(own["policy"]).relative_to(siblings))  # an earlier run of the same sweep and seed
+        siblings, policy = Path(str(own.get("output_dir"))).parent, Path(str(own.get("policy")))
+        if policy.is_relative_to(siblings):  # an earlier run of the same sweep and seed
+            own["policy"] = str(policy.relative_to(siblings))
         return {name: value for name, value in (defaults() | own).items() if name not in NO_SETTING}
 
     @cached_property
@@ -187,7 +187,7 @@ def _named(settings: list[list[Run]]) -> list[Group]:
     telling = _telling_fields(tables)
     groups = []
     for table, runs in zip(tables, settings, strict=True):
-        told = ", ".join(f"{name} {shown(table.get(name))}" for name in telling)
+        told = ", ".join(f"{name} {shown(table.get(name, 'not set'))}" for name in telling)
         groups.append(Group(tuple(sorted(runs, key=lambda run: run.result["seed"])), told or str(table["adapter"])))
     return groups
 
@@ -196,7 +196,7 @@ def _telling_fields(tables: list[dict[str, Any]]) -> list[str]:
     """Fields that tell `tables` apart, the adapter and the algorithm's own first, evaluation last."""
 
     def kinds(names: Iterable[str]) -> int:
-        return len({json.dumps([table.get(name) for name in names], default=str) for table in tables})
+        return len({json.dumps([table.get(name, "not set") for name in names], default=str) for table in tables})
 
     every = sorted({name for table in tables for name in table}, key=_rank)
     told: list[str] = []
@@ -271,14 +271,23 @@ def eval_command(run: Path) -> str | None:
 
 
 def train_command(run: Run) -> str | None:
-    """The command line that started a run; None where result.json does not tell one that can be given again."""
-    command = run.result.get("command") or []
-    recipe = run.result.get("recipe") or next((word for word in command[:1] if word.endswith(".py")), None)
-    if recipe:
-        given = command[1:] if command and Path(command[0]).name == Path(recipe).name else command
-        return shlex.join(["accelerate", "launch", recipe, *given])
-    known = command and Path(command[0]).name == "poco-vla"
-    return shlex.join(["poco-vla", *command[1:]]) if known else None
+    """The command line that runs it again; None where result.json does not tell one that can be given again."""
+    command = run.result.get("command") or [""]
+    given, seed = _without(command[1:], ("--seeds", "--seed", "--only", "--resume")), str(run.result["seed"])
+    if command[0].endswith(".py"):
+        return shlex.join(["accelerate", "launch", command[0], *given, "--seed", seed])
+    return shlex.join(["poco-vla", *given, "--seed", seed]) if Path(command[0]).name == "poco-vla" else None
+
+
+def _without(words: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """A command line without these flags and their values."""
+    kept, left_out = [], False
+    for word in words:
+        if word.startswith("--"):
+            left_out = word.split("=")[0] in flags
+        if not left_out:
+            kept.append(word)
+    return kept
 
 
 @contextmanager

@@ -11,23 +11,27 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from poco_vla.config import DemonstrationConfig, EnvSpec
 from poco_vla.data import Episode
 from poco_vla.errors import ConfigError, DataError
 from poco_vla.rollout.environments import environment
-from poco_vla.rollout.pool import flat_observation, make_env, worker_context
+from poco_vla.rollout.pool import flat_observation, ignore_interrupts_in_workers, make_env, worker_context
 from poco_vla.rollout.recorder import write_dataset
 
 logger = logging.getLogger(__name__)
 
+HOPELESS = 50
+"""Attempts without one success after which an expert is given up."""
 DISTURBANCE_STEPS = 10
 """Control steps of random actions before a recovery begins; with OGBench's arm up to half a metre."""
 
@@ -70,38 +74,46 @@ def ensure_demonstrations(
     if (root / "meta" / "info.json").is_file():
         logger.info("demonstrations: using %s", root)
         return root
-    parts = root.with_name(f".{root.name}.attempts")
+    parts, lock = (root.with_name(f".{root.name}.{name}") for name in ("attempts", "lock"))
     env = environment(spec)
     try:
         _open_env(env.package_name, env.gym_id, env.gym_kwargs)
         _refuse_without_expert(spec, config)
-        parts.mkdir(parents=True, exist_ok=True)
-        kept = _collect(env, config, parts, on_episode)
+        # Runs of several seeds begin together and want the same dataset: one makes it, the others wait for it.
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            parts.mkdir(exist_ok=True)
+            if not (root / "meta" / "info.json").is_file():
+                kept = _collect(env, config, parts, on_episode)
+                write_dataset(map(_read, kept), root, fps=env.fps, repo_id=f"local/{root.name}", video=config.video)
     finally:
         _close_env()
-    write_dataset(map(_read, kept), root, fps=env.fps, repo_id=f"local/{root.name}", video=config.video)
-    shutil.rmtree(parts, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        if (root / "meta" / "info.json").is_file():
+            shutil.rmtree(parts, ignore_errors=True)
     return root
 
 
 def _collect(env: Any, config: DemonstrationConfig, parts: Path, on_episode: Callable[[int], None]) -> list[Path]:
     """Files of the first `config.episodes` attempts that are kept."""
     kept: list[Path] = []
-    for attempt, path in enumerate(_attempts(env, config, parts)):
-        with np.load(path, allow_pickle=False) as file:
-            succeeded = bool(file["success"].any())
-        if config.kind != "expert" or succeeded:
-            kept.append(path)
-            on_episode(len(kept))
-        if len(kept) == config.episodes:
-            break
-        if attempt >= 20 + 10 * config.episodes:
-            shutil.rmtree(parts)
-            raise ConfigError(
-                f"the expert succeeded in {len(kept)} of {attempt + 1} attempts at noise {config.noise:g}; lower it, "
-                "or allow longer episodes"
-            )
-    return kept
+    attempt, most = 0, 20 + 10 * config.episodes
+    with closing(_attempts(env, config, parts)) as attempts:
+        for attempt, path in enumerate(attempts, 1):
+            with np.load(path, allow_pickle=False) as file:
+                succeeded = bool(file["success"].any())
+            if config.kind != "expert" or succeeded:
+                kept.append(path)
+                on_episode(len(kept))
+            if len(kept) == config.episodes:
+                return kept
+            if attempt == (most if kept else min(most, HOPELESS)):
+                break
+    shutil.rmtree(parts)
+    raise ConfigError(
+        f"the expert succeeded in {len(kept)} of {attempt} attempts at noise {config.noise:g}; lower it, or allow "
+        "longer episodes"
+    )
 
 
 def demonstrate(env: Any, noise: float, rng: np.random.Generator, *, seed: int, disturb_at: int = 0) -> Episode:
@@ -155,9 +167,9 @@ def _disturb(env: Any, noise: float, rng: np.random.Generator, steps: int, obser
     return observation
 
 
-def _attempts(env: Any, config: DemonstrationConfig, parts: Path) -> Iterator[Path]:
+def _attempts(env: Any, config: DemonstrationConfig, parts: Path) -> Generator[Path]:
     """The file of each attempt's episode, in order, without end."""
-    workers = min(config.workers or os.cpu_count() or 1, -(-config.episodes // 4))
+    workers = min(config.workers or _num_cores(), -(-config.episodes // 4))
     if workers <= 1:
         yield from (_attempt(config, parts, attempt) for attempt in count())
     context = worker_context(getattr(env, "preload", ()))
@@ -173,12 +185,18 @@ def _attempts(env: Any, config: DemonstrationConfig, parts: Path) -> Iterator[Pa
         executor.shutdown(cancel_futures=True)
 
 
+def _num_cores() -> int:
+    """Cores that this process may use: a container's share, not the whole machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 _env: Any = None
 """The environment of this process."""
 
 
 def _open_env(package: str, gym_id: str, kwargs: Mapping[str, Any]) -> None:
     global _env
+    ignore_interrupts_in_workers()
     _env = make_env(package, gym_id, kwargs).unwrapped
 
 
@@ -203,9 +221,10 @@ def _attempt(config: DemonstrationConfig, parts: Path, attempt: int) -> Path:
     else:
         episode = _env.play(config.kind, config.noise, config.steps, rng)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    columns = {name: getattr(episode, name) for name in ("action", "reward", "success", "terminal")}
+    columns: dict[str, Any] = {name: getattr(episode, name) for name in ("action", "reward", "success", "terminal")}
+    columns |= episode.obs
     with partial.open("wb") as file:
-        np.savez(file, task=np.array(episode.task), **columns, **dict(episode.obs))
+        np.savez(file, task=np.array(episode.task), **columns)
     partial.rename(path)
     return path
 

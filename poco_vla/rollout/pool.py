@@ -300,9 +300,7 @@ def make_env(package: str, gym_id: str, kwargs: Mapping[str, Any]) -> gym.Env:
 def _make_chunk_env(
     package: str, gym_id: str, kwargs: Mapping[str, Any], horizon: int, index: int, num_envs: int
 ) -> ChunkEnv:
-    if multiprocessing.parent_process() is not None:
-        # Ctrl-C goes to the whole process group; the learner decides when workers stop.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_interrupts_in_workers()
     return ChunkEnv(make_env(package, gym_id, kwargs), horizon, index, num_envs)
 
 
@@ -311,6 +309,12 @@ def _vectorise(makers: list[Any], preload: Sequence[str], *, in_process: bool) -
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED, copy=True)
     context = worker_context(preload).get_start_method()
     return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED, context=context, copy=True)
+
+
+def ignore_interrupts_in_workers() -> None:
+    """Ctrl-C goes to the whole process group; the process that started the workers decides when they stop."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def worker_context(preload: Sequence[str]) -> multiprocessing.context.BaseContext:

@@ -64,6 +64,7 @@ def import_ogbench(
     task: str,
     root: Path,
     *,
+    kind: Literal["play", "noisy"] = "play",
     episodes: int | None = None,
     on_episode: Callable[[int], None] = _nothing,
 ) -> Path:
@@ -75,6 +76,7 @@ def import_ogbench(
         source: the .npz; or a folder with the task's :func:`ogbench_file` in it, or else with the parts of one data
             set (the 100M sets have many), in the order of their names. Files for validation (-val.npz) are left out.
         task: OGBench id of a single task, as in :func:`relabelled`.
+        kind: which of the task's sets to look for in a folder.
         episodes: how many trajectories, from the first; None takes all.
         on_episode: told after each written episode.
 
@@ -82,8 +84,8 @@ def import_ogbench(
         DataError: nothing there, a damaged file, arrays that are missing, do not fit together, are of another
             environment or not finite; fewer than `episodes` trajectories; `root` exists.
     """
-    _refuse_existing(root)
-    trajectories = chain.from_iterable(_trajectories(path, task) for path in _npz_files(source, task))
+    refuse_existing(root)
+    trajectories = chain.from_iterable(_trajectories(path, task) for path in _npz_files(source, task, kind))
     made = (relabelled(task, one) for one in _first(trajectories, episodes, source))
     return write_dataset(_told(made, on_episode), root, fps=FPS, repo_id=f"local/{root.name}")
 
@@ -93,20 +95,19 @@ def ogbench_file(task: str, kind: Literal["play", "noisy"] = "play") -> str:
     return f"{task.split('-singletask')[0]}-{kind}-v0"
 
 
-def _npz_files(source: Path, task: str) -> list[Path]:
+def _npz_files(source: Path, task: str, kind: Literal["play", "noisy"]) -> list[Path]:
     if source.is_file():
         return [source]
     if not source.is_dir():
         raise DataError(
-            f"{source} does not exist; expected {ogbench_file(task)}.npz (from {OGBENCH_URL}) or its folder"
+            f"{source} does not exist; expected {ogbench_file(task, kind)}.npz (from {OGBENCH_URL}) or its folder"
         )
-    for kind in ("play", "noisy"):
-        official = source / f"{ogbench_file(task, kind)}.npz"
-        if official.is_file():
-            return [official]
+    official = source / f"{ogbench_file(task, kind)}.npz"
+    if official.is_file():
+        return [official]
     files = sorted(path for path in source.glob("*.npz") if not path.stem.endswith("-val"))
     if not files:
-        raise DataError(f"{source} holds no .npz; expected {ogbench_file(task)}.npz (from {OGBENCH_URL})")
+        raise DataError(f"{source} holds no .npz; expected {ogbench_file(task, kind)}.npz (from {OGBENCH_URL})")
     return files
 
 
@@ -207,7 +208,7 @@ def import_robomimic(
         DataError: a damaged file, another task's, without these observations, with shaped rewards, numbers that are not
             finite; no such filter key; fewer than `episodes` demonstrations; `root` exists.
     """
-    _refuse_existing(root)
+    refuse_existing(root)
     name = robosuite_gym.checked_task(task)
     with _hdf5(source) as file:
         fps = _rate(file, source, name)
@@ -417,7 +418,8 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _refuse_existing(root: Path) -> None:
+def refuse_existing(root: Path) -> None:
+    """Raise DataError when there is something in the dataset's place."""
     if root.exists():
         raise DataError(f"{root} exists already; remove it, or choose another folder")
 

@@ -1,6 +1,9 @@
 """Demonstrations by a simulator's own expert: successful, reproducible, made once."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -87,8 +90,10 @@ def test_the_folders_name_can_be_read(tmp_path):
     spec = EnvSpec(options={"episode_length": 120})
     root = demonstrations_root(spec, wanted(tmp_path, episodes=30))
     assert root.name == "cube-single-singletask-task1-v0_episode_length-120_expert_n30_noise0.1_seed0"
-    root = demonstrations_root(EnvSpec(), wanted(tmp_path, kind="play", steps=100, recovery=0.5))
-    assert root.name == "cube-single-singletask-task1-v0_play_n4_noise0.1_seed0_steps100_recovery0.5"
+    root = demonstrations_root(EnvSpec(), wanted(tmp_path, kind="play", steps=100))
+    assert root.name == "cube-single-singletask-task1-v0_play_n4_noise0.1_seed0_steps100"
+    root = demonstrations_root(EnvSpec(), wanted(tmp_path, recovery=0.5))
+    assert root.name == "cube-single-singletask-task1-v0_expert_n4_noise0.1_seed0_recovery0.5"
 
 
 def test_any_number_of_workers_makes_the_same_dataset(tmp_path):
@@ -99,6 +104,24 @@ def test_any_number_of_workers_makes_the_same_dataset(tmp_path):
         for workers in (1, 2)
     ]
     assert_same(*map(read, roots))
+
+
+def test_processes_that_want_the_same_dataset_make_it_once_together(tmp_path):
+    """Three runs of different seeds that begin at once."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        f"sys.path[:0] = {sys.path!r}\n"
+        "import tiny_gym\nfrom tiny_env import point_spec\nfrom poco_vla.config import DemonstrationConfig\n"
+        "from poco_vla.rollout import ensure_demonstrations\n"
+        f"config = DemonstrationConfig(episodes=30, workers=1, root=Path({str(tmp_path)!r}))\n"
+        "print(ensure_demonstrations(point_spec(kind='ExpertPoint'), config))\n"
+    )
+    runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    shown = {run.communicate()[0].strip().splitlines()[-1] for run in runs}
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert shown == {str(demonstrations_root(expert_spec(), wanted(tmp_path, episodes=30)))}
+    assert len(read(Path(shown.pop()))) == 30
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 class _StopError(Exception):
@@ -248,7 +271,7 @@ def test_an_environment_without_an_expert_asks_for_a_dataset(tmp_path):
 
 def test_an_expert_that_fails_too_often_gives_up_and_says_why(tmp_path):
     """No expert reaches the origin, 1 away, in one step of 0.3 each way. For one episode it tries 20 + 10 times."""
-    with pytest.raises(ConfigError, match=r"succeeded in 0 of 31 attempts at noise 0.1; lower"):
+    with pytest.raises(ConfigError, match=r"succeeded in 0 of 30 attempts at noise 0.1; lower"):
         ensure_demonstrations(expert_spec(episode_length=1), wanted(tmp_path, episodes=1))
     assert not list(tmp_path.iterdir())
 

@@ -7,8 +7,8 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
-from poco_vla.errors import ConfigError
 from poco_vla.rollout.environments import ogbench_gym, ogbench_tasks
+from poco_vla.rollout.environments.pictures import check_image_size, checked_cameras
 
 
 @EnvConfig.register_subclass("ogbench")
@@ -34,9 +34,8 @@ class OGBenchConfig(EnvConfig):
     features_map: dict[str, str] = field(default_factory=lambda: {ACTION: ACTION, "agent_pos": OBS_STATE})
 
     def __post_init__(self) -> None:
-        self.cameras = ogbench_gym.checked_cameras(self.cameras)
-        if self.image_size < 32 or self.image_size % 2:
-            raise ConfigError(f"image_size is {self.image_size}; video encoders need an even one of at least 32 pixels")
+        self.cameras = checked_cameras(self.cameras, ogbench_gym.CAMERAS)
+        check_image_size(self.image_size)
         state_dim, action_dim = ogbench_tasks.dimensions(self.task or "", proprioceptive=bool(self.cameras))
         self.features = {
             ACTION: PolicyFeature(FeatureType.ACTION, (action_dim,)),

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 
 from poco_vla.data import Episode
-from poco_vla.errors import ConfigError, UnknownNameError
+from poco_vla.errors import ConfigError
 from poco_vla.rollout.environments.ogbench_expert import PlanExpert
 from poco_vla.rollout.environments.ogbench_play import Play, relabelled
 from poco_vla.rollout.environments.ogbench_tasks import (
@@ -19,6 +19,7 @@ from poco_vla.rollout.environments.ogbench_tasks import (
     sentence,
     time_limit,
 )
+from poco_vla.rollout.environments.pictures import checked_cameras
 from poco_vla.rollout.render import render
 
 GYM_ID = "poco_vla/OGBench-v0"
@@ -52,8 +53,8 @@ class OGBenchEnv(gym.Env):
         image_size: int = 128,
     ) -> None:
         self.simulator = make_simulator(task, success_timing)
-        self.cameras, self.image_size = checked_cameras(cameras), image_size
-        self.task = task
+        self.cameras, self.image_size = checked_cameras(cameras, CAMERAS), image_size
+        self.task, self.success_timing = task, success_timing
         self.task_description = sentence(task)
         self._max_episode_steps = episode_length or time_limit(task)
         self._steps = 0
@@ -96,6 +97,8 @@ class OGBenchEnv(gym.Env):
         """A trajectory of OGBench's data collection in this task's scene, with this task's rewards."""
         if self.cameras:
             raise ConfigError("play data hold the whole state and no pictures; leave the cameras out")
+        if self.success_timing != "post":
+            raise ConfigError('play data have the rewards of success_timing "post"; leave the option out')
         family = self.task.split("-singletask")[0]
         return relabelled(self.task, _player(family, kind, noise).trajectory(steps, rng))
 
@@ -110,14 +113,6 @@ class OGBenchEnv(gym.Env):
 @cache
 def _player(family: str, kind: Literal["play", "noisy"], noise: float) -> Play:
     return Play(family, kind, noise)
-
-
-def checked_cameras(names: Sequence[str]) -> tuple[str, ...]:
-    """The names as a tuple. Raises UnknownNameError for one that is none of `CAMERAS`."""
-    for name in names:
-        if name not in CAMERAS:
-            raise UnknownNameError("camera", name, CAMERAS)
-    return tuple(names)
 
 
 def _with_wrist_camera(kind: Any) -> Any:

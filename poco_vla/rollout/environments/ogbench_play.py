@@ -132,6 +132,7 @@ class Play:
 
 
 _STACKING = {"cube-single": (0.0, 0.0), "cube-double": (0.0, 0.25), "cube-triple": (0.05, 0.35)}
+_STACKING |= {"cube-quadruple": (0.1, 0.5), "cube-octuple": (0.0, 0.35)}
 """Range of a trajectory's probability that a cube goes on top of another (OGBench's generator)."""
 
 

@@ -7,8 +7,8 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
-from poco_vla.errors import ConfigError
 from poco_vla.rollout.environments import robosuite_gym
+from poco_vla.rollout.environments.pictures import check_image_size, checked_cameras
 
 
 @EnvConfig.register_subclass("robosuite")
@@ -38,9 +38,8 @@ class RobosuiteConfig(EnvConfig):
     def __post_init__(self) -> None:
         robosuite_gym.check_installed()
         self.task = robosuite_gym.checked_task(self.task or "")
-        self.cameras = robosuite_gym.checked_cameras(self.cameras)
-        if self.image_size < 32 or self.image_size % 2:
-            raise ConfigError(f"image_size is {self.image_size}; video encoders need an even one of at least 32 pixels")
+        self.cameras = checked_cameras(self.cameras, robosuite_gym.CAMERAS)
+        check_image_size(self.image_size)
         state_dim = robosuite_gym.state_dimension(self.task, proprioceptive=bool(self.cameras))
         self.features = {
             ACTION: PolicyFeature(FeatureType.ACTION, (robosuite_gym.ACTION_DIM,)),

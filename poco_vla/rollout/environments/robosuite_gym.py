@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 
 from poco_vla.errors import ConfigError, UnknownNameError
+from poco_vla.rollout.environments.pictures import checked_cameras
 from poco_vla.rollout.environments.seeding import draw_seed, numpy_seed
 from poco_vla.rollout.render import render
 
@@ -102,7 +103,7 @@ class RobosuiteEnv(gym.Env):
     ) -> None:
         self.task = checked_task(task)
         self.task_description = TASKS[self.task].sentence
-        self.cameras, self.image_size = checked_cameras(cameras), image_size
+        self.cameras, self.image_size = checked_cameras(cameras, CAMERAS), image_size
         self.terminate_at_success = terminate_at_success
         self._max_episode_steps = episode_length or HORIZON
         self._steps = 0
@@ -182,14 +183,6 @@ def checked_task(name: str) -> str:
     if name.capitalize() not in TASKS:
         raise UnknownNameError("RoboMimic task", name, TASKS)
     return name.capitalize()
-
-
-def checked_cameras(names: Sequence[str]) -> tuple[str, ...]:
-    """The names as a tuple. Raises UnknownNameError for one that is none of `CAMERAS`."""
-    for name in names:
-        if name not in CAMERAS:
-            raise UnknownNameError("camera", name, CAMERAS)
-    return tuple(names)
 
 
 def state_dimension(task: str, *, proprioceptive: bool) -> int:
