@@ -100,7 +100,9 @@ def run_sweep(
             _run_variant(one)
         if os.environ.get("RANK", "0") == "0":
             folders = [one.output_dir for one in runs]
-            Console(highlight=False, soft_wrap=True).print(write_page(folders, folders[0].parent.parent / "report.html"))
+            Console(highlight=False, soft_wrap=True).print(
+                write_page(folders, folders[0].parent.parent / "report.html")
+            )
 
     _guarded(run)
 

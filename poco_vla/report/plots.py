@@ -41,6 +41,8 @@ METRICS = {
     "critic_loss": "critic loss",
 }
 """Scalars of metrics.jsonl that the page draws, and their titles."""
+PANEL, SMALL_PANEL = (7.2, 4.2), (5.4, 3.9)
+"""Width and height of a panel alone, and of one of several, in inches."""
 BINS = 120
 """Points per line of a metric, each an average: finer than a small picture shows."""
 
@@ -53,13 +55,21 @@ def draw_curves(runs: Sequence[Path], path: Path) -> Path:
         path: picture to write; its suffix says the format.
     """
     groups = group_runs(runs)
-    figure = Figure(figsize=(7.2, 4.2 * len(groups)))  # no pyplot: a notebook keeps its own backend
-    panels = figure.subplots(len(groups), squeeze=False)[:, 0]
-    for axes, group in zip(panels, groups, strict=True):
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    width, height = PANEL if len(groups) == 1 else SMALL_PANEL
+    figure = Figure(figsize=(width * columns, height * rows))  # no pyplot: a notebook keeps its own backend
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, group in zip(panels, groups, strict=False):
         draw_group(axes, group, published(group.task))
         axes.set_title(_caption(group), loc="left", fontsize=9, color=COLOURS["ink"], parse_math=False)
-    edge = 0.6 / (4.2 * len(groups))
-    figure.subplots_adjust(left=0.085, right=0.80, bottom=edge, top=1 - edge, hspace=0.3)
+    for axes in panels[len(groups) :]:
+        axes.set_visible(False)
+    edge, axis, names = 0.6 / (height * rows), 0.6 / width, 1.45 / width
+    # In every panel there is room for its axis and for the names at the lines' ends.
+    gap = (axis + names) / (1 - axis - names)
+    sides = {"left": axis / columns, "right": 1 - names / columns}
+    figure.subplots_adjust(**sides, bottom=edge, top=1 - edge, hspace=0.35, wspace=gap)
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=150, format=path.suffix.removeprefix(".").lower())
     return path

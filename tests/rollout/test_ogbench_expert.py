@@ -15,13 +15,14 @@ TASKS = [
     "puzzle-3x3-singletask-task1-v0",
     *(f"cube-double-singletask-task{k}-v0" for k in (2, 4, 5)),
     "cube-triple-singletask-task4-v0",
+    "cube-quadruple-singletask-task3-v0",
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_the_expert_solves_the_task(task):
-    """Among them: through a lock, into a drawer that is closed, cubes that change places, a tower."""
+    """Among them: through a lock, into a drawer that is closed, cubes that change places, towers."""
     env = OGBenchEnv(task)
     episode = demonstrate(env, 0.1, np.random.default_rng(0), seed=0)
     assert episode.success[-1]

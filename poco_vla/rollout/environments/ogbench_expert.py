@@ -75,11 +75,10 @@ def _next_cube(simulator: Any, rng: np.random.Generator) -> Subgoal | None:
     lowest_first = np.argsort(goals[:, 2], kind="stable").tolist()
     unmet = [i for i in lowest_first if np.linalg.norm(at[i] - goals[i]) > 0.035]
     for i in unmet:
-        if _supported(at, goals[i]) and not _above(at, at[i], i) and not _above(at, goals[i], i):
+        if _supported(at, goals[i]) and not _on_top(at, i) and not _taking(at, goals[i], i):
             return _move_cube(i, goals[i])
     for i in unmet:
-        in_the_way = [*_above(at, at[i], i), *_above(at, goals[i], i)]
-        free = [j for j in in_the_way if not _above(at, at[j], j)]
+        free = [j for j in [*_on_top(at, i), *_taking(at, goals[i], i)] if not _on_top(at, j)]
         if free:
             return _move_cube(free[0], _free_place(simulator, np.concatenate([at, goals]), rng))
     return None
@@ -93,8 +92,14 @@ def _beside(a: np.ndarray, b: np.ndarray, distance: float = 0.05) -> bool:
     return bool(np.linalg.norm(a[:2] - b[:2]) < distance)
 
 
-def _above(cubes: np.ndarray, place: np.ndarray, but: int) -> list[int]:
-    """Cubes that stand on a place, or higher above it, `but` one left out."""
+def _on_top(cubes: np.ndarray, index: int) -> list[int]:
+    """Cubes that stand on one; not its neighbours, which may be as near as 4 cm."""
+    one = cubes[index]
+    return [j for j, other in enumerate(cubes) if _beside(other, one, 0.03) and other[2] > one[2] + 0.02]
+
+
+def _taking(cubes: np.ndarray, place: np.ndarray, but: int) -> list[int]:
+    """Cubes that are where a cube would have to be, or higher there, `but` one left out."""
     return [j for j, one in enumerate(cubes) if j != but and _beside(one, place) and one[2] > place[2] - 0.02]
 
 
