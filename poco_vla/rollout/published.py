@@ -105,7 +105,8 @@ def _npz_files(source: Path, task: str, kind: Literal["play", "noisy"]) -> list[
     official = source / f"{ogbench_file(task, kind)}.npz"
     if official.is_file():
         return [official]
-    files = sorted(path for path in source.glob("*.npz") if not path.stem.endswith("-val"))
+    others = {ogbench_file(task, "play"), ogbench_file(task, "noisy")}
+    files = sorted(p for p in source.glob("*.npz") if not p.stem.endswith("-val") and p.stem not in others)
     if not files:
         raise DataError(f"{source} holds no .npz; expected {ogbench_file(task, kind)}.npz (from {OGBENCH_URL})")
     return files

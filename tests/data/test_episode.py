@@ -7,7 +7,7 @@ import pytest
 
 from poco_vla.config import RewardConfig
 from poco_vla.data import Episode
-from poco_vla.errors import DataError
+from poco_vla.errors import DataError, UnknownNameError
 
 
 def episode():
@@ -26,7 +26,12 @@ def episode():
         (RewardConfig(), [0, 0, 1]),
         (RewardConfig(success=1.0, step=-1.0), [-1, -1, 0]),
         (RewardConfig(success=1.0, step=-0.01), [-0.01, -0.01, 0.99]),
-        (RewardConfig(source="recorded", success=1.0, step=-1.0), [5, 6, 7]),
+        (RewardConfig(source="recorded", success=9.0), [5, 6, 7]),
+        (RewardConfig(source="recorded", step=-1.0), [4, 5, 6]),
+        (RewardConfig.named("sparse"), [0, 0, 1]),
+        (RewardConfig.named("minus_one"), [-1, -1, 0]),
+        (RewardConfig.named("semi_sparse"), [5, 6, 7]),
+        (RewardConfig.named("step_cost"), [4.99, 5.99, 6.99]),
     ],
 )
 def test_reward_is_step_plus_success_or_what_was_recorded(config, rewards):
@@ -34,6 +39,11 @@ def test_reward_is_step_plus_success_or_what_was_recorded(config, rewards):
     found = episode().rewards(config)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, rewards, rtol=1e-6)
+
+
+def test_an_unknown_reward_is_answered_with_those_there_are():
+    with pytest.raises(UnknownNameError, match="minus_one, semi_sparse, sparse, step_cost"):
+        RewardConfig.named("dense")
 
 
 def test_success_at_any_step_is_a_success():

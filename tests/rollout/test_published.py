@@ -188,8 +188,9 @@ def test_a_folder_may_hold_the_official_file_or_parts(tmp_path):
     episodes = read(import_ogbench(tmp_path, PUZZLE, tmp_path / "parts"))
     assert [state_of(e) for e in episodes] == [part["observations"][0].tolist() for part in parts]
     save_npz(tmp_path / "puzzle-3x3-noisy-v0.npz", parts[1])
-    (only,) = read(import_ogbench(tmp_path, PUZZLE, tmp_path / "official"))
+    (only,) = read(import_ogbench(tmp_path, PUZZLE, tmp_path / "official", kind="noisy"))
     assert state_of(only) == parts[1]["observations"][0].tolist()
+    assert len(read(import_ogbench(tmp_path, PUZZLE, tmp_path / "play"))) == 2, "the noisy set is no part of another"
 
 
 def test_the_first_episodes_can_be_taken_but_no_more_than_there_are(tmp_path):
