@@ -1,0 +1,37 @@
+"""Acting on LeRobot robots at a fixed rate, and a simulated one to try it on.
+
+LeRobot's own programs find the simulated arm by ``--robot.discover_packages_path=poco_vla.rollout.robots
+--robot.type=simulated_arm``; in Python, importing this package is enough for ``make_robot_from_config``. (LeRobot
+imports distributions by itself only when their names begin with ``lerobot_robot_``.)
+"""
+
+from poco_vla.rollout.robots.interaction import EpisodeStats, RobotEpisode, RobotInteraction
+from poco_vla.rollout.robots.safety import ActionError, ActionLimits, StoppedError
+from poco_vla.rollout.robots.signals import (
+    AnySignals,
+    KeySignals,
+    RewardModelSuccess,
+    RobotSuccess,
+    ScriptedSignals,
+    Signal,
+    Signals,
+)
+from poco_vla.rollout.robots.simulated import SimulatedArm, SimulatedArmConfig
+
+__all__ = [
+    "ActionError",
+    "ActionLimits",
+    "AnySignals",
+    "EpisodeStats",
+    "KeySignals",
+    "RewardModelSuccess",
+    "RobotEpisode",
+    "RobotInteraction",
+    "RobotSuccess",
+    "ScriptedSignals",
+    "Signal",
+    "Signals",
+    "SimulatedArm",
+    "SimulatedArmConfig",
+    "StoppedError",
+]
