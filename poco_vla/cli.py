@@ -1,10 +1,11 @@
-"""Command lines: `poco-vla train | eval | data | report | adapters`, and the entries of recipes."""
+"""Command lines: `poco-vla train | eval | serve | data | report | adapters`, and the entries of recipes."""
 
 import json
 import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -248,6 +249,34 @@ class Report:
 
 
 @dataclass
+class Serve:
+    """A policy for robots elsewhere, by openpi's websocket protocol."""
+
+    policy: Annotated[str, tyro.conf.Positional]
+    """LeRobot policy folder or Hub id."""
+    adapter: str | None = None
+    """Adapter that wraps it. Left out: that of the run that exported the policy."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is all of this machine's, for which a token is needed."""
+    port: int = 8000
+    """Port; 0 takes a free one."""
+    token: str | None = None
+    """What clients must show ("Authorization: Api-Key TOKEN"). Left out: the environment variable POCO_VLA_TOKEN."""
+    certificate: Path | None = None
+    """TLS certificate (PEM)."""
+    key: Path | None = None
+    """Its private key (PEM)."""
+    insecure: bool = False
+    """Serve other machines without a token."""
+    fps: float = 15.0
+    """Control steps per second, told to clients."""
+    device: str = "cpu"
+    """Torch device."""
+    seed: int = 0
+    """Of the policy's noise."""
+
+
+@dataclass
 class MakeData:
     """Data of the simulator's own scripted expert."""
 
@@ -322,7 +351,7 @@ def _command(args: Sequence[str]) -> object:
     options, rest = _with_open_options(TrainConfig(env=EnvSpec()), args)
     assert options.env is not None
     command = tyro.extras.subcommand_cli_from_dict(
-        {"train": Train, "eval": Eval, "data": Data, "report": Report, "adapters": Adapters},
+        {"train": Train, "eval": Eval, "serve": Serve, "data": Data, "report": Report, "adapters": Adapters},
         prog="poco-vla",
         description="POCO for vision-language-action policies: imitate first, then succeed.",
         args=rest,
@@ -350,12 +379,15 @@ def _run(command: object) -> None:
             from poco_vla.registry import load_adapter
 
             adapter = load_adapter(
-                command.adapter or _run_of(command, "by which adapter, with --adapter").get("adapter", "flow_mlp")
+                command.adapter
+                or _run_of(command.policy, "by which adapter, with --adapter").get("adapter", "flow_mlp")
             )
             env = _env_of(command)
             policy = adapter.from_pretrained(command.policy, device=command.device)
             result = evaluate(policy, env, episodes=command.episodes, seed=command.seed)
             console.print(f"success {result.success} of {command.episodes} episodes")
+        case Serve():
+            _serve(command, console)
         case Data():
             console.print(_make_data(command.source))
         case Report():
@@ -377,6 +409,32 @@ def _run(command: object) -> None:
 
             for name, where in available_adapters().items():
                 console.print(f"{name:<16} {where}")
+
+
+def _serve(command: Serve, console: Console) -> None:
+    """Answer until Ctrl-C."""
+    from poco_vla.registry import load_adapter
+    from poco_vla.rollout import Actor
+    from poco_vla.rollout.serving.server import PolicyServer, observations_of
+
+    name = command.adapter or _run_of(command.policy, "by which adapter, with --adapter").get("adapter", "flow_mlp")
+    policy = load_adapter(name).from_pretrained(command.policy, device=command.device)
+    server = PolicyServer(
+        Actor(policy, command.seed),
+        observations_of(command.policy, policy.input_keys),
+        adapter=name,
+        fps=command.fps,
+        host=command.host,
+        port=command.port,
+        token=command.token or os.environ.get("POCO_VLA_TOKEN"),
+        certificate=command.certificate,
+        key=command.key,
+        insecure=command.insecure,
+    )
+    with server:
+        console.print(f"serving {name} at {server.url}; Ctrl-C ends it")
+        sys.stdout.flush()
+        threading.Event().wait()
 
 
 def _make_data(source: MakeData | OGBenchData | RobomimicData) -> Path:
@@ -418,19 +476,19 @@ def _env_of(command: Eval) -> EnvSpec:
             return from_json(EnvSpec, json.loads(command.env))
         except (json.JSONDecodeError, AttributeError) as error:
             raise ConfigError(f"--env is no JSON object: {error}") from error
-    env = _run_of(command, "where it acts with --env")["env"]
+    env = _run_of(command.policy, "where it acts with --env")["env"]
     if env is None:
         raise ConfigError(f"the run of {command.policy} had no environment: say where it acts with --env")
     return from_json(EnvSpec, env)
 
 
-def _run_of(command: Eval, otherwise: str) -> dict[str, Any]:
+def _run_of(policy: str, otherwise: str) -> dict[str, Any]:
     """result.json of the run that exported the policy."""
     from poco_vla.report import read_result
 
-    run = Path(command.policy).parent
+    run = Path(policy).parent
     if not (run / "result.json").is_file():
-        raise ConfigError(f"{command.policy} does not lie in a run's folder: say {otherwise}")
+        raise ConfigError(f"{policy} does not lie in a run's folder: say {otherwise}")
     return read_result(run)
 
 

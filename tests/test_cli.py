@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pointmass_run import small
 
@@ -284,6 +286,32 @@ def test_data_of_official_files(tmp_path, capsys):
     assert not root.exists()
     main([*words, str(path), "--episodes", "1"])
     assert json.loads((root / "meta" / "info.json").read_text())["total_episodes"] == 1
+
+
+def test_serve_answers_a_client_until_it_is_interrupted(run):
+    from poco_vla.rollout.serving.client import PolicyClient
+
+    command = [
+        Path(sys.executable).with_name("poco-vla"),
+        "serve",
+        str(run / "policy"),
+        "--port",
+        "0",
+        "--token",
+        "secret",
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = next(line for line in server.stdout if line.startswith("serving"))  # LeRobot has something to say, too
+        assert line.startswith("serving flow_mlp at ws://127.0.0.1:")
+        url = line.split()[3].rstrip(";")
+        with PolicyClient(url, token="secret") as client:
+            state = np.zeros(client.metadata["observation"]["observation.state"]["shape"], dtype=np.float32)
+            chunk = client.chunk({"observation.state": state}, "dock")
+        assert chunk.actions.shape == (5, 2)
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=30) == 130
 
 
 def test_tiny_is_offered_by_recipes_of_large_models_only(capsys):
