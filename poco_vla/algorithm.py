@@ -34,6 +34,7 @@ class Poco(nn.Module):
     """
 
     zeta: Tensor
+    beta: Tensor
 
     def __init__(self, policy: FlowPolicy, config: PocoConfig, draws: Draws | None = None) -> None:
         super().__init__()
@@ -53,7 +54,9 @@ class Poco(nn.Module):
         )
         self.target_critic = deepcopy(self.critic).requires_grad_(False)
         zeta = float("nan") if config.zeta == "auto" else config.zeta
+        # Buffers, because both may change while a run goes on: by calibration, and after a collapse.
         self.register_buffer("zeta", torch.tensor(zeta, dtype=torch.float32))
+        self.register_buffer("beta", torch.tensor(config.beta, dtype=torch.float32))
 
     def forward(self, batch: ChunkBatch, stage: Stage) -> tuple[Tensor, Metrics]:
         """Loss of one batch in a stage, and its named scalars."""
@@ -95,7 +98,7 @@ class Poco(nn.Module):
         bc_loss, bc_metrics = self._anchor(errors[:, 0], batch)
         posterior_loss, posterior_metrics = clipped_distillation(errors[:, 1:], w, zeta=self._zeta())
 
-        loss = critic_loss + bc_loss + cfg.beta * posterior_loss
+        loss = critic_loss + bc_loss + self.beta * posterior_loss
         metrics |= bc_metrics | posterior_metrics
         metrics |= {
             "candidate_q": q.mean(),

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``checkpoints/<update>``:
 
-    weights.safetensors    what trains (head or LoRA), critic, target critic, zeta
+    weights.safetensors    what trains (head or LoRA), critic, target critic, zeta, beta
     optimizer.safetensors  Adam's moments and step counts
     random.safetensors     states of torch generators; chunks of the running episodes
     state.json             stage, step counts, numpy generators, seeds of the running episodes, recorded parts
@@ -15,10 +15,13 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,8 +29,10 @@ from torch import Tensor, nn
 from poco_vla.config import TrainConfig, differences, from_json, to_json
 from poco_vla.errors import CheckpointError
 from poco_vla.files import replace_folder, write_json
+from poco_vla.types import ChunkBatch
 
 FREE_TO_CHANGE = {"resume", "checkpoint_every", "log_every", "trackers", "num_threads", "output_dir", "eval.videos"}
+FREE_TO_CHANGE |= {"demonstrations.workers"}
 """Configuration fields that do not change what the next update computes."""
 
 
@@ -127,12 +132,61 @@ def load_trainable_state(module: nn.Module, weights: Mapping[str, Tensor]) -> No
     module.load_state_dict(weights, strict=False)
 
 
-def claim_folder(path: Path) -> None:
-    """Make sure that a run can write in `path`, before any long work.
+def save_batch(folder: Path, batch: ChunkBatch, rank: int) -> Path:
+    """Keep a batch whose loss is not finite, to be looked at; never raises, since an error is on its way already."""
+    path = folder / f"nonfinite_batch_{rank}.safetensors"
+    tensors: dict[str, Tensor] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        named = {f"{field.name}.{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {}
+        tensors |= named or ({} if isinstance(value, Mapping) else {field.name: value})
+    with suppress(OSError):
+        save_file(_contiguous(tensors), path)
+    return path
+
+
+GOOD_HEAD = "good_head.safetensors"
+
+
+def save_head(folder: Path, head: Mapping[str, Tensor]) -> None:
+    """Keep the parameters of a head in a run's folder, whole or not at all.
 
     Raises:
-        CheckpointError: it cannot.
+        CheckpointError: they cannot be written.
     """
+    partial = folder / f".{GOOD_HEAD}.partial"
+    try:
+        save_file(_contiguous(head), partial)
+        partial.replace(folder / GOOD_HEAD)
+    except OSError as error:
+        raise CheckpointError(f"{folder / GOOD_HEAD} could not be written: {error}") from error
+
+
+def load_head(folder: Path) -> dict[str, Tensor]:
+    """What `save_head` kept; nothing where it kept nothing.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = folder / GOOD_HEAD
+    try:
+        return load_file(path) if path.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def claim_folder(path: Path, *, lock: bool = True) -> FileLock:
+    """Make sure that a run can write in `path`, and is alone in it, before any long work.
+
+    Args:
+        path: the run's folder.
+        lock: take the folder's lock, which the kernel gives back when the process ends in whatever way. Of several
+            processes of one run the main one does.
+
+    Raises:
+        CheckpointError: it cannot, or another run is at work there.
+    """
+    own = FileLock(path / ".lock")
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-test-{os.getpid()}"
@@ -142,19 +196,29 @@ def claim_folder(path: Path) -> None:
         raise CheckpointError(
             f"cannot write in output_dir {path}: {error.strerror or error}. Choose another."
         ) from error
+    try:
+        if lock:
+            own.acquire(timeout=0)
+    except Timeout as error:
+        raise CheckpointError(
+            f"another process is training in {path}. Wait for it, stop it, or choose another output_dir."
+        ) from error
+    return own
 
 
 def discard_folder(path: Path) -> None:
     """Remove the folder of a run that ended before its first checkpoint, if there is one.
 
     Raises:
-        CheckpointError: it holds a checkpoint or a result, or cannot be removed.
+        CheckpointError: it holds a checkpoint or a result, cannot be removed, or a run is at work there.
     """
+    if not path.exists():
+        return
+    claim_folder(path).release()
     if (path / "result.json").exists() or any((path / "checkpoints").glob("[0-9]*")):
         raise CheckpointError(f"{path} holds a run that can be continued; nothing was removed")
     try:
-        if path.exists():
-            shutil.rmtree(path)
+        shutil.rmtree(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be removed: {error.strerror or error}") from error
 

@@ -223,6 +223,28 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What happens when practice makes the policy significantly worse than it was after SFT (ours)."""
+
+    action: Literal["restore", "stop", "off"] = "restore"
+    """"restore" goes on from the last good head with a smaller beta; "stop" ends the run with that head."""
+    window: int = 50
+    """Most training episodes over which success is compared; as many lie between two heads that are kept."""
+    least: int = 20
+    """Fewest training episodes over which it is."""
+    beta_factor: float = 0.5
+    """What beta is multiplied by at each restoration."""
+    max_restores: int = 3
+    """Restorations after which the run ends with the last good head."""
+
+    def __post_init__(self) -> None:
+        _require(self.least >= 5, f"guard.least is {self.least}; fewer than 5 episodes prove nothing")
+        _require(self.window >= self.least, f"guard.window is {self.window}, fewer than guard.least ({self.least})")
+        _require(0 < self.beta_factor <= 1, f"guard.beta_factor is {self.beta_factor}; it must lie in (0, 1]")
+        _require(self.max_restores >= 0, f"guard.max_restores is {self.max_restores}; it must not be negative")
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Optimisation: Adam with one parameter group for the actor and one for the critic."""
 
@@ -283,6 +305,8 @@ class TrainConfig:
     """The pool."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What happens on a collapse."""
     sft_steps: int = 20_000
     """Updates of stage 1 (paper: 20k to 500k by task)."""
     warmup_steps: int = 5_000

@@ -32,9 +32,10 @@ from poco_vla.config import TrainConfig, to_json, to_scalars
 from poco_vla.data import BatchSource, Episode, Replay, chunk_batch, network_obs, open_dataset, read_episodes
 from poco_vla.data.dataset import info_of
 from poco_vla.errors import CheckpointError, ConfigError, NonFiniteError, UnknownNameError
-from poco_vla.evaluate import SuccessRate, evaluate
+from poco_vla.evaluate import SuccessRate, evaluate, wilson_interval
 from poco_vla.files import write_json
 from poco_vla.flow import Draws
+from poco_vla.guard import CollapseGuard
 from poco_vla.policy import FlowPolicy
 from poco_vla.progress import Bar, Display
 from poco_vla.registry import load_adapter
@@ -105,6 +106,7 @@ class Progress:
     stage_update: int = 0
     env_steps: int = 0
     owed_updates: float = 0.0
+    stopped: bool = False
     recent: list[bool] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
@@ -136,19 +138,22 @@ class Trainer:
                 "train by itself. On CPUs set ACCELERATE_USE_CPU=true."
             )
         self.config = config = replace(config, output_dir=self._choose_folder(config))
-        checkpoint.claim_folder(config.output_dir)
+        self.is_main = self.accelerator.is_main_process
+        self._lock = checkpoint.claim_folder(config.output_dir, lock=self.is_main)
         self._refuse_to_overwrite()
         folders = self.accelerator.project_configuration
         folders.project_dir = folders.logging_dir = str(config.output_dir)
-        self.is_main = self.accelerator.is_main_process
         self.display = Display(enabled=self.is_main)
         self.progress = Progress()
+        self.guard = CollapseGuard(config.guard)
+        self._good_head: dict[str, Tensor] = {}
         self._envs: EnvPool | None = None
         self._eval_envs: EnvPool | None = None
         self._stop = False
         self._saved = 0
         self._sums: dict[str, Tensor] = {}
         self._num_summed = 0
+        self._logged = (time.monotonic(), 0, 0)
 
         self._open_data()
         self._build()
@@ -168,6 +173,10 @@ class Trainer:
                 self._imitate()
                 self._calibrate()
                 self._evaluate("after SFT" if self.config.sft_steps else "untrained", videos="before")
+                if self.progress.evaluations:
+                    after_sft = self.progress.evaluations[0]
+                    self.guard.reference = (after_sft["successes"], after_sft["episodes"])
+                self._keep_head()
                 self._enter("online")
                 self._save()
             if self.progress.stage == "online":
@@ -185,6 +194,7 @@ class Trainer:
                 pool.close()
         if self.config.trackers:
             self.accelerator.end_training()
+        self._lock.release()
 
     # -- stages -------------------------------------------------------------------------------------------------
 
@@ -204,7 +214,7 @@ class Trainer:
             self._envs = EnvPool(self._env, config.horizon)
             self._envs.reset(1_000_000 * (config.seed + 1))
         with self.display.stage("online", config.online_steps, now.env_steps) as bar:
-            while now.env_steps < config.online_steps:
+            while now.env_steps < config.online_steps and not now.stopped:
                 if self._envs is not None:
                     # Before it has learned anything, the critic has no say in what is executed.
                     best_of_n = config.best_of_n if now.stage_update > config.warmup_steps else 1
@@ -220,7 +230,8 @@ class Trainer:
                 if every and before // every != now.env_steps // every and now.env_steps < config.online_steps:
                     self._evaluate(f"at {now.env_steps} steps")
                 self._after_update()
-            self._learn_what_is_owed(bar)
+            if not now.stopped:
+                self._learn_what_is_owed(bar)
         if 0 < now.stage_update <= config.warmup_steps:
             self.display.say(f"critic warm-up took all {now.stage_update} updates: the actor was never trained online")
 
@@ -237,10 +248,12 @@ class Trainer:
         """One update of a stage: loss, backward, step, target."""
         batch = self.batches.draw(bootstrap=stage != "sft")
         loss, metrics = self.module(batch, stage)
-        if not torch.isfinite(loss):
+        if self._on_any_process(not torch.isfinite(loss)):
+            path = checkpoint.save_batch(self.config.output_dir, batch, self.accelerator.process_index)
             raise NonFiniteError(
                 f"{stage} update {self.progress.stage_update}: the loss is {loss.item()} "
-                f"({', '.join(f'{k} {v.item():.3g}' for k, v in metrics.items())}); nothing was changed by it"
+                f"({', '.join(f'{k} {v.item():.3g}' for k, v in metrics.items())}); nothing was changed by it. "
+                f"The batch is kept in {path}."
             )
         self.accelerator.backward(loss)
         metrics |= self._clip_gradients()
@@ -443,6 +456,43 @@ class Trainer:
                     {"env_steps": self.progress.env_steps, "length": len(episode), "success": episode.succeeded},
                 )
 
+            if self.progress.stage_update > self.config.warmup_steps and not self.progress.stopped:
+                self._watch(episode.succeeded)
+
+    def _watch(self, success: bool) -> None:
+        """Let the guard see an episode. Every process sees the same ones and decides alike."""
+        verdict = self.guard.add(success)
+        if verdict == "good":
+            self._keep_head()
+        elif verdict == "collapsed":
+            recent, (successes, episodes) = self.guard.recent, self.guard.reference or (0, 1)
+            go_on = self.guard.restored()
+            self._restore_head()
+            self.poco.beta.mul_(self.config.guard.beta_factor if go_on else 1)
+            self.progress.stopped = not go_on
+            self.display.say(
+                f"[bold]collapse[/bold]: {sum(recent)} of the last {len(recent)} episodes succeeded; after SFT "
+                f"{successes} of {episodes} did. The last good head is back; "
+                + (f"going on with beta {self.poco.beta.item():g}" if go_on else "the run ends here")
+            )
+
+    def _keep_head(self) -> None:
+        """The present head, should a later one collapse; on disk too, for a resumed run."""
+        if self.config.guard.action != "off" and self.config.online_steps:
+            self._good_head = {name: p.detach().cpu().clone() for name, p in self._head_parameters()}
+            if self.is_main:
+                checkpoint.save_head(self.config.output_dir, self._good_head)
+
+    def _restore_head(self) -> None:
+        """The last good head, its optimizer state begun anew."""
+        with torch.no_grad():
+            for name, parameter in self._head_parameters():
+                parameter.copy_(self._good_head[name])
+                self.optimizer.state.pop(parameter, None)
+
+    def _head_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
+
     def _share(self, episodes: list[Episode], steps: int) -> tuple[list[Episode], int]:
         """The main process's episodes on every process, as plain tensors."""
         if self.accelerator.num_processes == 1:
@@ -483,8 +533,10 @@ class Trainer:
         now = self.progress
         if stage != "sft" and now.recent:
             scalars["train_success"] = sum(now.recent) / len(now.recent)
-        bar.note(_headline(scalars))
-        self.accelerator.log({f"{stage}/{name}": value for name, value in scalars.items()}, step=now.update)
+        rates = self._rates()
+        bar.note(_headline(scalars, now.recent) | {name: f"{value:.0f}/s" for name, value in rates.items() if value})
+        told = scalars | {f"{name}_per_s": value for name, value in rates.items()}
+        self.accelerator.log({f"{stage}/{name}": value for name, value in told.items()}, step=now.update)
         if self.is_main:
             line = {
                 "stage": stage,
@@ -493,6 +545,15 @@ class Trainer:
                 "seconds": round(self._seconds(), 2),
             }
             self._write_line("metrics.jsonl", line | scalars)
+
+    def _rates(self) -> dict[str, float]:
+        """Updates and environment steps per second since the last log line. They differ from run to run, so that they
+        are shown and tracked, but not in metrics.jsonl, which a resumed run repeats."""
+        clock, now = time.monotonic(), self.progress
+        then, updates, steps = self._logged
+        self._logged = (clock, now.update, now.env_steps)
+        seconds = max(clock - then, 1e-6)
+        return {"updates": (now.update - updates) / seconds, "steps": (now.env_steps - steps) / seconds}
 
     def _write_line(self, name: str, values: Mapping[str, Any]) -> None:
         with (self.config.output_dir / name).open("a") as file:
@@ -511,6 +572,8 @@ class Trainer:
             "updates": now.update,
             "env_steps": now.env_steps,
             "online_episodes": self.replay.num_online_episodes,
+            "restored_heads": self.guard.restores,
+            "stopped_early": now.stopped,
             "seconds": round(self._seconds(), 1),
             "adapter": config.adapter,
             "device": self.accelerator.device.type,
@@ -552,10 +615,13 @@ class Trainer:
 
     def _asked_to_stop(self) -> bool:
         """Ctrl-C, agreed on by all processes: a signal may reach them on different sides of an update."""
+        return self._on_any_process(self._stop)
+
+    def _on_any_process(self, flag: bool) -> bool:
+        """Whether it is so on one of the processes: they go on together or not at all."""
         if self.accelerator.num_processes == 1:
-            return self._stop
-        flag = torch.tensor([float(self._stop)], device=self.accelerator.device)
-        total = self.accelerator.reduce(flag, "sum")
+            return flag
+        total = self.accelerator.reduce(torch.tensor([float(flag)], device=self.accelerator.device), "sum")
         assert isinstance(total, Tensor)
         return bool(total.item() > 0)
 
@@ -577,6 +643,7 @@ class Trainer:
                 "seeds": envs["seeds"],
                 "parts": self._flush_episodes(),
                 "base_version": self.policy.base_version,
+                "guard": self.guard.state(),
                 "sums": {name: value.item() for name, value in self._sums.items()},
                 "num_summed": self._num_summed,
             }
@@ -612,6 +679,8 @@ class Trainer:
         self.optimizer.load_state_dict(optimizer)
         self.progress = Progress(**state["progress"])
         self._saved = self.progress.update
+        self.guard.load(state["guard"])
+        self._good_head = checkpoint.load_head(self.config.output_dir)
         self.draws.generator.set_state(tensors["draws"])
         self.actor.generator.set_state(tensors["actor"])
         self.batches.rng.bit_generator.state = state["batches"]
@@ -683,8 +752,8 @@ class Trainer:
             raise ConfigError(f"{folder} already holds {state}, choose another --output-dir, or delete it.")
 
 
-def _headline(scalars: Mapping[str, float]) -> dict[str, float | str]:
-    """The scalars that fit beside a bar."""
+def _headline(scalars: Mapping[str, float], recent: Sequence[bool]) -> dict[str, float | str]:
+    """The scalars that fit below a bar; success with its 95 % interval."""
     names = {
         "train_success": "success",
         "bc_loss": "bc",
@@ -696,7 +765,8 @@ def _headline(scalars: Mapping[str, float]) -> dict[str, float | str]:
     }
     out: dict[str, float | str] = {short: scalars[name] for name, short in names.items() if name in scalars}
     if "train_success" in scalars:
-        out["success"] = f"{scalars['train_success']:.0%}"
+        low, high = wilson_interval(sum(recent), len(recent))
+        out["success"] = f"{scalars['train_success']:.0%} [{low:.0%}, {high:.0%}]"
     return out
 
 

@@ -9,7 +9,7 @@ In the paper zeta 0.3 collapses early, 0.04 stays at imitation and 0.08 is best;
 from dataclasses import replace
 from pathlib import Path
 
-from poco_vla import DemonstrationConfig, EnvSpec, EvalConfig, PocoConfig, RewardConfig, TrainConfig
+from poco_vla import DemonstrationConfig, EnvSpec, EvalConfig, GuardConfig, PocoConfig, RewardConfig, TrainConfig
 from poco_vla.cli import run_sweep
 
 ZETAS = (0.04, 0.08, 0.15, 0.3)
@@ -28,6 +28,7 @@ def configs(seed: int) -> dict[str, TrainConfig]:
         reward=RewardConfig.named("step_cost"),  # the environment's own less 0.01 per step [code]
         poco=PocoConfig(eta=0.001, beta=1.0, zeta=0.08),
         eval=EvalConfig(episodes=50, every=10_000),
+        guard=GuardConfig(action="off"),  # a collapse is what this is about
         sft_steps=300_000,  # [code]
         warmup_steps=5_000,
         online_steps=0,

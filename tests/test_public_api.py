@@ -19,6 +19,7 @@ PUBLIC = [
     "EnvSpec",
     "EvalConfig",
     "FlowPolicy",
+    "GuardConfig",
     "Lora",
     "Metrics",
     "OptimConfig",

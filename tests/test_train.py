@@ -25,11 +25,18 @@ from safetensors.torch import load_file
 
 from poco_vla.config import DatasetConfig, EvalConfig, PocoConfig, TrainConfig, from_json, to_json
 from poco_vla.data import Episode
-from poco_vla.errors import CheckpointError, ConfigError, DataError, UnknownAdapterError, UnknownNameError
+from poco_vla.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    UnknownAdapterError,
+    UnknownNameError,
+)
 from poco_vla.rollout import EpisodeRecorder
 from poco_vla.rollout.demonstrations import demonstrations_root, ensure_demonstrations
 from poco_vla.rollout.recorder import write_dataset
-from poco_vla.train import train
+from poco_vla.train import Trainer, train
 
 HERE = Path(__file__).parent
 
@@ -583,3 +590,33 @@ def test_demonstrations_are_made_once_and_hold_successes_only(tmp_path):
     assert (again / "meta" / "info.json").stat().st_mtime_ns == stamp
     episodes = EpisodeRecorder(tmp_path, 10).load([first.name], ["observation.state"])
     assert [episode.succeeded for episode in episodes] == [True] * 6
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_step_and_keeps_the_batch(tmp_path, data):
+    config = small(tmp_path / "run", data, online_steps=0)
+    trainer = Trainer(config)
+    try:
+        with torch.no_grad():
+            next(iter(trainer.actor_parameters)).fill_(float("nan"))
+        before = [p.detach().clone() for p in trainer.actor_parameters[1:]]
+        with pytest.raises(NonFiniteError, match=r"sft update 0: the loss is nan .* batch is kept in .*\.safetensors"):
+            trainer.run()
+    finally:
+        trainer.close()
+    for p, old in zip(trainer.actor_parameters[1:], before, strict=True):
+        torch.testing.assert_close(p.detach(), old, rtol=0, atol=0)
+    kept = load_file(config.output_dir / "nonfinite_batch_0.safetensors")
+    assert kept["actions"].shape[:2] == (config.optim.batch_size, config.horizon)
+    assert kept["obs.observation.state"].shape[0] == config.optim.batch_size
+
+
+def test_two_runs_in_one_folder_are_refused_and_the_first_goes_on(tmp_path, data):
+    config = small(tmp_path / "run", data, online_steps=0)
+    first = Trainer(config)
+    try:
+        with pytest.raises(CheckpointError, match="another process is training in"):
+            Trainer(config)
+        first.run()
+    finally:
+        first.close()
+    assert (config.output_dir / "result.json").is_file()
