@@ -467,7 +467,9 @@ def test_a_client_leaves_a_server_of_another_protocol(server, monkeypatch, key, 
 
 
 @pytest.mark.parametrize(
-    "actions", [np.zeros((4, 3)), np.zeros((3, 3), np.float32), np.full((4, 3), np.nan, np.float32)], ids=["float64", "short", "nan"]
+    "actions",
+    [np.zeros((4, 3)), np.zeros((3, 3), np.float32), np.full((4, 3), np.nan, np.float32)],
+    ids=["float64", "short", "nan"],
 )
 def test_a_client_hands_over_no_actions_that_were_not_announced(actions):
     class Odd(Actor):
