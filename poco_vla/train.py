@@ -140,6 +140,14 @@ class Trainer:
         self.config = config = replace(config, output_dir=self._choose_folder(config))
         self.is_main = self.accelerator.is_main_process
         self._lock = checkpoint.claim_folder(config.output_dir, lock=self.is_main)
+        try:
+            self._prepare(config)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _prepare(self, config: TrainConfig) -> None:
+        """Data, policy and all else, in a folder that is the run's own."""
         self._refuse_to_overwrite()
         folders = self.accelerator.project_configuration
         folders.project_dir = folders.logging_dir = str(config.output_dir)
