@@ -28,11 +28,19 @@ from torch import Tensor, nn
 
 from poco_vla.config import TrainConfig, differences, from_json, to_json
 from poco_vla.errors import CheckpointError
-from poco_vla.files import replace_folder, write_json
+from poco_vla.files import replace_folder, whole_file, write_json
 from poco_vla.types import ChunkBatch
 
-FREE_TO_CHANGE = {"resume", "checkpoint_every", "log_every", "trackers", "num_threads", "output_dir", "eval.videos"}
-FREE_TO_CHANGE |= {"demonstrations.workers"}
+FREE_TO_CHANGE = {
+    "resume",
+    "checkpoint_every",
+    "log_every",
+    "trackers",
+    "num_threads",
+    "output_dir",
+    "eval.videos",
+    "demonstrations.workers",
+}
 """Configuration fields that do not change what the next update computes."""
 
 
@@ -80,6 +88,11 @@ def latest(root: Path) -> Path:
     if not found:
         raise CheckpointError(f"nothing to resume: no checkpoint in {root}. Run without --resume to start.")
     return found[-1]
+
+
+def can_resume(folder: Path) -> bool:
+    """Whether a run's folder holds a checkpoint."""
+    return any((folder / "checkpoints").glob("[0-9]*"))
 
 
 def load(
@@ -138,8 +151,10 @@ def save_batch(folder: Path, batch: ChunkBatch, rank: int) -> Path:
     tensors: dict[str, Tensor] = {}
     for field in fields(batch):
         value = getattr(batch, field.name)
-        named = {f"{field.name}.{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {}
-        tensors |= named or ({} if isinstance(value, Mapping) else {field.name: value})
+        if isinstance(value, Mapping):
+            tensors |= {f"{field.name}.{key}": one for key, one in value.items()}
+        else:
+            tensors[field.name] = value
     with suppress(OSError):
         save_file(_contiguous(tensors), path)
     return path
@@ -154,10 +169,9 @@ def save_head(folder: Path, head: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: they cannot be written.
     """
-    partial = folder / f".{GOOD_HEAD}.partial"
     try:
-        save_file(_contiguous(head), partial)
-        partial.replace(folder / GOOD_HEAD)
+        with whole_file(folder / GOOD_HEAD) as partial:
+            save_file(_contiguous(head), partial)
     except OSError as error:
         raise CheckpointError(f"{folder / GOOD_HEAD} could not be written: {error}") from error
 
@@ -215,7 +229,7 @@ def discard_folder(path: Path) -> None:
     if not path.exists():
         return
     claim_folder(path).release()
-    if (path / "result.json").exists() or any((path / "checkpoints").glob("[0-9]*")):
+    if (path / "result.json").exists() or can_resume(path):
         raise CheckpointError(f"{path} holds a run that can be continued; nothing was removed")
     try:
         shutil.rmtree(path)

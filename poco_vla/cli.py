@@ -56,12 +56,13 @@ def run_recipe(
 
 def _state_of(config: TrainConfig) -> Literal["done", "resumable", "new"]:
     """How far the newest run is that `config` stands for."""
+    from poco_vla.checkpoint import can_resume
     from poco_vla.train import runs_of
 
-    run = next(iter(reversed(runs_of(config))), None)
-    if run is None or not ((run / "result.json").is_file() or any((run / "checkpoints").glob("[0-9]*"))):
-        return "new"
-    return "done" if (run / "result.json").is_file() else "resumable"
+    runs = runs_of(config)
+    if runs and (runs[-1] / "result.json").is_file():
+        return "done"
+    return "resumable" if runs and can_resume(runs[-1]) else "new"
 
 
 def run_sweep(
@@ -124,7 +125,7 @@ def _run_variant(config: TrainConfig) -> None:
         return
     if config.policy and Path(config.policy).parts[0] == "runs" and not Path(config.policy).is_dir():
         raise ConfigError(f"{folder} starts from {config.policy}, which is not there: run that variant first")
-    resumable = any((folder / "checkpoints").glob("[0-9]*"))
+    resumable = checkpoint.can_resume(folder)
     if not resumable:
         checkpoint.discard_folder(folder)  # ended before its first checkpoint: nothing to go on from
     _train(replace(config, resume=resumable))

@@ -10,11 +10,21 @@ from typing import Any
 from poco_vla.errors import PocoError
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON under a temporary name, then rename."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; it takes `path`'s place when the block ends well."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2, default=str) + "\n")
-    partial.rename(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """JSON, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(values, indent=2, default=str) + "\n")
 
 
 def replace_folder(partial: Path, final: Path) -> None:

@@ -755,7 +755,7 @@ class Trainer:
         if config.resume:
             checkpoint.latest(folder / "checkpoints")
         elif (folder / "config.json").exists():
-            resumable = any((folder / "checkpoints").glob("[0-9]*"))
+            resumable = checkpoint.can_resume(folder)
             state = "a run. Continue it with --resume" if resumable else "a run that has no checkpoint yet"
             raise ConfigError(f"{folder} already holds {state}, choose another --output-dir, or delete it.")
 

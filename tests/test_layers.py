@@ -32,7 +32,7 @@ DOORS = {
     "hub": ALGORITHM | {"registry", "checkpoint", "report"},
     "progress": set(),
     "evaluate": ACTING,
-    "report": ACTING | {"evaluate"},
+    "report": ACTING | {"evaluate", "files"},
     "guard": {"config", "evaluate"},
     # Deviation from the house plan: the loop shows a bar, evaluates between updates and draws its report at the end.
     "train": ALGORITHM | ACTING | {"registry", "checkpoint", "files", "hub", "progress", "evaluate", "report", "guard"},

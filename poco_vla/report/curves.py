@@ -9,7 +9,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from poco_vla.evaluate import wilson_interval
-from poco_vla.report.runs import Group, read_lines, read_result, whole_file
+from poco_vla.files import whole_file
+from poco_vla.report.runs import Group, read_lines, read_result
 
 WINDOW = 20
 """Training episodes in the running success rate (paper)."""

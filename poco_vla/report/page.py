@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
 
+from poco_vla.files import whole_file
 from poco_vla.report.curves import WINDOW, curve_of, rate_of
 from poco_vla.report.plots import COLOURS, METRICS, NAMED, curve_svg, metric_svg, short
 from poco_vla.report.published import published, source
@@ -19,7 +20,6 @@ from poco_vla.report.runs import (
     group_runs,
     shown,
     train_command,
-    whole_file,
 )
 
 MAX_VIDEO_BYTES = 20_000_000

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import blended_transform_factory
 
+from poco_vla.files import whole_file
 from poco_vla.report.curves import WINDOW, Curve, Floats, curve_of, points
 from poco_vla.report.published import published
-from poco_vla.report.runs import Group, Run, group_runs, whole_file
+from poco_vla.report.runs import Group, Run, group_runs
 
 COLOURS = {
     "ink": "#1f2429",

@@ -3,8 +3,7 @@
 import json
 import logging
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -288,14 +287,3 @@ def _without(words: Sequence[str], flags: Sequence[str]) -> list[str]:
         if not left_out:
             kept.append(word)
     return kept
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; it takes `path`'s place when the block ends well."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -131,8 +131,13 @@ class Play:
         return np.clip(action, -1, 1).astype(np.float32)
 
 
-_STACKING = {"cube-single": (0.0, 0.0), "cube-double": (0.0, 0.25), "cube-triple": (0.05, 0.35)}
-_STACKING |= {"cube-quadruple": (0.1, 0.5), "cube-octuple": (0.0, 0.35)}
+_STACKING = {
+    "cube-single": (0.0, 0.0),
+    "cube-double": (0.0, 0.25),
+    "cube-triple": (0.05, 0.35),
+    "cube-quadruple": (0.1, 0.5),
+    "cube-octuple": (0.0, 0.35),
+}
 """Range of a trajectory's probability that a cube goes on top of another (OGBench's generator)."""
 
 
