@@ -1,29 +1,64 @@
 """POCO for vision-language-action policies: imitate first, then succeed. See README.md."""
 
-from poco_vla.algorithm import Poco
-from poco_vla.config import (
-    DatasetConfig,
-    DemonstrationConfig,
-    EnvSpec,
-    EvalConfig,
-    GuardConfig,
-    OptimConfig,
-    PocoConfig,
-    ReplayConfig,
-    RewardConfig,
-    TrainConfig,
+from typing import TYPE_CHECKING
+
+from poco_vla.lazy import load_on_demand
+
+if TYPE_CHECKING:
+    from poco_vla.algorithm import Poco
+    from poco_vla.config import (
+        DatasetConfig,
+        DemonstrationConfig,
+        EnvSpec,
+        EvalConfig,
+        GuardConfig,
+        OptimConfig,
+        PocoConfig,
+        ReplayConfig,
+        RewardConfig,
+        TrainConfig,
+    )
+    from poco_vla.critic import ChunkCritic, polyak_update, td_target
+    from poco_vla.distill import clipped_distillation, flow_errors
+    from poco_vla.errors import DataError, PocoError, PolicyError
+    from poco_vla.files import whole_folder
+    from poco_vla.flow import Draws, integrate, interpolate, target_velocity
+    from poco_vla.lora import Lora, inject_lora, merge_lora
+    from poco_vla.policy import FlowPolicy, Prefix, propose
+    from poco_vla.posterior import effective_sample_size, posterior_weights
+    from poco_vla.registry import available_adapters, load_adapter
+    from poco_vla.testing import check_policy
+    from poco_vla.types import ActionSpec, ChunkBatch, Metrics
+
+__getattr__, __dir__ = load_on_demand(
+    __name__,
+    {
+        "algorithm": ["Poco"],
+        "config": [
+            "DatasetConfig",
+            "DemonstrationConfig",
+            "EnvSpec",
+            "EvalConfig",
+            "GuardConfig",
+            "OptimConfig",
+            "PocoConfig",
+            "ReplayConfig",
+            "RewardConfig",
+            "TrainConfig",
+        ],
+        "critic": ["ChunkCritic", "polyak_update", "td_target"],
+        "distill": ["clipped_distillation", "flow_errors"],
+        "errors": ["DataError", "PocoError", "PolicyError"],
+        "files": ["whole_folder"],
+        "flow": ["Draws", "integrate", "interpolate", "target_velocity"],
+        "lora": ["Lora", "inject_lora", "merge_lora"],
+        "policy": ["FlowPolicy", "Prefix", "propose"],
+        "posterior": ["effective_sample_size", "posterior_weights"],
+        "registry": ["available_adapters", "load_adapter"],
+        "testing": ["check_policy"],
+        "types": ["ActionSpec", "ChunkBatch", "Metrics"],
+    },
 )
-from poco_vla.critic import ChunkCritic, polyak_update, td_target
-from poco_vla.distill import clipped_distillation, flow_errors
-from poco_vla.errors import DataError, PocoError, PolicyError
-from poco_vla.files import whole_folder
-from poco_vla.flow import Draws, integrate, interpolate, target_velocity
-from poco_vla.lora import Lora, inject_lora, merge_lora
-from poco_vla.policy import FlowPolicy, Prefix, propose
-from poco_vla.posterior import effective_sample_size, posterior_weights
-from poco_vla.registry import available_adapters, load_adapter
-from poco_vla.testing import check_policy
-from poco_vla.types import ActionSpec, ChunkBatch, Metrics
 
 __version__ = "0.1.0"
 

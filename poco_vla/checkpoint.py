@@ -7,6 +7,7 @@ A checkpoint is a folder ``checkpoints/<update>``:
     random.safetensors     states of torch generators; chunks of the running episodes
     state.json             stage, step counts, numpy generators, seeds of the running episodes, recorded parts
     config.json            the run's configuration
+    good_head.safetensors  the head that the collapse guard would go back to
 
 The frozen backbone is not in it: the base model is loaded again.
 """
@@ -14,7 +15,7 @@ The frozen backbone is not in it: the base model is loaded again.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -31,15 +32,22 @@ from poco_vla.errors import CheckpointError
 from poco_vla.files import replace_folder, whole_file, write_json
 from poco_vla.types import ChunkBatch
 
+GOOD_HEAD = "good_head.safetensors"
 FREE_TO_CHANGE = {
     "resume",
     "checkpoint_every",
+    "checkpoint_keep_every",
     "log_every",
     "trackers",
     "num_threads",
     "output_dir",
     "eval.videos",
     "demonstrations.workers",
+    "interaction.host",
+    "interaction.port",
+    "interaction.certificate",
+    "interaction.key",
+    "interaction.insecure",
 }
 """Configuration fields that do not change what the next update computes."""
 
@@ -53,9 +61,16 @@ def save(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
     config: TrainConfig,
+    head: Path | None = None,
     keep: int = 2,
+    keep_every: int = 0,
 ) -> Path:
-    """Write checkpoint `update` under `root` and drop all but the newest `keep`."""
+    """Write checkpoint `update` under `root`, and drop all but the newest `keep` and the first one after every
+    `keep_every` updates (0: none).
+
+    Args:
+        head: file of `save_head` that belongs to it; both names share its bytes where the file system can.
+    """
     final = root / f"{update:08d}"
     partial = root / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -67,15 +82,30 @@ def save(
         save_file(_contiguous(tensors), partial / "random.safetensors")
         write_json(partial / "state.json", {**state, "optimizer_groups": groups})
         write_json(partial / "config.json", to_json(config))
+        if head is not None and head.exists():
+            _link(head, partial / GOOD_HEAD)
         replace_folder(partial, final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"checkpoint {final} could not be written: {error}. Earlier checkpoints are intact."
         ) from error
-    for old in sorted(root.glob("[0-9]*"))[:-keep]:
+    for old in _superfluous(sorted(root.glob("[0-9]*")), keep, keep_every):
         shutil.rmtree(old)
     return final
+
+
+def _link(path: Path, name: Path) -> None:
+    try:
+        name.hardlink_to(path)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, name)
+
+
+def _superfluous(found: Sequence[Path], keep: int, keep_every: int) -> list[Path]:
+    """Of checkpoints, oldest first, those that nobody asked to keep."""
+    milestones = [int(path.name) // keep_every if keep_every else 0 for path in found]
+    return [path for i, path in enumerate(found[:-keep]) if milestones[i] == (milestones[i - 1] if i else 0)]
 
 
 def latest(root: Path) -> Path:
@@ -160,11 +190,9 @@ def save_batch(folder: Path, batch: ChunkBatch, rank: int) -> Path:
     return path
 
 
-GOOD_HEAD = "good_head.safetensors"
-
-
 def save_head(folder: Path, head: Mapping[str, Tensor]) -> None:
-    """Keep the parameters of a head in a run's folder, whole or not at all.
+    """Keep the parameters of a head in a run's folder, whole or not at all. The file that was there stays as it was
+    under the names that checkpoints gave it.
 
     Raises:
         CheckpointError: they cannot be written.
@@ -177,7 +205,7 @@ def save_head(folder: Path, head: Mapping[str, Tensor]) -> None:
 
 
 def load_head(folder: Path) -> dict[str, Tensor]:
-    """What `save_head` kept; nothing where it kept nothing.
+    """The head in a run's folder or in a checkpoint; nothing where there is none.
 
     Raises:
         CheckpointError: the file is damaged.

@@ -1,4 +1,4 @@
-"""Command lines: `poco-vla train | eval | serve | data | report | adapters`, and the entries of recipes."""
+"""Command lines: `poco-vla train | eval | serve | robot | data | report | adapters`, and the entries of recipes."""
 
 import json
 import logging
@@ -278,6 +278,54 @@ class Serve:
 
 
 @dataclass
+class Robot:
+    """Episodes on a robot for a training run elsewhere (interaction.mode "remote").
+
+    --robot.type=TYPE and its options, cameras included, and --teleop.type=TYPE for a person who takes over, are given
+    as LeRobot's own commands take them (`lerobot-record --robot.type=TYPE --help` lists them); simulated_arm is a robot
+    without hardware.
+    """
+
+    devices: tyro.conf.Suppress[tuple[str, ...]] = ()
+    url: str = "ws://127.0.0.1:8000"
+    """Where training serves its policy: ws://HOST:PORT, or wss:// with TLS."""
+    token: str | None = None
+    """What the server wants to be shown. Left out: the environment variable POCO_VLA_TOKEN."""
+    certificate: Path | None = None
+    """TLS certificate to trust (PEM), where no authority has signed it."""
+    task: str | None = None
+    """The instruction. Left out: the server's."""
+    rewards: Literal["keys", "robot", "keys+robot"] = "keys"
+    """Who judges an episode: a person by keys, the robot itself (the simulated arm can), or both. Space (emergency
+    stop) and d (discard) are heard in any case."""
+    episode_seconds: float = 30.0
+    """Time limit of an episode."""
+    max_steps: int | None = None
+    """Time limit in control steps, in place of seconds."""
+    fps: float | None = None
+    """Control steps per second. Left out: the server's. 0 is as fast as it goes, for simulated robots."""
+    horizon: int | None = None
+    """Actions of a chunk that are executed. Left out: all."""
+    lead: int = 0
+    """Asynchronous inference: ask for the next chunk so many steps before this one ends; 0 waits for it."""
+    low: tuple[float, ...] | None = None
+    """Smallest actions that are sent, in the robot's units, one for all or one each. Left out: 5 % below the
+    demonstrations' range."""
+    high: tuple[float, ...] | None = None
+    """Largest actions, likewise."""
+    max_step: tuple[float, ...] | None = None
+    """Largest change of an action from one control step to the next, likewise. Left out: no limit."""
+    episodes: int | None = None
+    """End after so many episodes that were kept. Left out: when training ends."""
+    spool: Path = Path("runs/spool")
+    """Folder where episodes are kept until training has them on its disk."""
+    reset: Literal["auto", "prompt"] = "auto"
+    """Before an episode: "auto" lets a robot reset itself if it can, and asks a person if not; "prompt" always asks."""
+    show: bool = False
+    """Show cameras, states and actions in Rerun, LeRobot's viewer."""
+
+
+@dataclass
 class MakeData:
     """Data of the simulator's own scripted expert."""
 
@@ -349,10 +397,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _command(args: Sequence[str]) -> object:
     """What is asked for."""
+    args, devices = _devices(args) if args[:1] == ["robot"] else (args, ())
     options, rest = _with_open_options(TrainConfig(env=EnvSpec()), args)
     assert options.env is not None
     command = tyro.extras.subcommand_cli_from_dict(
-        {"train": Train, "eval": Eval, "serve": Serve, "data": Data, "report": Report, "adapters": Adapters},
+        {
+            **{"train": Train, "eval": Eval, "serve": Serve, "robot": Robot, "data": Data, "report": Report},
+            "adapters": Adapters,
+        },
         prog="poco-vla",
         description="POCO for vision-language-action policies: imitate first, then succeed.",
         args=rest,
@@ -361,9 +413,24 @@ def _command(args: Sequence[str]) -> object:
     if isinstance(command, Train):
         env = command.config.env and _with_options(command.config.env, options.env)
         command.config = replace(command.config, policy_options=options.policy_options, env=env)
+    elif isinstance(command, Robot):
+        command.devices = tuple(devices)
     elif isinstance(command, Data) and isinstance(command.source, MakeData):
         command.source.env = _with_options(command.source.env, options.env)
     return command
+
+
+def _devices(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line without the words for robot and teleoperator, and these: LeRobot's own parser reads them."""
+    rest: list[str] = []
+    devices: list[str] = []
+    into = rest
+    for word in args:
+        if word.startswith("--"):
+            into = devices if word.startswith(("--robot.", "--teleop.")) else rest
+        into.append(word)
+        into = rest if "=" in word else into
+    return rest, devices
 
 
 def _with_options(env: EnvSpec, options: EnvSpec) -> EnvSpec:
@@ -389,6 +456,10 @@ def _run(command: object) -> None:
             console.print(f"success {result.success} of {command.episodes} episodes")
         case Serve():
             _serve(command, console)
+        case Robot():
+            from poco_vla.rollout.robots.program import run_robot
+
+            run_robot(**vars(command))
         case Data():
             console.print(_make_data(command.source))
         case Report():

@@ -191,16 +191,61 @@ class ReplayConfig:
     """The pool D of offline and online transitions."""
 
     capacity: int = 2_000_000
-    """Online control steps that are kept; the oldest episodes go first. Demonstrations always stay (paper: 2M)."""
+    """Online control steps that are kept; the oldest episodes go first (paper: 2M)."""
+    max_bytes: int | None = None
+    """Most bytes that online steps may take, mapped pictures included; None sets no limit. The smaller of this and
+    `capacity` holds (ours)."""
+    demo_capacity: int | None = None
+    """Demonstration steps that are kept, the oldest going first; None keeps all (ours)."""
     demo_fraction: float | None = None
     """Share of each batch drawn from demonstrations; None draws uniformly from the whole pool (code), 0.5 is a 50/50
     mix (RLPD)."""
+    images: Literal["memory", "mapped"] = "memory"
+    """Where pictures lie: in memory, or in a mapped file without a name in the run's folder, of which the system keeps
+    in memory what it has room for (ours)."""
 
     def __post_init__(self) -> None:
         _require(self.capacity >= 1, f"replay.capacity is {self.capacity}; at least 1 step")
+        _require(self.max_bytes is None or self.max_bytes >= 1, f"replay.max_bytes is {self.max_bytes}; at least 1")
+        _require(
+            self.demo_capacity is None or self.demo_capacity >= 1,
+            f"replay.demo_capacity is {self.demo_capacity}; at least 1 step, or None to keep all demonstrations",
+        )
         _require(
             self.demo_fraction is None or 0 <= self.demo_fraction <= 1,
             f"replay.demo_fraction is {self.demo_fraction}; it must lie in [0, 1], or be None for one uniform pool",
+        )
+
+
+@dataclass(frozen=True)
+class InteractionConfig:
+    """How acting and learning go side by side (the two threads of Algorithm 1)."""
+
+    mode: Literal["synchronous", "asynchronous", "remote"] = "synchronous"
+    """"synchronous" takes turns in one process and repeats bit for bit; "asynchronous" acts in a thread of its own;
+    "remote" serves the policy to robots (`poco-vla robot`), which send their episodes."""
+    ahead: int = 1000
+    """Control steps by which either side may run ahead of `updates_per_step`; synchronous: 0."""
+    images: Literal["auto", "png", "video"] = "auto"
+    """How pictures of online episodes are stored: PNG is exact, video is small. "auto" is PNG where a resumed run
+    repeats bit for bit, else video."""
+    host: str = "127.0.0.1"
+    """Remote: address to listen on; 0.0.0.0 is all of this machine's, for which the environment variable
+    POCO_VLA_TOKEN has to hold a token."""
+    port: int = 8000
+    """Remote: port; 0 takes a free one."""
+    certificate: Path | None = None
+    """Remote: TLS certificate (PEM)."""
+    key: Path | None = None
+    """Remote: its private key (PEM)."""
+    insecure: bool = False
+    """Remote: serve other machines without a token."""
+
+    def __post_init__(self) -> None:
+        _require(self.ahead >= 1, f"interaction.ahead is {self.ahead}; at least 1 control step")
+        _require(
+            self.mode != "synchronous" or self.images != "video",
+            'interaction.images is "video", which is not exact, but a synchronous run repeats bit for bit: use "png"',
         )
 
 
@@ -292,7 +337,7 @@ class TrainConfig:
     """Make the dataset with the environment's scripted expert when it is not there yet; a `dataset` that is given comes
     before it."""
     env: EnvSpec | None = None
-    """Where the policy acts; None trains stage 1 only."""
+    """Where the policy acts, and is evaluated; None trains stage 1 only, or on robots (`interaction`)."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """What a step is worth."""
     horizon: int = 5
@@ -314,7 +359,9 @@ class TrainConfig:
     online_steps: int = 200_000
     """Environment steps of stage 2."""
     updates_per_step: float = 1.0
-    """Updates per environment step (code: 1 in simulation)."""
+    """UTD, updates per environment step (code: 1 in simulation)."""
+    interaction: InteractionConfig = field(default_factory=InteractionConfig)
+    """How acting and learning go side by side."""
     best_of_n: int = 1
     """Candidates per acting step in training, the critic's favourite is executed; 1 is a plain sample (paper)."""
     seed: int = 0
@@ -324,7 +371,9 @@ class TrainConfig:
     resume: bool = False
     """Continue the run in `output_dir` (with "{time}": the newest one) from its last checkpoint."""
     checkpoint_every: int = 10_000
-    """Updates between checkpoints; 0 saves at the end of each stage and on Ctrl-C only."""
+    """Updates between checkpoints; 0 saves at the end of each stage and on Ctrl-C only. The newest two are kept."""
+    checkpoint_keep_every: int = 0
+    """Checkpoints that are kept besides: those of every so many updates; 0 keeps none besides."""
     log_every: int = 50
     """Updates between log lines."""
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -336,14 +385,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.horizon >= 1, f"horizon (H) is {self.horizon}; at least 1")
-        for name in ("sft_steps", "warmup_steps", "online_steps", "checkpoint_every"):
+        for name in ("sft_steps", "warmup_steps", "online_steps", "checkpoint_every", "checkpoint_keep_every"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
         _require(self.log_every >= 1, f"log_every is {self.log_every}; at least 1")
         _require(self.best_of_n >= 1, f"best_of_n is {self.best_of_n}; at least 1")
         _require(self.updates_per_step > 0, f"updates_per_step is {self.updates_per_step}; it must be above 0")
         _require(
-            self.env is not None or self.online_steps == 0,
-            f"online_steps is {self.online_steps} but there is no env to act in; give one, or set online_steps to 0",
+            self.env is not None or self.online_steps == 0 or self.interaction.mode == "remote",
+            f"online_steps is {self.online_steps} but there is no env to act in; give one, serve robots "
+            '(interaction.mode "remote"), or set online_steps to 0',
         )
         _require(
             self.demonstrations is None or self.env is not None,

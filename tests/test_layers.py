@@ -14,7 +14,7 @@ LIBRARY = ROOT / "poco_vla"
 MATHS = {"flow", "posterior", "distill", "critic", "policy"}
 BASE = {"errors", "types"}
 ALGORITHM = MATHS | BASE | {"config", "algorithm"}
-ACTING = MATHS | BASE | {"config", "data", "rollout"}
+ACTING = MATHS | BASE | {"config", "data", "rollout", "lazy"}
 
 DOORS = {
     "errors": set(),
@@ -24,9 +24,10 @@ DOORS = {
     "algorithm": ALGORITHM,
     "registry": {"policy", *BASE},
     "testing": MATHS | BASE,  # it probes the contract with the flow's own equations
-    "data": {"policy", "config", *BASE},
-    "rollout": ACTING,
+    "data": {"policy", "config", "lazy", *BASE},
+    "rollout": ACTING | {"files"},
     "files": {"errors"},
+    "lazy": set(),
     "lora": {"errors"},
     "checkpoint": ALGORITHM | {"registry", "files"},
     "hub": ALGORITHM | {"registry", "checkpoint", "report"},
@@ -41,7 +42,7 @@ DOORS = {
         *{"train", "tiny", "evaluate", "report", "hub", "registry", "checkpoint", "config", "errors"},
         *{"rollout", "progress"},  # `poco-vla data` makes datasets and shows how far it is
     },
-    "__init__": ALGORITHM | {"registry", "testing", "files", "lora"},
+    "__init__": ALGORITHM | {"registry", "testing", "files", "lora", "lazy"},
 }
 """Room of poco_vla -> rooms that it may import."""
 
@@ -52,14 +53,17 @@ THIRD_PARTY = {
     "rollout": PURE
     | {
         *{"numpy", "lerobot", "gymnasium", "mujoco", "OpenGL", "ogbench", "robosuite"},
+        *{"pyarrow", "datasets", "av"},  # a growing dataset's own tables and videos, as LeRobot writes them
         *{"h5py", "huggingface_hub", "filelock"},
         *{"websockets", "msgpack"},
+        *{"safetensors", "draccus", "rich"},  # a robot's session: its spool, LeRobot's options, what a person sees
     },
     "checkpoint": PURE | {"numpy", "safetensors", "filelock", "huggingface_hub", "peft"},
     "hub": PURE | {"safetensors", "huggingface_hub", "peft", "lerobot"},
     "progress": {"rich"},
     "guard": set(),
     "files": set(),
+    "lazy": set(),
     "lora": {"torch", "peft"},
     "tiny": set(),
     "evaluate": PURE | {"numpy", "rich"},

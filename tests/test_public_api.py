@@ -1,8 +1,11 @@
 """The names that notebooks, tests and third parties rely on: what they are, take, and cost to import."""
 
+import ast
 import inspect
+import pkgutil
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -66,8 +69,53 @@ def test_a_public_name_exists_and_says_what_it_is(name):
 
 
 def test_nothing_else_is_public_by_accident():
-    others = {name for name, found in vars(poco_vla).items() if not (name.startswith("_") or inspect.ismodule(found))}
-    assert others == set(PUBLIC)
+    """Beside the names that are loaded on demand: the two that make them so, and modules that somebody imported."""
+    held = {name for name, found in vars(poco_vla).items() if not (name.startswith("_") or inspect.ismodule(found))}
+    assert held <= {"TYPE_CHECKING", "load_on_demand"}
+    assert dir(poco_vla) == PUBLIC
+
+
+PACKAGES = ["poco_vla", "poco_vla.data", "poco_vla.rollout"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_is_loaded_on_demand_is_what_type_checkers_see(package):
+    """The names stand in a package three times: for type checkers, for those who ask, and in `__all__`."""
+    module = import_module(package)
+    statements = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.ImportFrom)]
+    seen = {alias.name: n.module for n in statements for alias in n.names if n.module.startswith(f"{package}.")}
+    seen.pop("load_on_demand", None)
+    assert sorted(seen) == sorted(module.__all__) == dir(module)
+    for name, home in seen.items():
+        assert getattr(module, name) is getattr(import_module(home), name)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_name_hides_a_module_of_its_package(package):
+    """`import poco_vla.train` binds the module as an attribute: a function of that name would come and go with it."""
+    module = import_module(package)
+    inside = {found.name for found in pkgutil.iter_modules(module.__path__)}
+    assert inside
+    assert not inside & set(module.__all__)
+    assert all(inspect.ismodule(found) for name, found in vars(module).items() if name in inside)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_name_that_is_not_there_is_an_attribute_error_and_a_module_can_still_be_imported(package):
+    module = import_module(package)
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'pocos'"):
+        _ = module.pocos
+    with pytest.raises(ImportError, match="pocos"):
+        exec(f"from {package} import pocos")
+
+
+def test_modules_are_imported_from_a_package_as_ever():
+    out = (
+        "import sys; from poco_vla import train; import poco_vla.data as d; from poco_vla.rollout import actor; print("
+    )
+    out += "train.train.__name__, actor.Actor.__name__, d.Episode.__name__)"
+    done = subprocess.run([sys.executable, "-c", out], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["train", "Actor", "Episode"]
 
 
 @pytest.mark.parametrize(
@@ -130,17 +178,37 @@ def loaded_by(statement):
     return set(out.split("loaded:")[1].split())
 
 
-def test_importing_the_library_loads_none_of_its_heavy_friends():
-    """The mathematics is read and used without the rest."""
-    loaded = loaded_by("import poco_vla")
+HEAVY = {
+    *{"lerobot", "accelerate", "transformers", "gymnasium", "matplotlib", "mujoco", "datasets", "pandas"},
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_a_package_loads_nothing_of_what_it_may_need(package):
+    assert not loaded_by(f"import {package}") & {*HEAVY, "torch", "jaxtyping", "tyro", "rich"}
+
+
+def test_the_mathematics_loads_torch_and_none_of_the_librarys_heavy_friends():
+    """It is read and used without the rest."""
+    loaded = loaded_by("from poco_vla import *")
     assert "torch" in loaded
-    assert not loaded & {"lerobot", "accelerate", "gymnasium", "matplotlib", "mujoco", "tyro", "rich", "datasets"}
+    assert not loaded & {*HEAVY, "tyro", "rich"}
+
+
+@pytest.mark.parametrize("module", ["poco_vla.rollout.serving.client", "poco_vla.data.episode"])
+def test_a_robots_pc_needs_neither_torch_nor_the_model(module):
+    loaded = loaded_by(f"import {module}")
+    assert "numpy" in loaded
+    assert not loaded & {*HEAVY, "torch", "jaxtyping", "tyro", "rich"}
+
+
+def test_a_recipe_describes_a_run_before_torch_is_there():
+    assert "torch" not in loaded_by("from poco_vla import TrainConfig, PocoConfig")
 
 
 def test_the_command_line_answers_before_anything_heavy_is_loaded():
-    """`poco-vla --help` and a mistyped option do not wait for LeRobot or a simulator."""
-    loaded = loaded_by("import poco_vla.cli")
-    assert not loaded & {"lerobot", "accelerate", "gymnasium", "matplotlib", "mujoco"}
+    """`poco-vla --help` and a mistyped option do not wait for torch, LeRobot or a simulator."""
+    assert not loaded_by("import poco_vla.cli") & {*HEAVY, "torch", "jaxtyping"}
 
 
 def test_errors_that_users_can_mend_are_value_errors():

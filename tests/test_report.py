@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import image
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from poco_vla import report
@@ -21,7 +22,7 @@ from poco_vla.errors import DataError
 from poco_vla.evaluate import SuccessRate
 from poco_vla.report.curves import bootstrap_interval, common_grid, curve_of, over_seeds, points, rate_of
 from poco_vla.report.page import _folded
-from poco_vla.report.plots import metric, spread
+from poco_vla.report.plots import draw_group, metric, spread
 from poco_vla.report.published import published_name
 from poco_vla.report.runs import Run, train_command
 
@@ -64,6 +65,15 @@ def configured(folder, *, seed=0, eta=0.1, task=TASK, **changes):
     parts = {"env": EnvSpec(task=task), "demonstrations": DemonstrationConfig(), "poco": PocoConfig(eta=eta)}
     config = TrainConfig(**parts, seed=seed, output_dir=folder)
     return written(folder, config=config, seed=seed, task=task, **changes)
+
+
+def unfinished(folder, *, evaluations=(), **changes):
+    """A run that still runs or was stopped: its configuration and its logs."""
+    run = configured(folder, **changes)
+    (run / "result.json").unlink()
+    if evaluations:
+        (run / "evaluations.jsonl").write_text(lines(evaluations))
+    return run
 
 
 def shown(*runs):
@@ -146,6 +156,7 @@ def test_damaged_figures_are_an_error_that_names_the_file(text, tmp_path):
     [
         ({"seed": "<b>"}, "'<b>' stands where a number belongs"),
         ({"before": {}}, "lacks 'interval_95'"),
+        ({"best": {"interval_95": [0.1, 0.2], "env_steps": 1, "episodes": 2}}, "lacks 'success_rate'"),
         ({"after": {"interval_95": [0.1, 0.2], "env_steps": None, "success_rate": 1.0, "episodes": 2}}, "None stands"),
         ({"evaluations": None}, "result.json"),
         ({"evaluations": [3]}, "result.json"),
@@ -298,6 +309,163 @@ def test_what_the_interval_is_over_is_said(tmp_path):
     labels = [curve_of(report.group_runs(runs[:count])[0]).label for count in (1, 2, 3)]
     assert labels == ["95 % Wilson, 20 episodes", "95 % Wilson, 40 episodes of 2 seeds", "95 % bootstrap over 3 seeds"]
     assert rate_of(report.group_runs(runs)[0], "after") == pytest.approx((0.95, 0.95, 0.95))
+
+
+# -- runs that did not end ------------------------------------------------------------------------------------------
+
+IMITATED = [{"stage": "sft", "update": 50, "env_steps": 0, "seconds": 1.0, "bc_loss": 1.0}]
+ONLINE = [{"stage": "online", "update": 4000, "env_steps": 4100, "seconds": 61.0, "q": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"metrics": ONLINE}, "4,100 of 200,000 steps"),
+        ({"metrics": ONLINE, "evaluations": [evaluation(1, 20, 5000)]}, "5,000 of 200,000 steps"),
+        ({"metrics": ONLINE, "episodes": [{"env_steps": 4200, "success": True}]}, "4,200 of 200,000 steps"),
+        ({"metrics": IMITATED}, "0 of 200,000 steps, 50 updates"),
+        ({}, "0 of 200,000 steps, 0 updates"),
+    ],
+)
+def test_an_unfinished_run_is_as_far_as_its_last_line(changes, status, tmp_path):
+    run = report.read_run(unfinished(tmp_path / "run", **changes))
+    assert run.status == f"running or stopped at {status}"
+    assert not run.finished
+    assert run.result["after"] is None
+
+
+def test_an_unfinished_run_has_its_row_and_a_line_that_says_so(tmp_path):
+    """Seed 4 was evaluated twice; seed 5 has not been evaluated."""
+    figures = [evaluation(8, 20, 0), evaluation(19, 20, 3000)]
+    runs = [
+        configured(tmp_path / "whole", seed=3),
+        unfinished(tmp_path / "part", seed=4, evaluations=figures, metrics=ONLINE),
+        unfinished(tmp_path / "new", seed=5, metrics=IMITATED),
+    ]
+    text = shown(*runs)
+    row = next(line for line in text.splitlines() if line.startswith(" part"))
+    assert "40 [22, 61]" in row
+    assert "unfinished" in row
+    assert "+" not in row
+    assert "1:01" in row
+    assert "part (seed 4): running or stopped at 4,100 of 200,000 steps; success 95 [76, 99] at 3,000" in text
+    assert "new (seed 5): running or stopped at 0 of 200,000 steps, 50 updates; not evaluated yet" in text
+    assert "running" not in shown(runs[0])
+
+
+def test_unfinished_runs_are_in_no_mean(tmp_path):
+    """Two seeds ended at 95 %. Two more stand at 5 % and 0 %, one of them on its way to other steps."""
+    ended = [configured(tmp_path / f"{seed}", seed=seed) for seed in (1, 2)]
+    alone = report.group_runs(ended)[0]
+    others = [
+        unfinished(tmp_path / "a", seed=0, evaluations=[evaluation(1, 20, 0), evaluation(1, 20, 700)]),
+        unfinished(tmp_path / "b", seed=1, evaluations=[evaluation(0, 20, 0)], metrics=ONLINE),
+    ]
+    (group,) = report.group_runs([others[0], *ended, others[1]])
+    assert [run.path for run in group.runs] == [*ended, *others]
+    for when in ("before", "after"):
+        assert rate_of(group, when) == rate_of(alone, when) is not None
+    for name, values in vars(curve_of(alone)).items():
+        assert np.array_equal(getattr(curve_of(group), name), values), name
+    assert group.env_steps == alone.env_steps
+    text = Page(report.write_page([*others, *ended], tmp_path / "page.html").read_text()).text
+    assert re.search(r"2\s*40 \[26, 55\]\s*95 \[83, 99\]\s*\+55\s*12,034\s*1:35", text), "16 and 38 of 40"
+    assert "4 runs in 1 setting, 2 of them unfinished" in text
+    assert "Seed 0: running or stopped at 700 of 200,000 steps; 5 [1, 24] % at 700" in text
+    assert "Seed 1: running or stopped at 4,100 of 200,000 steps; 0 [0, 16] % at 0" in text
+
+
+def test_the_curve_of_an_unfinished_run_is_drawn_as_far_as_it_goes(tmp_path):
+    figures = [evaluation(8, 20, 0), evaluation(19, 20, 3000)]
+    run = unfinished(tmp_path / "run", evaluations=figures, episodes=EPISODES)
+    curve = curve_of(report.group_runs([run])[0])
+    assert (curve.steps.tolist(), curve.mean.tolist()) == ([0, 3000], [0.4, 0.95])
+    assert curve.label == "95 % Wilson, 20 episodes, unfinished"
+    assert rate_of(report.group_runs([run])[0], "after") is None
+    text = report.write_page([run], tmp_path / "page.html").read_text()
+    assert "POCO 95 %" in text
+    assert "lerobot-eval" not in text
+    assert report.draw_curves([run], tmp_path / "curve.png").exists()
+
+
+def test_training_episodes_of_an_unfinished_seed_are_drawn_beside_the_others(tmp_path):
+    """Evaluated at step 0 alone, it would be invisible."""
+    ended = [configured(tmp_path / f"{seed}", seed=seed) for seed in (1, 2)]
+    figures = {"evaluations": [evaluation(8, 20, 0)], "episodes": EPISODES}
+    group = report.group_runs([*ended, unfinished(tmp_path / "a", **figures)])[0]
+    axes = Figure().subplots()
+    draw_group(axes, group, {})
+    dotted = [line.get_xydata() for line in axes.get_lines() if line.get_linestyle() == ":"]
+    assert len(dotted) == 1
+    assert dotted[0][-1].tolist() == [290, 1]
+
+
+def test_a_run_that_was_never_evaluated_is_shown(tmp_path):
+    run = unfinished(tmp_path / "run", metrics=IMITATED * 3)
+    assert curve_of(report.group_runs([run])[0]) is None
+    text = Page(report.write_page([run], tmp_path / "page.html").read_text()).text
+    assert "Seed 0: running or stopped at 0 of 200,000 steps, 50 updates; not evaluated yet" in text
+    assert "imitation loss" in text
+
+
+def test_unfinished_runs_are_found_and_one_given_by_itself_too(tmp_path, capsys):
+    runs = [unfinished(tmp_path / name, metrics=ONLINE) for name in "ab"]
+    (runs[1] / "metrics.jsonl").unlink()
+    (runs[1] / "evaluations.jsonl").write_text(lines([evaluation(8, 20, 0)]))
+    (runs[0] / "policy").mkdir()
+    (runs[0] / "policy" / "config.json").write_text("{}")
+    assert report.find_runs([tmp_path]) == (runs, [])
+    configured(runs[0] / "earlier")
+    assert report.find_runs(runs) == (runs, []), "what lies below a run belongs to it"
+    main(["report", str(tmp_path), "--output", str(tmp_path / "report.html")])
+    assert "running or stopped at 4,100" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("config.json", "[", "config.json cannot be read"),
+        ("config.json", '{"adapter": "x"}', "lacks 'seed'"),
+        ("evaluations.jsonl", lines([evaluation(8, 20, 0) | {"episodes": "many"}]), "'many' stands where a number"),
+        ("evaluations.jsonl", lines([evaluation(8, 20, 0) | {"env_steps": "x"}]), "run: '>' not supported"),
+        (
+            "evaluations.jsonl",
+            lines([evaluation(8, 20, 0) | {"interval_95": 1}]),
+            "run: Value after * must be an iterable",
+        ),
+    ],
+)
+def test_a_damaged_unfinished_run_is_told(file, text, words, tmp_path):
+    run = unfinished(tmp_path / "run", metrics=ONLINE)
+    (run / file).write_text(text)
+    with pytest.raises(DataError, match=re.escape(words)):
+        report.find_runs([run])
+
+
+def test_a_folder_that_no_run_has_begun_to_write_is_told(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"nor of one that has begun \(config.json and evaluations.jsonl or metrics"):
+        report.find_runs([tmp_path])
+
+
+def test_an_evaluation_that_a_crash_cut_short_is_left_out(tmp_path):
+    run = unfinished(tmp_path / "run", evaluations=[evaluation(8, 20, 0)])
+    with (run / "evaluations.jsonl").open("a") as file:
+        file.write('{"env_steps": 300, "succ')
+    assert len(report.read_run(run).result["evaluations"]) == 1
+
+
+def test_the_best_evaluation_is_told_beside_the_last_one(tmp_path):
+    best = evaluation(20, 20, 8000) | {"policy": "best"}
+    run = configured(tmp_path / "run", best=best)
+    text = Page(report.write_page([run], tmp_path / "page.html").read_text()).text
+    assert "best evaluation" in text
+    assert "100 [84, 100] at 8k" in text
+    console = Console(width=200, record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    report.finish(run, console)
+    assert f"{run}/best  100 [84, 100] at 8,000 steps" in console.export_text()
+    plain = configured(tmp_path / "plain", best=None)
+    assert "best evaluation" not in report.write_page([plain], tmp_path / "page.html").read_text()
 
 
 # -- published curves -----------------------------------------------------------------------------------------------
@@ -546,9 +714,10 @@ def test_runs_are_found_up_to_three_levels_below(runs, tmp_path):
     assert problems == []
 
 
-def test_damaged_and_unfinished_runs_are_named_and_the_rest_is_reported(runs, tmp_path, capsys):
+def test_damaged_runs_are_named_and_the_rest_is_reported(runs, tmp_path, capsys):
     (runs[0] / "result.json").write_text('{"seed":')
     (runs[1] / "result.json").unlink()
+    (runs[1] / "config.json").unlink()
     (runs[2] / "config.json").write_text("[")
     main(["report", str(tmp_path / "lift"), str(runs[3]), "--output", str(tmp_path / "report.html")])
     shown = capsys.readouterr()

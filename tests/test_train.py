@@ -112,7 +112,7 @@ def test_a_run_leaves_figures_a_curve_and_its_logs(learned):
 @pytest.mark.slow
 @pytest.mark.xdist_group("learning")
 def test_online_episodes_open_as_a_lerobot_dataset(learned):
-    dataset = LeRobotDataset("local/online_episodes", root=learned.output_dir / "online_episodes")
+    dataset = LeRobotDataset("local/episodes", root=learned.output_dir / "episodes")
     lines = [json.loads(line) for line in (learned.output_dir / "episodes.jsonl").read_text().splitlines()]
     assert dataset.num_episodes == len(lines)
     assert dataset.num_frames == sum(line["length"] for line in lines)
@@ -529,8 +529,7 @@ def test_best_of_n_acting_executes_what_the_critic_prefers(tmp_path, data):
     result = train(best)
     assert result.env_steps >= 300
     chunks = [
-        LeRobotDataset("local/online_episodes", root=config.output_dir / "online_episodes")[-1]["action"]
-        for config in (plain, best)
+        LeRobotDataset("local/episodes", root=config.output_dir / "episodes")[-1]["action"] for config in (plain, best)
     ]
     assert not torch.equal(*chunks)
 
@@ -588,7 +587,7 @@ def test_demonstrations_are_made_once_and_hold_successes_only(tmp_path):
     again = ensure_demonstrations(config.env, config.demonstrations)
     assert again == first == demonstrations_root(config.env, config.demonstrations)
     assert (again / "meta" / "info.json").stat().st_mtime_ns == stamp
-    episodes = EpisodeRecorder(tmp_path, 10).load([first.name], ["observation.state"])
+    episodes = EpisodeRecorder(first, 10).load(["observation.state"])
     assert [episode.succeeded for episode in episodes] == [True] * 6
 
 

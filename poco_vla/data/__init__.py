@@ -1,9 +1,24 @@
 """From LeRobot datasets and episodes to :class:`poco_vla.types.ChunkBatch`."""
 
-from poco_vla.data.batches import BatchSource, chunk_batch, network_obs
-from poco_vla.data.dataset import DatasetInfo, open_dataset, read_episodes
-from poco_vla.data.episode import Episode
-from poco_vla.data.replay import Replay
+from typing import TYPE_CHECKING
+
+from poco_vla.lazy import load_on_demand
+
+if TYPE_CHECKING:
+    from poco_vla.data.batches import BatchSource, chunk_batch, network_obs
+    from poco_vla.data.dataset import DatasetInfo, open_dataset, read_episodes
+    from poco_vla.data.episode import Episode
+    from poco_vla.data.replay import Replay
+
+__getattr__, __dir__ = load_on_demand(
+    __name__,
+    {
+        "batches": ["BatchSource", "chunk_batch", "network_obs"],
+        "dataset": ["DatasetInfo", "open_dataset", "read_episodes"],
+        "episode": ["Episode"],
+        "replay": ["Replay"],
+    },
+)
 
 __all__ = [
     "BatchSource",

@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 """LeRobot's name of each quantile in its statistics -> the quantile."""
+POLICY_VERSION = "complementary_info.policy_version"
+"""Column of :attr:`Episode.policy_version`, by LeRobot's prefix for what else a step is to be known by."""
+INTERVENTION = "complementary_info.is_intervention"
+"""Column of :attr:`Episode.interventions`, by the name of LeRobot's event."""
 FRAMES_PER_CALL = 256
 """Video frames decoded at once: enough that seeking costs nothing, few enough for memory."""
 
@@ -176,7 +180,13 @@ def _episode(rows: dict[str, np.ndarray], obs_keys: Sequence[str], task: str, co
         success=success,
         terminal=terminal,
         task=task,
+        policy_version=_note(rows, POLICY_VERSION, np.int64),
+        interventions=_note(rows, INTERVENTION, np.bool_),
     )
+
+
+def _note(rows: dict[str, np.ndarray], name: str, dtype: type[np.generic]) -> np.ndarray | None:
+    return rows[name].reshape(-1).astype(dtype) if name in rows else None
 
 
 def _success_of(reward: np.ndarray, config: DatasetConfig) -> np.ndarray:
@@ -196,7 +206,8 @@ def _success_of(reward: np.ndarray, config: DatasetConfig) -> np.ndarray:
 
 def _columns(dataset: Any) -> dict[str, np.ndarray]:
     """Every numeric column as one array, straight from Arrow (60 to 350 times faster than per-item reads)."""
-    table = dataset.hf_dataset.with_format("arrow")[:]
+    # A dataset that grows may have the next episode's file already, which its metadata does not count yet.
+    table = dataset.hf_dataset.with_format("arrow")[: len(dataset)]
     columns = {}
     for name in table.column_names:
         feature = dataset.meta.features.get(name, {})

@@ -22,6 +22,9 @@ class Episode:
             by a time limit.
         task: the instruction.
         seed: the seed that the environment began from, None where there was none.
+        policy_version: [T] int64: of the weights that chose each action (updates made until they were published), -1
+            where no policy did; None where nobody noted it, as in demonstrations.
+        interventions: [T] bool: a person drove this step; None where nobody could.
     """
 
     obs: Mapping[str, np.ndarray]
@@ -31,6 +34,8 @@ class Episode:
     terminal: np.ndarray
     task: str = ""
     seed: int | None = None
+    policy_version: np.ndarray | None = None
+    interventions: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.action)

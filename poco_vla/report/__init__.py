@@ -5,7 +5,7 @@ from poco_vla.report.curves import WINDOW, Curve, curve_of, read_curve
 from poco_vla.report.page import write_page
 from poco_vla.report.plots import draw_curves
 from poco_vla.report.published import published
-from poco_vla.report.runs import Group, Run, eval_command, find_runs, group_runs, read_result
+from poco_vla.report.runs import Group, Run, eval_command, find_runs, group_runs, read_result, read_run
 
 __all__ = [
     "WINDOW",
@@ -21,6 +21,7 @@ __all__ = [
     "published",
     "read_curve",
     "read_result",
+    "read_run",
     "result_table",
     "write_page",
 ]

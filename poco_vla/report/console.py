@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.console import Group as Lines
 from rich.markup import escape
 from rich.table import Table
 
 from poco_vla.report.curves import write_curve
 from poco_vla.report.plots import draw_curves
-from poco_vla.report.runs import eval_command, read_result
+from poco_vla.report.runs import Run, eval_command, read_result, read_run
 
 
 def finish(run: Path, console: Console) -> None:
@@ -27,13 +28,16 @@ def finish(run: Path, console: Console) -> None:
             console.print(f"video           {run / name}")
     console.print(f"figures         {run / 'result.json'}")
     console.print(f"policy          {run / result['policy']}")
+    if best := result.get("best"):
+        console.print(f"best evaluation {run / best['policy']}  {_rate(best)} at {best['env_steps']:,} steps")
     command = eval_command(run)
     if command:
         console.print(f"\nLeRobot evaluates it with:\n\n  {command}\n")
 
 
-def result_table(runs: Sequence[Path]) -> Table:
-    """Success before and after with 95 % intervals, steps, wall time: one row per run."""
+def result_table(runs: Sequence[Path]) -> RenderableType:
+    """Success before and after with 95 % intervals, steps, wall time: one row per run. Below it, how far those are that
+    did not end."""
     table = Table(
         title="success in % [95 % interval, Wilson], environment steps",
         title_justify="left",
@@ -44,21 +48,32 @@ def result_table(runs: Sequence[Path]) -> Table:
     table.add_column("run", overflow="fold")
     for name in ("seed", "SFT", "after POCO", "gain", "steps", "updates", "time"):
         table.add_column(name, justify="right", no_wrap=True)
-    for run, name in zip(runs, _names(runs), strict=True):
-        result = read_result(run)
+    notes = []
+    for path, name in zip(runs, _names(runs), strict=True):
+        run = read_run(path)
+        result = run.result
+        notes += [] if run.finished else [f"{escape(name)} (seed {result['seed']}): {_so_far(run)}"]
         before, after = result["before"], result["after"]
         minutes, seconds = divmod(round(result["seconds"]), 60)
         table.add_row(
             escape(name),
             str(result["seed"]),
             _rate(before),
-            _rate(after),
-            f"{100 * (after['success_rate'] - before['success_rate']):+.0f}" if before else "-",
+            _rate(after) if run.finished else "unfinished",
+            f"{100 * (after['success_rate'] - before['success_rate']):+.0f}" if before and after else "-",
             f"{result['env_steps']:,}",
             f"{result['updates']:,}",
             f"{minutes}:{seconds:02d}",
         )
-    return table
+    return Lines(table, *notes)
+
+
+def _so_far(run: Run) -> str:
+    """How far an unfinished run is, and what it brought until then."""
+    figures = run.latest
+    return run.status + (
+        f"; success {_rate(figures)} at {figures['env_steps']:,}" if figures else "; not evaluated yet"
+    )
 
 
 def _names(runs: Sequence[Path]) -> list[str]:

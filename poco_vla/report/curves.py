@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from poco_vla.evaluate import wilson_interval
 from poco_vla.files import whole_file
-from poco_vla.report.runs import Group, read_lines, read_result
+from poco_vla.report.runs import Group, read_lines, read_run
 
 WINDOW = 20
 """Training episodes in the running success rate (paper)."""
@@ -60,14 +60,14 @@ def read_curve(run: Path) -> pd.DataFrame:
     """
     path = run / "curve.parquet"
     made = path.stat().st_mtime_ns if path.is_file() else -1
-    sources = [run / name for name in ("result.json", "episodes.jsonl")]
+    sources = [run / name for name in ("result.json", "evaluations.jsonl", "episodes.jsonl")]
     stale = any(source.exists() and source.stat().st_mtime_ns > made for source in sources)
     return _build(run) if stale or made < 0 else pd.read_parquet(path)
 
 
 def _build(run: Path) -> pd.DataFrame:
     episodes = read_lines(run / "episodes.jsonl", ("env_steps", "success"))
-    rows = [_evaluated(e) for e in read_result(run)["evaluations"]] + _trained(episodes)
+    rows = [_evaluated(e) for e in read_run(run).result["evaluations"]] + _trained(episodes)
     floats = dict.fromkeys(("success", "low", "high"), "float64")
     whole = dict.fromkeys(("env_steps", "episodes"), "int64") | {"update": "Int64"}
     return pd.DataFrame(rows, columns=pd.Index(COLUMNS)).astype({"kind": "str"} | floats | whole)
@@ -98,15 +98,18 @@ def points(run: Path, kind: str) -> pd.DataFrame:
 
 
 def curve_of(group: Group) -> Curve | None:
-    """Mean over a group's seeds and its 95 % interval; None where nothing was evaluated."""
-    tables = [points(run.path, "evaluation") for run in group.runs]
-    if any(table.empty for table in tables):
+    """Mean over a group's finished seeds, or over all where none is finished, and its 95 % interval; None where nothing
+    was evaluated."""
+    tables = [points(run.path, "evaluation") for run in group.finished or group.runs]
+    tables = [table for table in tables if len(table)]
+    if not tables:
         return None
     steps = common_grid([table["env_steps"].to_numpy(float) for table in tables])
     rates = np.stack([np.interp(steps, t["env_steps"], t["success"]) for t in tables])
     episodes = np.stack([np.interp(steps, t["env_steps"], t["episodes"]) for t in tables])
     mean, low, high = over_seeds(rates, episodes)
-    return Curve(steps, mean, low, high, interval_label(len(tables), int(episodes[:, -1].sum())))
+    label = interval_label(len(tables), int(episodes[:, -1].sum()))
+    return Curve(steps, mean, low, high, label if group.finished else f"{label}, unfinished")
 
 
 def common_grid(seeds: list[Floats]) -> Floats:
@@ -149,9 +152,9 @@ def interval_label(seeds: int, episodes: int) -> str:
 
 
 def rate_of(group: Group, when: str) -> tuple[float, float, float] | None:
-    """Mean and 95 % interval over a group's seeds of "before" or "after"; None where nothing was evaluated."""
-    figures = [run.result[when] for run in group.runs]
-    if any(f is None for f in figures):
+    """Mean and 95 % interval over a group's finished seeds of "before" or "after"; None where nothing was evaluated."""
+    figures = [run.result[when] for run in group.finished]
+    if not figures or any(f is None for f in figures):
         return None
     rates, episodes = (np.array([[float(f[name])] for f in figures]) for name in ("success_rate", "episodes"))
     mean, low, high = (float(ends[0]) for ends in over_seeds(rates, episodes))

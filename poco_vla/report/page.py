@@ -3,14 +3,15 @@
 import base64
 import html
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from poco_vla.files import whole_file
 from poco_vla.report.curves import WINDOW, curve_of, rate_of
-from poco_vla.report.plots import COLOURS, METRICS, NAMED, curve_svg, metric_svg, short
+from poco_vla.report.plots import COLOURS, METRICS, NAMED, UNFINISHED, curve_svg, metric_svg, short
 from poco_vla.report.published import published, source
 from poco_vla.report.runs import (
     Group,
@@ -43,13 +44,13 @@ def write_page(
     """Write one self-contained HTML page: summary, learning curves, metrics, settings, videos and commands.
 
     Args:
-        runs: folders of finished runs; those of one task and setting become one section.
+        runs: folders of runs; those of one task and setting become one section. Unfinished ones are marked.
         output: file to write, whole or not at all.
         title: heading; the task's name, or how many there are, when None.
         max_video_bytes: most bytes of video files to take in; the page says which were left out.
 
     Raises:
-        DataError: a run without result.json, or a damaged one.
+        DataError: a folder without a run, or with a damaged one.
     """
     groups = group_runs(runs)
     text = _document(groups, title or _title(groups), _chosen_videos(groups, max_video_bytes))
@@ -90,7 +91,10 @@ def _document(groups: Sequence[Group], title: str, videos: Videos) -> str:
 
 def _header(groups: Sequence[Group], title: str) -> str:
     runs = sum(len(group.runs) for group in groups)
-    counts = f"{_count(runs, 'run')} in {_count(len(groups), 'setting')}"
+    unfinished = sum(len(group.unfinished) for group in groups)
+    counts = f"{_count(runs, 'run')} in {_count(len(groups), 'setting')}" + (
+        f", {unfinished} of them unfinished" if unfinished else ""
+    )
     return f"""<header>
 <p class="kicker">poco_vla report</p>
 <h1>{_esc(title)}</h1>
@@ -113,45 +117,59 @@ def _summary(groups: Sequence[Group]) -> str:
 {rows}
 </tbody></table>
 <p class="note">Success in % [95 % interval]: bootstrap over seeds from three seeds on, else Wilson's of all their
-episodes. Environment steps and wall time are means over seeds. The bar:
+episodes. Environment steps and wall time are means over seeds. Unfinished runs are in none of these figures. The bar:
 {_dot("before")} SFT, {_dot("after")} POCO, each with its interval.</p>
 </section>"""
 
 
 def _summary_row(number: int, group: Group) -> str:
     before, after = rate_of(group, "before"), rate_of(group, "after")
-    seconds = sum(run.result["seconds"] for run in group.runs) / len(group.runs)
-    steps = sum(run.result["env_steps"] for run in group.runs) / len(group.runs)
-    devices = ", ".join(sorted({str(run.result.get("device", "-")) for run in group.runs}))
+    devices = ", ".join(sorted({str(run.result.get("device", "-")) for run in group.finished})) or "-"
     cells = {
         "seeds": _seeds(group),
         "SFT": _rate(before),
         "POCO": f"<strong>{_rate(after)}</strong>",
         "gain": _gain(before, after),
         "0 to 100 %": _dumbbell(before, after),
-        "env steps": f"{steps:,.0f}",
-        "wall time": _duration(seconds),
+        "env steps": _mean_of(group, "env_steps", lambda steps: f"{steps:,.0f}"),
+        "wall time": _mean_of(group, "seconds", _duration),
         "device": _esc(devices),
     }
     data = "".join(f'<td data-label="{name}"><span>{value}</span></td>' for name, value in cells.items())
     name = f'<a href="#g{number}">{_esc(group.task)}</a><br><span class="setting">{_esc(group.name)}</span>'
+    name += "".join(f'<br><span class="status">{_status(run)}</span>' for run in group.unfinished)
     return f"""<tr><th scope="row">{name}</th>{data}</tr>
 <tr class="fold"><td colspan="{len(cells) + 1}">{_per_seed(group)}</td></tr>"""
 
 
 def _seeds(group: Group) -> str:
-    """How many seeds; how many runs, too, where one seed ran twice."""
-    seeds, runs = len({run.result["seed"] for run in group.runs}), len(group.runs)
+    """How many finished seeds; how many runs, too, where one seed ran twice."""
+    seeds, runs = len({run.result["seed"] for run in group.finished}), len(group.finished)
     return str(seeds) if seeds == runs else f"{seeds} ({_count(runs, 'run')})"
 
 
+def _mean_of(group: Group, name: str, shown_as: Callable[[float], str]) -> str:
+    """A figure's mean over finished runs."""
+    values = [run.result[name] for run in group.finished]
+    return shown_as(sum(values) / len(values)) if values else "-"
+
+
+def _status(run: Run) -> str:
+    """How far an unfinished run is, and what it brought until then."""
+    figures, seed = run.latest, _esc(run.result["seed"])
+    brought = f"{_rate(_rate_in(figures))} % at {figures['env_steps']:,}" if figures else "not evaluated yet"
+    return f"Seed {seed}: {_esc(run.status)}; {brought}"
+
+
 def _per_seed(group: Group) -> str:
+    best = any(run.result.get("best") for run in group.runs)
     rows = "\n".join(
         _row(
             _esc(run.result["seed"]),
-            _rate(_own_rate(run, "before")),
-            _rate(_own_rate(run, "after")),
-            _gain(_own_rate(run, "before"), _own_rate(run, "after")),
+            _rate(_rate_in(run.result["before"])),
+            _rate(_rate_in(run.result["after"])) if run.finished else '<span class="status">unfinished</span>',
+            _gain(_rate_in(run.result["before"]), _rate_in(run.result["after"])),
+            *([_best(run)] if best else []),
             f"{run.result['env_steps']:,}",
             f"{run.result['updates']:,}",
             _duration(run.result["seconds"]),
@@ -159,7 +177,8 @@ def _per_seed(group: Group) -> str:
         )
         for run in group.runs
     )
-    head = ("seed", "SFT", "POCO", "gain", "env steps", "updates", "wall time", "folder")
+    more = ("best evaluation",) if best else ()
+    head = ("seed", "SFT", "POCO", "gain", *more, "env steps", "updates", "wall time", "folder")
     summary = "each seed" if len(group.runs) > 1 else "the run"
     return f"""<details><summary>{summary}</summary><div class="wide"><table class="plain seeds">
 <thead><tr>{"".join(f"<th>{name}</th>" for name in head)}</tr></thead><tbody>
@@ -167,8 +186,14 @@ def _per_seed(group: Group) -> str:
 </tbody></table></div></details>"""
 
 
-def _own_rate(run: Run, when: str) -> Rate | None:
-    figures = run.result[when]
+def _best(run: Run) -> str:
+    """The highest of its evaluations, whose policy is kept: picked after the fact, so above what it will do again."""
+    best = run.result.get("best")
+    return f"{_rate(_rate_in(best))} at {short(best['env_steps'])}" if best else "-"
+
+
+def _rate_in(figures: Mapping[str, Any] | None) -> Rate | None:
+    """The rate of an evaluation."""
     return (figures["success_rate"], *figures["interval_95"]) if figures else None
 
 
@@ -212,6 +237,8 @@ def _section(number: int, group: Group, videos: Videos) -> str:
 
 def _tiles(group: Group) -> str:
     before, after = rate_of(group, "before"), rate_of(group, "after")
+    if not group.finished:
+        return "".join(f'<p class="status">{_status(run)}</p>' for run in group.runs)
     if before is None or after is None:
         return '<p class="note">No evaluations: this run only imitated, or had no environment to act in.</p>'
     demonstrations = (group.runs[0].result.get("demonstrations") or {}).get("steps")
@@ -245,6 +272,8 @@ def _key(group: Group) -> str:
         _swatch("poco", f"POCO{'' if single else ', mean over seeds'}; band: {curve.label}"),
         _swatch("thin", f"training episodes, average of {WINDOW}" if single else "single seeds"),
     ]
+    if group.unfinished and not single:
+        said.append(_swatch("thin dotted", UNFINISHED))
     if group.warmup_steps:
         said.append(_swatch("shade", f"critic warm-up, actor frozen ({group.warmup_steps:,} steps)"))
     said += [_swatch(f"dashed {NAMED[method]}", f"{method}, published") for method in others if method in NAMED]

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 
 import matplotlib as mpl
 import numpy as np
@@ -44,6 +45,10 @@ METRICS = {
 """Scalars of metrics.jsonl that the page draws, and their titles."""
 PANEL, SMALL_PANEL = (7.2, 4.2), (5.4, 3.9)
 """Width and height of a panel alone, and of one of several, in inches."""
+UNFINISHED = "unfinished seeds, training episodes"
+"""What the dotted lines beside several seeds are."""
+CAPTION = 78
+"""Characters in a line above a panel: as many as do not reach into the next one."""
 BINS = 120
 """Points per line of a metric, each an average: finer than a small picture shows."""
 
@@ -52,7 +57,7 @@ def draw_curves(runs: Sequence[Path], path: Path) -> Path:
     """Success against environment steps, one panel per task and setting: seeds, their mean, its 95 % interval.
 
     Args:
-        runs: folders of finished runs.
+        runs: folders of runs.
         path: picture to write; its suffix says the format.
     """
     groups = group_runs(runs)
@@ -81,7 +86,11 @@ def _caption(group: Group) -> str:
     curve, single = curve_of(group), len(group.runs) == 1
     band = f"band: {curve.label}; " if curve else ""
     thin = f"thin: training episodes, average of {WINDOW}" if single else "thin: single seeds"
-    return f"{group.task}, {group.name}\n{band}{thin}{'; dashed: published' if published(group.task) else ''}"
+    status = f" ({group.runs[0].status})" if single and group.unfinished else ""
+    dotted = f"; dotted: {UNFINISHED}" if group.unfinished and not single else ""
+    others = "; dashed: published" if published(group.task) else ""
+    texts = (f"{group.task}, {group.name}{status}", f"{band}{thin}{dotted}{others}")
+    return "\n".join(line for text in texts for line in wrap(text, CAPTION))
 
 
 def curve_svg(group: Group, *, width: int, height: int) -> str:
@@ -157,11 +166,18 @@ def _draw_published(axes: Axes, others: Mapping[str, Curve], end: int) -> list[L
 
 
 def _draw_seeds(axes: Axes, group: Group) -> None:
-    """Each seed's evaluations; of a single run, the running average over its training episodes."""
-    kind = "training" if len(group.runs) == 1 else "evaluation"
+    """Each seed's evaluations, of an unfinished one the running average over its training episodes, too; of a single
+    run that alone."""
+    single = len(group.runs) == 1
+
+    def draw(run: Run, kind: str, style: str, alpha: float) -> None:
+        table, look = points(run.path, kind), {"linestyle": style, "linewidth": 1.0, "alpha": alpha, "zorder": 3}
+        axes.plot(table["env_steps"], table["success"], color=COLOURS["poco"], **look)
+
     for run in group.runs:
-        table = points(run.path, kind)
-        axes.plot(table["env_steps"], table["success"], color=COLOURS["poco"], linewidth=1.0, alpha=0.4, zorder=3)
+        draw(run, "training" if single else "evaluation", "-", 0.4)
+    for run in () if single else group.unfinished:
+        draw(run, "training", ":", 0.8)
 
 
 def _draw_mean(axes: Axes, curve: Curve) -> Label:

@@ -3,7 +3,8 @@
 import json
 import logging
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,10 @@ logger = logging.getLogger(__name__)
 
 DEPTH = 3
 """Levels below a folder where :func:`find_runs` looks."""
+LOGS = ("evaluations.jsonl", "metrics.jsonl")
+"""Files that a run appends to; one of them and config.json make an unfinished run."""
+EVALUATED = ("env_steps", "success_rate", "episodes", "interval_95")
+"""What a report needs of an evaluation."""
 NO_SETTING = (
     *("seed", "output_dir", "resume", "demonstrations.root", "demonstrations.workers"),
     *("checkpoint_every", "log_every", "trackers", "num_threads", "eval.videos"),
@@ -38,19 +43,73 @@ def read_result(run: Path) -> dict[str, Any]:
         raise DataError(f"no result.json in {run}: not the folder of a finished run") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    try:
+    with _told(path, "not as a run that ended well writes it, run it again"):
         _check(result)
+    return result
+
+
+def read_run(folder: Path) -> "Run":
+    """A run, finished or not.
+
+    Raises:
+        DataError: the folder holds none, or a damaged one.
+    """
+    if (folder / "result.json").is_file():
+        return Run(folder, read_result(folder), read_config(folder))
+    config = read_config(folder)
+    if not config or not any((folder / name).is_file() for name in LOGS):
+        raise DataError(
+            f"no result.json in {folder}: not the folder of a finished run, nor of one that has begun (config.json and "
+            f"{' or '.join(LOGS)})"
+        )
+    with _told(folder, "its config.json and logs are not as a run writes them"):
+        result = _so_far(folder, config)
+        _check(result)
+    return Run(folder, result, config, finished=False)
+
+
+def _so_far(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What result.json would say of a run up to now; it has no last evaluation. Raises KeyError or TypeError where a
+    line of its logs or its configuration is of another kind."""
+    evaluations = read_lines(folder / "evaluations.jsonl", EVALUATED)
+    metrics = read_lines(folder / "metrics.jsonl", ("update", "env_steps"))
+    episodes = read_lines(folder / "episodes.jsonl", ("env_steps",))
+    latest = [lines[-1] for lines in (evaluations, metrics, episodes) if lines]
+    prefix = "env.options."
+    options = {name.removeprefix(prefix): value for name, value in config.items() if name.startswith(prefix)}
+    return {
+        "seed": config["seed"],
+        "env": {"type": config["env.type"], "task": config["env.task"], "options": options}
+        if "env.task" in config
+        else None,
+        "before": evaluations[0] if evaluations else None,
+        "after": None,
+        "evaluations": evaluations,
+        "updates": max((line.get("update", 0) for line in latest), default=0),
+        "env_steps": max((line["env_steps"] for line in latest), default=0),
+        "seconds": metrics[-1].get("seconds", 0) if metrics else 0,
+        "adapter": config["adapter"],
+        "policy": "policy",
+    }
+
+
+@contextmanager
+def _told(path: Path, advice: str) -> Iterator[None]:
+    """KeyError and TypeError of a file's content, as a DataError that names the file."""
+    try:
+        yield
     except (KeyError, TypeError) as error:
         told = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path}: {told}; not as a run that ended well writes it, run it again") from error
-    return result
+        raise DataError(f"{path}: {told}; {advice}") from error
 
 
 def _check(result: Any) -> None:
     """Raises KeyError or TypeError where `result` does not hold what a report is made of."""
     if not isinstance(result, dict):
         raise TypeError("it holds no JSON object")
-    evaluations = [e for e in (result["before"], result["after"], *result["evaluations"]) if e is not None]
+    evaluations = [
+        e for e in (result["before"], result["after"], result.get("best"), *result["evaluations"]) if e is not None
+    ]
     numbers = [result[name] for name in ("seed", "updates", "env_steps", "seconds")]
     for e in evaluations:
         numbers += [*e["interval_95"], *(e[name] for name in ("env_steps", "success_rate", "episodes"))]
@@ -97,22 +156,36 @@ def defaults() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run.
+    """One run.
 
     Attributes:
         path: its folder, as it was given.
-        result: result.json.
+        result: result.json; of an unfinished run what is known of it so far, "after" being None.
         config: config.json, flat.
+        finished: whether it ended well.
     """
 
     path: Path
     result: dict[str, Any]
     config: dict[str, Any]
+    finished: bool = True
 
     @property
     def task(self) -> str:
         env = self.result["env"]
         return str(env["task"]) if env else "no environment"
+
+    @property
+    def latest(self) -> dict[str, Any] | None:
+        """Its last evaluation so far."""
+        return self.result["evaluations"][-1] if self.result["evaluations"] else None
+
+    @property
+    def status(self) -> str:
+        """How far an unfinished run is: nobody can tell from its files whether it still runs."""
+        steps, planned = self.result["env_steps"], self.config.get("online_steps")
+        of = f" of {planned:,}" if isinstance(planned, int) else ""
+        return f"running or stopped at {steps:,}{of} steps" + ("" if steps else f", {self.result['updates']:,} updates")
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -145,7 +218,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one task and setting, by seed.
+    """Runs of one task and setting, by seed, unfinished ones last: they are shown and never counted among results.
 
     Attributes:
         runs: at least one.
@@ -165,16 +238,28 @@ class Group:
         return max(run.warmup_steps for run in self.runs)
 
     @property
+    def finished(self) -> tuple[Run, ...]:
+        """Runs that ended well."""
+        return tuple(run for run in self.runs if run.finished)
+
+    @property
+    def unfinished(self) -> tuple[Run, ...]:
+        """Runs that still run or were stopped."""
+        return tuple(run for run in self.runs if not run.finished)
+
+    @property
     def env_steps(self) -> int:
-        """Environment steps of the shortest run."""
-        return min(run.result["env_steps"] for run in self.runs)
+        """Environment steps of the shortest finished run; of the longest where none is finished."""
+        if not self.finished:
+            return max(run.result["env_steps"] for run in self.runs)
+        return min(run.result["env_steps"] for run in self.finished)
 
 
 def group_runs(paths: Sequence[Path]) -> list[Group]:
     """Runs grouped by (task, setting), tasks and settings in the order in which they first appear."""
     tasks: dict[str, dict[str, list[Run]]] = {}
     for path in paths:
-        run = Run(path, read_result(path), read_config(path))
+        run = read_run(path)
         key = json.dumps(run.setting, sort_keys=True, default=str)
         tasks.setdefault(run.task, {}).setdefault(key, []).append(run)
     return [group for settings in tasks.values() for group in _named(list(settings.values()))]
@@ -187,7 +272,12 @@ def _named(settings: list[list[Run]]) -> list[Group]:
     groups = []
     for table, runs in zip(tables, settings, strict=True):
         told = ", ".join(f"{name} {shown(table.get(name, 'not set'))}" for name in telling)
-        groups.append(Group(tuple(sorted(runs, key=lambda run: run.result["seed"])), told or str(table["adapter"])))
+        groups.append(
+            Group(
+                tuple(sorted(runs, key=lambda run: (not run.finished, run.result["seed"]))),
+                told or str(table["adapter"]),
+            )
+        )
     return groups
 
 
@@ -214,7 +304,7 @@ def shown(value: object) -> str:
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Finished runs in `folders`, each a run or a folder with runs up to three levels below.
+    """Runs in `folders`, finished or not, each a run or a folder with runs up to three levels below.
 
     Returns:
         The runs that can be reported, and one sentence about each that cannot.
@@ -226,8 +316,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
     problems: list[str] = []
     for candidate in (c for folder in folders for c in _candidates(folder)):
         try:
-            read_result(candidate)
-            read_config(candidate)
+            read_run(candidate)
             runs.setdefault(candidate.resolve(), candidate)
         except DataError as error:
             problems.append(str(error))
@@ -237,11 +326,12 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """Folders below that a run has begun to write; `folder` itself where there is none."""
-    if (folder / "result.json").is_file():
+    """Folders below that a run has begun to write; `folder` itself where it is one, or where there is none."""
+    begun = (folder / "config.json").is_file() and any((folder / name).is_file() for name in LOGS)
+    if begun or (folder / "result.json").is_file():
         return [folder]
     levels = ["/".join(["*"] * depth) for depth in range(1, DEPTH + 1)]
-    marks = ("result.json", "metrics.jsonl")
+    marks = ("result.json", *LOGS)
     found = {path.parent for level in levels for mark in marks for path in folder.glob(f"{level}/{mark}")}
     return sorted(found) or [folder]
 

@@ -1,6 +1,9 @@
 """From raw observations to the chunks that a robot executes."""
 
-from collections.abc import Mapping, Sequence
+import copy
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -21,7 +24,12 @@ class Actor:
         best_of_n: candidates per state; above 1 needs a critic.
         critic: values them.
         aggregation: how the critics' values become one.
+
+    Attributes:
+        weights_version: of the weights that the last chunks are samples of: updates made until then.
     """
+
+    weights_version: int = 0
 
     def __init__(
         self,
@@ -60,3 +68,65 @@ class Actor:
         if not np.isfinite(actions).all():
             raise NonFiniteError("the policy sampled a non-finite action: nothing was sent to the environment")
         return actions
+
+
+@dataclass
+class Weights:
+    """When a learner's weights may be read by another thread: between two updates, never inside one.
+
+    Attributes:
+        version: updates that made them.
+        lock: held by the learner while it changes them, by others while they copy them.
+    """
+
+    version: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class ActingCopy(Actor):
+    """An actor beside a learner: with trained weights of its own, which it renews before a chunk and never inside one.
+
+    What is frozen (the backbone) is shared with the learner's policy, not copied.
+
+    Args:
+        actor: whose policy and critic are learned meanwhile.
+        weights: when these may be read.
+        seed: of the copy's own noise.
+    """
+
+    def __init__(self, actor: Actor, weights: Weights, seed: int) -> None:
+        shared = _frozen(actor.policy)
+        policy, critic = copy.deepcopy((actor.policy, actor.critic), shared)
+        super().__init__(policy, seed, actor.best_of_n, critic, actor.aggregation)
+        self.weights = weights
+        self._pairs = [(own, learned) for own, learned in _trained_pairs(self, actor) if own is not learned]
+        for own, _ in self._pairs:
+            own.requires_grad_(False)
+        self._renew()
+
+    @torch.no_grad()
+    def chunks(
+        self, obs: Mapping[str, np.ndarray], tasks: Sequence[str], *, best_of_n: int | None = None
+    ) -> np.ndarray:
+        """As :meth:`Actor.chunks`, of the newest weights."""
+        if self.weights_version != self.weights.version:
+            self._renew()
+        return super().chunks(obs, tasks, best_of_n=best_of_n)
+
+    def _renew(self) -> None:
+        with torch.no_grad(), self.weights.lock:
+            for own, learned in self._pairs:
+                own.copy_(learned)
+            self.weights_version = self.weights.version
+
+
+def _frozen(policy: FlowPolicy) -> dict[int, object]:
+    """A memo for deepcopy: what is in it is taken over, not copied."""
+    tensors = [p for p in policy.parameters() if not p.requires_grad] + list(policy.buffers())
+    return {id(tensor): tensor for tensor in tensors}
+
+
+def _trained_pairs(own: Actor, learned: Actor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    yield from zip(own.policy.parameters(), learned.policy.parameters(), strict=True)
+    if own.critic is not None and learned.critic is not None:
+        yield from zip(own.critic.parameters(), learned.critic.parameters(), strict=True)

@@ -135,10 +135,12 @@ class _Steps:
 
 @dataclass
 class _Running:
-    """The episode that an environment is in: its seed, the chunks sent so far, the steps they brought."""
+    """The episode that an environment is in: its seed, the chunks sent so far and the weights' version that chose each,
+    the steps they brought."""
 
     seed: int
     chunks: list[np.ndarray] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -161,6 +163,7 @@ class EnvPool:
         makers = [partial(make, index, spec.num_envs) for index in range(spec.num_envs)]
         self._envs = _vectorise(makers, getattr(config, "preload", ()), in_process=spec.in_process)
         self._chunks: np.ndarray | None = None
+        self._versions = [0] * spec.num_envs
         space = self._envs.single_action_space
         assert isinstance(space, gym.spaces.Box)
         self.action_dim = space.shape[-1]
@@ -191,8 +194,12 @@ class EnvPool:
         """Control steps of episodes that have not ended yet."""
         return sum(len(row["reward"]) for running in self._running for row in running.rows)
 
-    def send(self, chunks: np.ndarray) -> None:
-        """Start executing one chunk [num_envs, H, action_dim] in each environment, in the robot's units."""
+    def send(self, chunks: np.ndarray, version: int = 0) -> None:
+        """Start executing one chunk [num_envs, H, action_dim] in each environment, in the robot's units.
+
+        `version` is that of the weights that chose them, to be noted with the steps.
+        """
+        self._versions = [version] * self.num_envs
         self._chunks = np.ascontiguousarray(chunks, dtype=np.float32)
         if isinstance(self._envs, AsyncVectorEnv):
             self._envs.step_async(self._chunks)
@@ -206,17 +213,19 @@ class EnvPool:
         self._last = _copied(result[0])
         return self._collect(chunks), int(self._last["length"].sum())
 
-    def step(self, chunks: np.ndarray) -> tuple[list[Episode], int]:
+    def step(self, chunks: np.ndarray, version: int = 0) -> tuple[list[Episode], int]:
         """`send` and `receive`."""
-        self.send(chunks)
+        self.send(chunks, version)
         return self.receive()
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to bring the running episodes back: their seeds and the chunks sent so far."""
+        """What `restore` needs to bring the running episodes back: their seeds, and the chunks sent so far with their
+        weights' versions."""
         empty = np.zeros((0, self.horizon, self.action_dim), dtype=np.float32)
         return {
             "seeds": [running.seed for running in self._running],
             "chunks": [np.stack(running.chunks) if running.chunks else empty for running in self._running],
+            "versions": [list(running.versions) for running in self._running],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -224,7 +233,9 @@ class EnvPool:
         self._begin({"first": list(state["seeds"])})
         for k in range(max(len(chunks) for chunks in state["chunks"])):
             nothing = np.full((self.horizon, self.action_dim), np.nan, dtype=np.float32)
-            self.step(np.stack([chunks[k] if k < len(chunks) else nothing for chunks in state["chunks"]]))
+            self.send(np.stack([chunks[k] if k < len(chunks) else nothing for chunks in state["chunks"]]))
+            self._versions = [versions[k] if k < len(versions) else 0 for versions in state["versions"]]
+            self.receive()
 
     def close(self) -> None:
         self._envs.close()
@@ -243,9 +254,11 @@ class EnvPool:
             if length == 0:
                 continue
             running.chunks.append(chunks[i])
+            running.versions.append(self._versions[i])
             frames = {key: column[i, :length] for key, column in self._last["frames"].items()}
             signals = {name: self._last[name][i, :length] for name in ("reward", "success", "terminal")}
-            running.rows.append(frames | signals | {"action": chunks[i, :length]})
+            version = np.full(length, self._versions[i], dtype=np.int64)
+            running.rows.append(frames | signals | {"action": chunks[i, :length], "version": version})
             if self._last["ended"][i, 0]:
                 finished.append(_episode(running, self.tasks[i]))
                 self._running[i] = _Running(running.seed + self.num_envs)
@@ -262,6 +275,8 @@ def _episode(running: _Running, task: str) -> Episode:
         terminal=columns["terminal"].astype(bool),
         task=task,
         seed=running.seed,
+        policy_version=columns["version"],
+        interventions=np.zeros(len(columns["action"]), dtype=bool),
     )
 
 

@@ -1,19 +1,28 @@
 """Episodes written back as LeRobot v3 datasets."""
 
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from threading import Lock, RLock
 from typing import Any
 
 import numpy as np
 
 from poco_vla.config import DatasetConfig
 from poco_vla.data import Episode, open_dataset, read_episodes
+from poco_vla.data.dataset import INTERVENTION, POLICY_VERSION
 from poco_vla.errors import DataError
-from poco_vla.rollout.video import silent_stderr
+from poco_vla.files import wait_for_space
+from poco_vla.rollout.consolidate import consolidate
+from poco_vla.rollout.growing import KEY, GrowingDataset
+from poco_vla.rollout.video import keep_scheduling, silent_stderr
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = {
     "next.reward": {"dtype": "float32", "shape": (1,), "names": None},
@@ -24,6 +33,10 @@ SIGNALS = {
 """Columns beside observations and action, by LeRobot's names (lerobot.utils.constants)."""
 MIN_VIDEO_SIDE = 32
 """Pixels; below it the encoder (SVT-AV1 3.0) ends the whole process by a division by zero."""
+ONLINE_ENCODER = {"vcodec": "h264", "preset": "ultrafast", "crf": 20}
+"""LeRobot's settings for pictures of online episodes. Two cameras of 224 x 224 take 5 ms a step on two cores, LeRobot's
+default (AV1, over PNG files) 18 ms, at 1 dB more and three times the size."""
+_PATCHING = RLock()
 
 
 def write_dataset(episodes: Iterable[Episode], root: Path, *, fps: int, repo_id: str, video: bool = False) -> Path:
@@ -44,14 +57,11 @@ def write_dataset(episodes: Iterable[Episode], root: Path, *, fps: int, repo_id:
     first = next(waiting)
     features = _features(first, video=video)
     try:
-        with silent_stderr(), _embedding_pictures_only(features):
+        with silent_stderr(), keep_scheduling():
             dataset = LeRobotDataset.create(repo_id, fps=fps, features=features, root=partial, use_videos=video)
             try:
                 for episode in chain([first], waiting):
-                    for frame in _frames(episode):
-                        dataset.add_frame(frame)
-                    # One camera after the other: LeRobot would fork this process, and with it OpenGL, CUDA and threads.
-                    dataset.save_episode(parallel_encoding=False)
+                    _save(dataset, episode)
             finally:
                 # LeRobot does so when the object goes away, too: after an error it would make the folder anew.
                 dataset.finalize()
@@ -63,60 +73,242 @@ def write_dataset(episodes: Iterable[Episode], root: Path, *, fps: int, repo_id:
 
 
 class EpisodeRecorder:
-    """Online episodes as a row of small LeRobot datasets, `root/part-00000` and so on, each written whole.
+    """Online episodes as one LeRobot v3 dataset in `root` that can be opened at any moment; no kill loses more than the
+    episode being written. One process writes it, by any of its threads.
 
     Args:
-        root: folder of the parts.
+        root: folder of the dataset. What is recorded there already is taken up; files of an episode that was not
+            written to its end are moved to ``<root>.set_aside/``, and `tell` says so.
         fps: control steps per second.
+        video: pictures as video (ONLINE_ENCODER); False stores PNG, which is exact.
+        tell: gets a message about each thing that somebody should know: files set aside, a full disk.
+        give_up: True ends the waiting for room on a full disk.
+
+    Raises:
+        DataError: `root` holds something else, files are missing, or the rate is another.
     """
 
-    def __init__(self, root: Path, fps: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        fps: int,
+        *,
+        video: bool = False,
+        tell: Callable[[str], None] = logger.warning,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.root = root
         self.fps = fps
-        self.parts: list[str] = []
-        self._pending: list[Episode] = []
+        self.video = video
+        self._tell = tell
+        self._give_up = give_up
+        self._lock = Lock()
+        self._disk = GrowingDataset(root, tell)
+        self._accounted = len(self._disk.ends)
+        self._ahead: list[Episode] = []
+        if self._disk.info is not None and self._disk.info.fps != fps:
+            raise DataError(f"{root} was recorded at {self._disk.info.fps} fps, this run has {fps}: record elsewhere")
 
-    def add(self, episode: Episode) -> None:
-        """Keep an episode for the next `flush`."""
-        self._pending.append(episode)
+    @property
+    def num_episodes(self) -> int:
+        """Episodes on disk; after :meth:`rewind`, those that were run before or have been run again."""
+        return self._accounted
 
-    def flush(self) -> list[str]:
-        """Write what is pending as the next part; give the names of all parts, oldest first."""
-        if self._pending:
-            name = f"part-{len(self.parts):05d}"
-            # A part that a crash left behind a checkpoint is not in `parts`: its episodes are run again.
-            shutil.rmtree(self.root / name, ignore_errors=True)
-            # PNG, not video: a resumed run must see the pixels that the interrupted one saw.
-            write_dataset(self._pending, self.root / name, fps=self.fps, repo_id=f"local/{name}", video=False)
-            self.parts.append(name)
-            self._pending = []
-        return self.parts
+    @property
+    def num_steps(self) -> int:
+        """Control steps of these episodes."""
+        return self._disk.ends[self._accounted - 1] if self._accounted else 0
 
-    def load(self, parts: Sequence[str], obs_keys: Sequence[str]) -> list[Episode]:
-        """The episodes of these parts, in the order they were recorded; further parts will follow them."""
-        self.parts = list(parts)
-        episodes: list[Episode] = []
-        for name in parts:
-            config = DatasetConfig(repo_id=f"local/{name}", root=self.root / name)
-            episodes += read_episodes(open_dataset(config), config, obs_keys)
-        return episodes
+    def has(self, key: str) -> bool:
+        """Whether an episode of this key is among them. "" is no key."""
+        return self._disk.keys.get(key, self._accounted) < self._accounted
 
-    def merge(self, root: Path) -> Path | None:
-        """All parts as one LeRobot dataset in `root`; None when nothing was recorded."""
-        from lerobot.datasets.aggregate import aggregate_datasets
+    def add(self, episode: Episode, key: str = "") -> None:
+        """Put an episode on disk; it is there when this returns. While the disk is full, wait.
 
-        parts = self.flush()
-        if not parts:
-            return None
-        shutil.rmtree(root, ignore_errors=True)
-        with silent_stderr():
-            aggregate_datasets(
-                repo_ids=[f"local/{name}" for name in parts],
-                aggr_repo_id=f"local/{root.name}",
-                roots=[self.root / name for name in parts],
-                aggr_root=root,
+        Args:
+            key: by which who sends it knows it; one that is on disk is not written again. "" for none.
+
+        Raises:
+            DataError: other columns than the first episode's, or a number that is not finite. Nothing is written.
+            PocoError: the disk is full and `give_up`; the episode is lost.
+        """
+        with self._lock:
+            if self.has(key):
+                return
+            episode.check("the episode to record")
+            features = _features(episode, video=self.video)
+            self._refuse_other(features)
+            if self._ahead and _same(self._ahead[0], episode):
+                self._ahead.pop(0)
+                self._accounted += 1
+                return
+            wait_for_space(
+                lambda: self._write(episode, features, key),
+                what=f"episode {self._accounted} ({len(episode)} steps)",
+                where=self.root,
+                tell=self._tell,
+                give_up=self._give_up,
             )
-        return root
+
+    def load(self, obs_keys: Sequence[str], first: int = 0) -> list[Episode]:
+        """The episodes from index `first` on, in the order they were recorded; seeds are not kept."""
+        return self._read(obs_keys, first, self._accounted)
+
+    def rewind(self, count: int) -> None:
+        """Go back to the first `count` episodes, because those after them will be run again, bit for bit.
+
+        They stay on disk, and each that `add` brings is compared with the one in its place: when equal, nothing is
+        written. At the first that differs, what is on disk from there on goes to the set-aside folder. Episodes that
+        nobody runs again stay in the dataset: they were played.
+
+        Raises:
+            DataError: fewer are recorded.
+        """
+        with self._lock:
+            if not 0 <= count <= self._accounted:
+                raise DataError(f"{self.root} holds {self._accounted} episodes, not {count}: put the others back")
+            total = len(self._disk.ends)
+            self._ahead = self._read(self._exact_keys(), count, total) if count < total else []
+            self._accounted = count
+
+    def consolidate(self, root: Path) -> Path | None:
+        """All episodes on disk as one compact LeRobot dataset in `root`, which replaces an older one; None when there
+        are none. Time is linear in the frames."""
+        with self._lock:
+            return consolidate(self.root, root) if self._disk.ends else None
+
+    def _write(self, episode: Episode, features: dict[str, dict[str, Any]], key: str) -> None:
+        if self._accounted < len(self._disk.ends):
+            lost = len(self._disk.ends) - self._accounted
+            why = f"{self.root}: episode {self._accounted}, run again, is not what it was; {lost} older episodes"
+            self._disk.cut(self._accounted, why)
+            self._ahead = []
+        if self._disk.info is not None:
+            features = self._disk.info.features  # they say how the videos are encoded, too
+        with self._disk.stage() as stage:
+            meta = _stage_episode(episode, stage, self.fps, features, self._disk.place, key)
+            self._disk.commit(stage, meta, key)
+        self._accounted += 1
+
+    def _refuse_other(self, features: Mapping[str, Mapping[str, Any]]) -> None:
+        if self._disk.info is None:
+            return
+        from lerobot.datasets.feature_utils import DEFAULT_FEATURES
+
+        settled = {key: _kind(f) for key, f in self._disk.info.features.items() if key not in DEFAULT_FEATURES}
+        found = {key: _kind(f) for key, f in features.items()}
+        keys = sorted(key for key in settled | found if settled.get(key) != found.get(key))
+        if keys:
+            differences = "; ".join(
+                f'"{key}" is {found.get(key, "not there")} instead of {settled.get(key, "not there")}' for key in keys
+            )
+            raise DataError(
+                f"an episode has other columns than those in {self.root}: {differences}. Record into another folder."
+            )
+
+    def _exact_keys(self) -> list[str]:
+        features = self._disk.info.features
+        return [key for key, f in features.items() if key.startswith("observation.") and f["dtype"] != "video"]
+
+    def _read(self, obs_keys: Sequence[str], first: int, end: int) -> list[Episode]:
+        if first >= end:
+            return []
+        # They were in memory before; no limit keeps a run from going on.
+        config = DatasetConfig(
+            repo_id="local/episodes", root=self.root, episodes=tuple(range(first, end)), max_image_bytes=sys.maxsize
+        )
+        return read_episodes(open_dataset(config), config, obs_keys)
+
+
+def _stage_episode(
+    episode: Episode,
+    stage: Path,
+    fps: int,
+    features: dict[str, dict[str, Any]],
+    place: Callable[[Any], None],
+    key: str,
+) -> Any:
+    """Write one episode by LeRobot's own writer; gives LeRobot's metadata after it.
+
+    Args:
+        place: puts the metadata to where this episode follows.
+    """
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    video = any(feature["dtype"] == "video" for feature in features.values())
+    dataset = LeRobotDataset.create(
+        "local/episodes",
+        fps=fps,
+        features=features,
+        root=stage,
+        video_backend="pyav",
+        **_encoding(episode, video=video),
+    )
+    try:
+        place(dataset.meta)
+        dataset.clear_episode_buffer()  # it knew the place before
+        _save(dataset, episode)
+        _amend(dataset.meta._metadata_buffer[-1], key)  # not yet in the file
+        dataset.finalize()
+    except BaseException:
+        dataset.clear_episode_buffer()  # ends encoding threads
+        dataset.meta._metadata_buffer.clear()  # LeRobot would write it when the object goes away
+        raise
+    return dataset.meta
+
+
+def _amend(row: dict[str, list[Any]], key: str) -> None:
+    """A column of ours beside LeRobot's, and one type for each of its own, so that tables can be joined: it writes some
+    statistics of a single step as whole numbers."""
+    for name, value in row.items():
+        if name.startswith("stats/") and not name.endswith("/count"):
+            row[name] = [np.asarray(value[0], np.float64)]
+    row[KEY] = [key]
+
+
+def _encoding(episode: Episode, *, video: bool) -> dict[str, Any]:
+    if not video:
+        return {"use_videos": False}
+    import av.logging
+    from lerobot.configs.video import RGBEncoderConfig
+
+    av.logging.set_libav_level(av.logging.ERROR)  # else the encoder's figures go to stderr, past everyone
+    return {
+        "rgb_encoder": RGBEncoderConfig(**ONLINE_ENCODER),
+        # Without a detour through PNG files. LeRobot drops pictures that find the queue full, and has no statistics of
+        # a single one.
+        "streaming_encoding": len(episode) > 1,
+        "encoder_queue_maxsize": len(episode) + 1,
+    }
+
+
+def _save(dataset: Any, episode: Episode) -> None:
+    for frame in _frames(episode):
+        dataset.add_frame(frame)
+    with _quick_embedding():
+        # One camera after the other: LeRobot would fork this process, and with it OpenGL, CUDA and threads.
+        dataset.save_episode(parallel_encoding=False)
+
+
+def _same(a: Episode, b: Episode) -> bool:
+    """Whether two runs of an episode are one, by what both have: `a` has no pictures that video has changed."""
+    return (
+        len(a) == len(b)
+        and a.task == b.task
+        and all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("action", "reward", "success"))
+        and all(np.array_equal(column, b.obs[key]) for key, column in a.obs.items())
+    )
+
+
+def _kind(feature: Mapping[str, Any]) -> str:
+    return f"{feature['dtype']} {tuple(feature['shape'])}"
+
+
+def can_be_video(pictures: np.ndarray) -> bool:
+    """Whether the encoders take pictures [T, height, width, 3] of this size."""
+    height, width = pictures.shape[1:3]
+    return min(height, width) >= MIN_VIDEO_SIDE and height % 2 == width % 2 == 0
 
 
 def _features(episode: Episode, *, video: bool) -> dict[str, dict[str, Any]]:
@@ -125,8 +317,8 @@ def _features(episode: Episode, *, video: bool) -> dict[str, dict[str, Any]]:
     }
     for key, column in episode.obs.items():
         if column.dtype == np.uint8:
-            height, width = column.shape[1:3]
-            if video and (min(height, width) < MIN_VIDEO_SIDE or height % 2 or width % 2):
+            if video and not can_be_video(column):
+                height, width = column.shape[1:3]
                 raise DataError(
                     f'"{key}" is {height} x {width} pixels; video needs even sides of at least {MIN_VIDEO_SIDE}. Make '
                     "the pictures larger, or store PNG (demonstrations.video = False)."
@@ -135,26 +327,40 @@ def _features(episode: Episode, *, video: bool) -> dict[str, dict[str, Any]]:
             features[key] = {"dtype": dtype, "shape": column.shape[1:], "names": ["height", "width", "channels"]}
         else:
             features[key] = {"dtype": "float32", "shape": column.shape[1:], "names": None}
-    return features | SIGNALS
+    dtypes = {POLICY_VERSION: "int64", INTERVENTION: "bool"}
+    notes = {name: {"dtype": dtypes[name], "shape": (1,), "names": None} for name in _notes(episode)}
+    return features | SIGNALS | notes
+
+
+def _notes(episode: Episode) -> dict[str, np.ndarray]:
+    """The columns that not every episode has, [T] each."""
+    notes = {POLICY_VERSION: episode.policy_version, INTERVENTION: episode.interventions}
+    return {name: column for name, column in notes.items() if column is not None}
 
 
 @contextmanager
-def _embedding_pictures_only(features: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """LeRobot 0.6.1 sends each row through `datasets.map` to put pictures into the table, also where there are none:
-    four fifths of the time that a dataset of states takes (1,500 instead of 8,000 frames a second)."""
+def _quick_embedding() -> Iterator[None]:
+    """LeRobot 0.6.1 sends row after row through `datasets.map` to put pictures into the table, also where there are
+    none, and draws a bar: four fifths of the time that a dataset of states takes. Here the table goes as a whole."""
     from lerobot.datasets import dataset_writer
 
-    embed = dataset_writer.embed_images
-    if all(feature["dtype"] != "image" for feature in features.values()):
-        dataset_writer.embed_images = lambda dataset: dataset
-    try:
-        yield
-    finally:
-        dataset_writer.embed_images = embed
+    with _PATCHING:
+        embed = dataset_writer.embed_images
+        dataset_writer.embed_images = _embed
+        try:
+            yield
+        finally:
+            dataset_writer.embed_images = embed
+
+
+def _embed(dataset: Any) -> Any:
+    from datasets.table import embed_table_storage
+
+    return type(dataset)(embed_table_storage(dataset.with_format("arrow")[:]))
 
 
 def _frames(episode: Episode) -> list[dict[str, Any]]:
-    last = len(episode) - 1
+    last, notes = len(episode) - 1, _notes(episode)
     return [
         {key: column[k] for key, column in episode.obs.items()}
         | {
@@ -165,5 +371,6 @@ def _frames(episode: Episode) -> list[dict[str, Any]]:
             "next.success": episode.success[k : k + 1],
             "task": episode.task,
         }
+        | {name: column[k : k + 1] for name, column in notes.items()}
         for k in range(len(episode))
     ]

@@ -55,3 +55,17 @@ def silent_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+@contextmanager
+def keep_scheduling() -> Iterator[None]:
+    """As root, SVT-AV1 puts the thread that calls it, and all that it starts later, ahead of everything else on the
+    machine (SCHED_FIFO 99), and leaves it there."""
+    if not hasattr(os, "sched_getscheduler"):  # macOS
+        yield
+        return
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, priority)

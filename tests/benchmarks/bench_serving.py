@@ -6,8 +6,12 @@ Per request: a state and, for pi0.5, two pictures of 224 x 224. "added" is the m
 median of a direct call, "x direct" their ratio. Several clients ask from threads, and their states share forwards;
 they share the interpreter too, so that robots on machines of their own get more. "codec alone" has no model behind it,
 only a reply of the same size: what the way costs.
+
+The last row sends whole episodes to the server, into a sink that only looks at the clock: "x bare socket" is the time
+of that against the same bytes through a TCP connection that does nothing else.
 """
 
+import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +27,7 @@ from measure import Rows, device_name, table_of
 from rich.console import Console
 
 from poco_vla import FlowPolicy, load_adapter
+from poco_vla.data import Episode
 from poco_vla.rollout import Actor
 from poco_vla.rollout.serving.client import PolicyClient
 from poco_vla.rollout.serving.server import Feature, PolicyServer
@@ -31,6 +36,8 @@ type Name = Literal["flow_mlp", "pi05"]
 
 PICTURE = Feature((224, 224, 3), "uint8")
 TASK = "pick up the pen"
+EPISODE_STEPS = 300
+CAMERAS = dict.fromkeys(("observation.images.top", "observation.images.wrist"), Feature((128, 128, 3), "uint8"))
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,44 @@ def bench(policy: FlowPolicy, name: str, count: int, clients: Sequence[int]) -> 
     for one in rows[1:]:
         one["added ms"] = one["median ms"] - rows[1]["median ms"]
         one["x direct"] = one["median ms"] / rows[1]["median ms"]
-    return rows
+    return [*rows, upload_row(policy, name, max(3, count // 10))]
+
+
+def upload_row(policy: FlowPolicy, name: str, count: int) -> dict[str, Any]:
+    spec = {"observation.state": Feature((6,), "float32"), **CAMERAS}
+    episode = random_episode(spec, policy.spec.action_dim)
+    data = b"".join(column.tobytes() for column in (*episode.obs.values(), episode.action))
+    sink = SimpleNamespace(status=dict, take=lambda episode, key: None)
+    serving = PolicyServer(no_model(policy), spec, adapter=name, fps=15.0, episodes=sink)
+    with serving as server, PolicyClient(server.url) as client:
+        seconds = times(lambda: client.record(episode, "key"), count)
+    one = row(f"an episode up, {EPISODE_STEPS} steps, 2 pictures of 128 x 128", seconds, 1 / statistics.mean(seconds))
+    bare = statistics.median(times(lambda: through_a_socket(data), count))
+    median = statistics.median(seconds)
+    return one | {"MB/s": len(data) / median / 1e6, "x bare socket": median / bare}
+
+
+def random_episode(spec: dict[str, Feature], action_dim: int) -> Episode:
+    states = [random_obs(spec, seed) for seed in range(EPISODE_STEPS)]
+    columns = {key: np.stack([one[key] for one in states]) for key in spec}
+    last = np.arange(EPISODE_STEPS) == EPISODE_STEPS - 1
+    action = np.zeros((EPISODE_STEPS, action_dim), np.float32)
+    return Episode(columns, action, last.astype(np.float32), last, last, task=TASK)
+
+
+def through_a_socket(data: bytes) -> None:
+    """To another thread, until all of it is there."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as thread:
+        there = thread.submit(received, listening, len(data))
+        with socket.create_connection(listening.getsockname()) as connection:
+            connection.sendall(data)
+            there.result()
+
+
+def received(listening: socket.socket, size: int) -> None:
+    buffer = bytearray(size)
+    with listening.accept()[0] as connection:
+        assert connection.recv_into(buffer, size, socket.MSG_WAITALL) == size
 
 
 def row(what: str, seconds: Sequence[float], rate: float) -> dict[str, Any]:
@@ -97,7 +141,7 @@ def random_obs(spec: dict[str, Feature], seed: int = 0) -> dict[str, np.ndarray]
 def no_model(policy: FlowPolicy) -> Any:
     """Answers at once, with zeros."""
     zeros = np.zeros((policy.spec.horizon, policy.spec.action_dim), np.float32)
-    return SimpleNamespace(policy=policy, chunks=lambda obs, tasks: np.stack([zeros] * len(tasks)))
+    return SimpleNamespace(policy=policy, weights_version=0, chunks=lambda _, tasks: np.stack([zeros] * len(tasks)))
 
 
 def times(work: Callable[[], Any], count: int) -> list[float]:

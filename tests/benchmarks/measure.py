@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from poco_vla import ChunkBatch, Poco, PocoConfig
-from poco_vla.config import DemonstrationConfig, TrainConfig
+from poco_vla.config import DemonstrationConfig, ReplayConfig, TrainConfig
 from poco_vla.data import Episode, Replay, chunk_batch
 from poco_vla.rollout import EnvPool
 from poco_vla.train import Trainer
@@ -89,8 +89,8 @@ class Args:
     """CPU threads of the update: numbers, or "all"."""
     size: Size = field(default_factory=Size)
     """Sizes of the update."""
-    replay_steps: int = 1_000_000
-    """Control steps in the pool."""
+    replay_steps: tuple[int, ...] = (1_000_000, 10_000_000)
+    """Control steps in the pool; each is measured."""
     output: Path = HERE / "results"
     """Folder of the figures."""
 
@@ -363,22 +363,35 @@ def updates_seconds(trainer: Trainer, updates: int) -> float:
 
 
 def bench_replay(args: Args) -> Rows:
-    """Sampling out of a large pool, and the way of a batch through LeRobot's processors."""
-    size, repetitions = args.size, 5 if args.quick else 30
-    episodes = random_episodes(size, args.replay_steps)
-    replay = Replay(horizon=size.horizon, gamma=0.99, capacity=args.replay_steps)
+    """Sampling out of large pools, and the way of a batch through LeRobot's processors."""
+    policy = mlp(args.size)
+    pools = [pool_rows(args, steps) for steps in args.replay_steps]
+    replay = Replay(horizon=args.size.horizon, gamma=0.99)
+    replay.extend(random_episodes(args.size, 2000), is_demo=False)
+    raw = replay.sample(args.size.batch, np.random.default_rng(0))
+    processed = median_seconds(lambda: chunk_batch(policy, raw), 5 if args.quick else 30)
+    return [
+        *(row for rows in pools for row in rows),
+        {"what": "chunk_batch: LeRobot's processors", "ms": processed * 1e3},
+    ]
+
+
+def pool_rows(args: Args, steps: int) -> Rows:
+    """A batch out of a full pool of `steps`, by the pool and one by one; the bytes are those of the pool's columns."""
+    size, repetitions = args.size, 5 if args.quick else 100
+    episodes = random_episodes(size, steps)
+    replay = Replay(horizon=size.horizon, gamma=0.99, config=ReplayConfig(capacity=steps))
     replay.extend(episodes, is_demo=False)
     rng = np.random.default_rng(0)
-    raw = replay.sample(size.batch, rng)
-    policy = mlp(size)
     fast = median_seconds(lambda: replay.sample(size.batch, rng), repetitions)
     slow = median_seconds(lambda: sample_one_by_one(episodes, size, rng), repetitions)
-    processed = median_seconds(lambda: chunk_batch(policy, raw), repetitions)
-    what = f"{size.batch} chunks (H {size.horizon}) of {args.replay_steps:,} steps"
+    what = f"{size.batch} chunks (H {size.horizon}) of {steps:,} steps"
     return [
-        {"what": f"Replay.sample: {what}", "ms": fast * 1e3, "x loop over samples": fast / slow},
-        {"what": f"loop over samples: {what}", "ms": slow * 1e3, "x loop over samples": 1.0},
-        {"what": "chunk_batch: LeRobot's processors", "ms": processed * 1e3},
+        {"what": f"{name}: {what}", "ms": seconds * 1e3, "us/chunk": seconds / size.batch * 1e6, **more}
+        for name, seconds, more in (
+            ("Replay.sample", fast, {"x loop over samples": fast / slow, "bytes": replay.num_bytes}),
+            ("loop over samples", slow, {"x loop over samples": 1.0}),
+        )
     ]
 
 

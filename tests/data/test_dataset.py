@@ -1,6 +1,7 @@
 """What a LeRobot v3 dataset on disk holds is what the episodes hold, and what cannot work is said in words."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -326,3 +327,29 @@ def test_a_dense_reward_needs_a_threshold(tmp_path):
     with pytest.raises(DataError, match="success_reward"):
         rewarded(tmp_path / "data", [0.1, 0.4, 0.95])
     assert rewarded(tmp_path / "again", [0.1, 0.4, 0.95], success_reward=0.9) == [False, False, True]
+
+
+def test_a_file_that_the_metadata_does_not_count_yet_is_not_read(plain, tmp_path):
+    """Somebody adds an episode to a growing dataset: its file is there before the metadata say so."""
+    root, columns = plain
+    shutil.copytree(root, tmp_path / "data")
+    folder = tmp_path / "data" / "data" / "chunk-000"
+    shutil.copy(folder / "file-000.parquet", folder / "file-001.parquet")
+    episodes = read(tmp_path / "data")
+    assert len(episodes) == len(LENGTHS)
+    np.testing.assert_array_equal(episodes[-1].action, columns[-1]["action"])
+
+
+@pytest.mark.parametrize("noted", ["policy_version", "interventions"])
+def test_what_was_noted_at_each_step_is_read_by_its_own_column(tmp_path, noted):
+    names = {
+        "policy_version": "complementary_info.policy_version",
+        "interventions": "complementary_info.is_intervention",
+    }
+    dtype = {"policy_version": "int64", "interventions": "bool"}[noted]
+    features = STATE_ONLY | {names[noted]: {"dtype": dtype, "shape": (1,), "names": None}}
+    columns = random_columns(4, STATE_ONLY) | {names[noted]: np.array([[0], [1], [1], [0]], dtype)}
+    (episode,) = read(write(tmp_path / "data", [columns], features))
+    found = {name: getattr(episode, name) for name in names}
+    np.testing.assert_array_equal(found.pop(noted), columns[names[noted]][:, 0])
+    assert list(found.values()) == [None]

@@ -1,5 +1,10 @@
 """The pool against hand-derived TD quantities and against an obvious per-episode reference."""
 
+import errno
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -7,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poco_vla.config import RewardConfig
-from poco_vla.data import Episode, Replay
-from poco_vla.errors import DataError
+from poco_vla.config import ReplayConfig, RewardConfig
+from poco_vla.data import Episode, Replay, columns
+from poco_vla.errors import ConfigError, DataError
 
 RECORDED = RewardConfig(source="recorded")
 
@@ -228,7 +233,7 @@ def compare(raw, expected):
 def test_every_sample_is_what_a_walk_through_its_episode_gives(episodes, num_demos, horizon, capacity, gamma):
     """Random episodes, horizons and capacities, far beyond a full ring. Each of at most 67 live start steps is missed
     by 3,000 uniform samples with a chance of e^-44."""
-    replay = Replay(horizon=horizon, gamma=gamma, reward=RECORDED, capacity=capacity)
+    replay = Replay(horizon=horizon, gamma=gamma, reward=RECORDED, config=ReplayConfig(capacity=capacity))
     ring = ReferenceRing(capacity)
     for i, episode in enumerate(episodes):
         replay.add(episode, is_demo=i < num_demos)
@@ -260,7 +265,7 @@ def live_numbers(replay, count=4000):
 def test_the_oldest_go_first_and_little_more_than_needed(lengths, capacity):
     """Whatever lives is an unbroken run of the newest steps; at most two gaps, each shorter than the longest episode,
     are lost to keeping episodes whole."""
-    replay = Replay(horizon=3, gamma=0.9, capacity=capacity)
+    replay = Replay(horizon=3, gamma=0.9, config=ReplayConfig(capacity=capacity))
     total = 0
     for length in lengths:
         replay.add(make([0] * length, [0] * (length - 1) + [1], first=total), is_demo=False)
@@ -273,7 +278,7 @@ def test_the_oldest_go_first_and_little_more_than_needed(lengths, capacity):
 
 def test_a_full_ring_of_online_steps_leaves_all_demonstrations():
     """The published set-up fills the ring with offline data and overwrites it at once; here it stays."""
-    replay = Replay(horizon=2, gamma=0.9, capacity=10)
+    replay = Replay(horizon=2, gamma=0.9, config=ReplayConfig(capacity=10))
     replay.extend([make([0] * 5, [0, 0, 0, 0, 1], first=5 * i) for i in range(4)], is_demo=True)
     for i in range(100):
         replay.add(make([0] * 5, [0, 0, 0, 0, 1], first=1000 + 5 * i), is_demo=False)
@@ -310,7 +315,7 @@ def chi_square(numbers, cells):
 def pool_of(demo_fraction=None, capacity=90):
     """25 demonstration starts in episodes of 1, 9 and 15 (numbers 0 to 24); online episodes of 1 to 15 steps that have
     wrapped the ring, every third cut off by a time limit."""
-    replay = Replay(horizon=4, gamma=0.9, capacity=capacity, demo_fraction=demo_fraction)
+    replay = Replay(horizon=4, gamma=0.9, config=ReplayConfig(capacity=capacity, demo_fraction=demo_fraction))
     first, lengths = 0, (1, 9, 15)
     for length in lengths:
         replay.add(make([0] * length, [0] * (length - 1) + [1], first=first), is_demo=True)
@@ -354,7 +359,7 @@ def test_a_pool_with_one_side_empty_gives_the_other(fraction):
     """Stage 1 has no online episode yet; a pool without demonstrations is online-only RL."""
     episode = make([0] * 5, [0, 0, 0, 0, 1])
     for is_demo in (True, False):
-        replay = Replay(horizon=2, gamma=0.9, demo_fraction=fraction)
+        replay = Replay(horizon=2, gamma=0.9, config=ReplayConfig(demo_fraction=fraction))
         replay.add(episode, is_demo=is_demo)
         assert (replay.sample(16, np.random.default_rng(0)).is_demo == is_demo).all()
 
@@ -385,7 +390,7 @@ def test_episodes_loaded_again_in_order_give_the_same_samples():
     ]
     pools = []
     for _ in range(2):
-        replay = Replay(horizon=4, gamma=0.9, reward=RECORDED, capacity=50)
+        replay = Replay(horizon=4, gamma=0.9, reward=RECORDED, config=ReplayConfig(capacity=50))
         replay.extend(episodes[:3], is_demo=True)
         replay.extend(episodes[3:], is_demo=False)
         pools.append(replay.sample(200, np.random.default_rng(9)))
@@ -415,6 +420,224 @@ def test_images_stay_bytes():
     np.testing.assert_array_equal(raw.obs["observation.image"], image[numbers])
 
 
+# -- how much is kept -------------------------------------------------------------------------------------------
+
+STEP_BYTES = 4 + 4 + 4 + 1
+"""Of :func:`make`: a state and an action of one float32 each, a float32 reward, a terminal of one byte."""
+
+
+@settings(max_examples=40, deadline=None)
+@given(episodes=episode_lists(), capacity=st.integers(9, 40), max_bytes=st.integers(9 * STEP_BYTES, 40 * STEP_BYTES))
+def test_the_smaller_of_steps_and_bytes_holds(episodes, capacity, max_bytes):
+    """A budget in bytes is one in steps, by the bytes of a step."""
+    smaller = min(capacity, max_bytes // STEP_BYTES)
+    by_both = Replay(horizon=3, gamma=0.9, config=ReplayConfig(capacity=capacity, max_bytes=max_bytes))
+    by_steps = Replay(horizon=3, gamma=0.9, config=ReplayConfig(capacity=smaller))
+    for episode in episodes:
+        for replay in (by_both, by_steps):
+            replay.add(episode, is_demo=False)
+        assert by_both.num_bytes == by_both.num_online_steps * STEP_BYTES <= max_bytes
+        assert by_both.num_online_episodes == by_steps.num_online_episodes
+    if any(map(starts_of, episodes[-by_both.num_online_episodes :])):
+        assert_same(*(replay.sample(50, np.random.default_rng(0)) for replay in (by_both, by_steps)))
+
+
+def test_bytes_count_pictures_and_no_demonstration():
+    """4 x 4 pictures of 48 bytes: 61 bytes per step, two episodes of 4 steps in 500."""
+    replay = Replay(horizon=2, gamma=0.9, config=ReplayConfig(max_bytes=500))
+    for first in range(0, 400, 100):
+        replay.add(pictured(make([0] * 4, [0, 0, 0, 1], first=first)), is_demo=True)
+        replay.add(pictured(make([0] * 4, [0, 0, 0, 1], first=first)), is_demo=False)
+    assert (replay.num_demo_steps, replay.num_online_steps) == (16, 8)
+    assert replay.num_bytes == (16 + 8) * (STEP_BYTES + 48)
+
+
+@settings(max_examples=40, deadline=None)
+@given(episodes=episode_lists(), capacity=st.integers(9, 40))
+def test_demonstrations_are_evicted_when_that_is_asked_for_and_only_then(episodes, capacity):
+    """With a capacity of their own their ring is as the other; in one call or in many."""
+    apart, together = (
+        Replay(horizon=3, gamma=0.9, config=ReplayConfig(demo_capacity=capacity, capacity=9)) for _ in range(2)
+    )
+    ring = ReferenceRing(capacity)
+    together.extend(episodes, is_demo=True)
+    for i, episode in enumerate(episodes):
+        ring.add(i, len(episode))
+        apart.add(episode, is_demo=True)
+    live = {float(k) for i in ring.live for k in episodes[i].action[: starts_of(episodes[i]), 0]}
+    for replay in (apart, together):
+        assert replay.num_demo_steps == sum(len(episodes[i]) for i in ring.live)
+        if live:
+            assert live_numbers(replay) == live
+
+
+@pytest.mark.parametrize(
+    ("settings_", "is_demo", "words"),
+    [
+        ({"max_bytes": 4 * STEP_BYTES + 3}, False, "pool of 4; raise replay.max_bytes"),
+        ({"max_bytes": 9 * STEP_BYTES, "capacity": 4}, False, "pool of 4; raise replay.capacity"),
+        ({"demo_capacity": 4}, True, "pool of 4; raise replay.demo_capacity"),
+    ],
+)
+def test_an_episode_that_is_too_long_is_told_which_limit_to_raise(settings_, is_demo, words):
+    replay = Replay(horizon=2, gamma=0.9, config=ReplayConfig(**settings_))
+    with pytest.raises(DataError, match=f"of 5 steps does not fit a {words}"):
+        replay.add(make([0] * 5, [0, 0, 0, 0, 1]), is_demo=is_demo)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("capacity", 0), ("max_bytes", 0), ("demo_capacity", 0), ("demo_fraction", 1.5)],
+)
+def test_limits_that_cannot_hold_are_refused(name, value):
+    with pytest.raises(ConfigError, match=rf"replay\.{name} is "):
+        ReplayConfig(**{name: value})
+
+
+def test_what_is_noted_of_episodes_does_not_grow_with_those_that_are_gone():
+    replay = Replay(horizon=2, gamma=0.9, config=ReplayConfig(capacity=20))
+    for i in range(3000):
+        replay.add(make([0] * 3, [0, 0, 1], first=3 * i), is_demo=False)
+    assert len(replay._online._spans.begin) <= 64
+    assert live_numbers(replay) == set(range(3 * 3000 - 18, 3 * 3000))
+
+
+@pytest.mark.parametrize("limit", [1, 7, 64, 1000])
+def test_a_column_that_grows_to_its_limit_copies_no_more_than_half_of_it(limit):
+    """Old and new array together never take more than the full one and a half; it is copied once for each power of two
+    in the limit (and made once); every row keeps what it held."""
+    column, arrays = columns.MemoryColumn((2,), np.dtype(np.float32)), set()
+    for steps in range(1, limit + 1):
+        before = column.rows
+        column.hold(steps, limit)
+        assert steps <= len(column.rows) <= limit
+        assert column.rows is before or 2 * len(before) <= limit
+        arrays.add(len(column.rows))
+        column.rows[steps - 1] = steps
+    assert len(arrays) == limit.bit_length()
+    assert column.rows[:, 1].tolist() == list(range(1, limit + 1))
+
+
+# -- pictures in a mapped file ----------------------------------------------------------------------------------
+
+
+def pictured(episode):
+    """The same episode with 4 x 4 pictures, each of its own step's number and of noise."""
+    numbers = episode.action[:, 0].astype(int)
+    pictures = [np.random.default_rng(number).integers(0, 256, (4, 4, 3)) for number in numbers]
+    return replace(episode, obs={**episode.obs, "observation.image": np.array(pictures, dtype=np.uint8)})
+
+
+@settings(max_examples=25, deadline=None)
+@given(episodes=episode_lists(), num_demos=st.integers(0, 3), capacity=st.integers(9, 40), step=st.integers(1, 600))
+def test_mapped_pictures_are_those_in_memory(episodes, num_demos, capacity, step, tmp_path_factory):
+    """Whatever the steps by which the file grows, before and after the ring is full, every batch is the same."""
+    folder = tmp_path_factory.mktemp("mapped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns, "FILE_STEP", step)
+        held, mapped = (
+            Replay(horizon=3, gamma=0.9, config=ReplayConfig(capacity=capacity, images=images), folder=folder)
+            for images in ("memory", "mapped")
+        )
+        for i, episode in enumerate(map(pictured, episodes)):
+            for replay in (held, mapped):
+                replay.add(episode, is_demo=i < num_demos)
+            if any(map(starts_of, episodes[max(0, i + 1 - held.num_online_episodes) : i + 1])):
+                assert_same(*(replay.sample(20, np.random.default_rng(i)) for replay in (held, mapped)))
+    for ring in (mapped._demos, mapped._online):
+        if ring.num_episodes:
+            assert isinstance(ring["observation.image"].base, np.memmap)
+            assert not isinstance(ring["observation.state"].base, np.memmap)
+    assert not any(folder.iterdir())
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(None, [5, 10, 15, 20]), (12, [5, 10, 12])])
+def test_a_mapped_column_grows_in_steps_up_to_its_limit(limit, sizes, tmp_path, monkeypatch):
+    """Steps of 5 rows of 3 bytes."""
+    monkeypatch.setattr(columns, "FILE_STEP", 15)
+    column, found = columns.MappedColumn((3,), np.dtype(np.uint8), tmp_path), []
+    for steps in range(1, sizes[-1] + 1):
+        column.hold(steps, limit)
+        column.rows[steps - 1] = steps
+        found.append(len(column.rows))
+    assert list(dict.fromkeys(found)) == sizes
+    assert column.rows[:, 2].tolist() == list(range(1, sizes[-1] + 1))
+
+
+FILL = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from poco_vla.config import ReplayConfig
+from poco_vla.data import Episode, Replay
+from poco_vla.errors import DataError
+
+def episode(length):
+    last = np.arange(length) == length - 1
+    obs = {"observation.image": np.ones((length, 64, 64, 3), np.uint8)}
+    return Episode(obs, np.zeros((length, 1), np.float32), last.astype(np.float32), last, last)
+
+folder = Path(sys.argv[1])
+replay = Replay(horizon=2, gamma=0.9, config=ReplayConfig(images="mapped", capacity=100_000), folder=folder)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other platforms delete the file when it is closed")
+def test_nothing_is_left_behind_by_a_process_that_is_killed(tmp_path):
+    program = FILL + "replay.add(episode(50), is_demo=False)\nprint('filled', flush=True)\ntime.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", program, tmp_path / "pool"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "filled\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not any((tmp_path / "pool").iterdir())
+
+
+def test_a_disk_that_is_full_is_an_error_and_not_the_processes_end(tmp_path):
+    """A file system of 4 MB in a name space of its own: 325 pictures of 64 x 64 fit, 400 do not. A hole in the mapped
+    file would kill the process with SIGBUS when it is written."""
+    program = FILL.replace("replay = ", "from poco_vla.data import columns\ncolumns.FILE_STEP = 1 << 20\nreplay = ") + (
+        "replay.add(episode(100), is_demo=False)\n"
+        "try:\n    replay.add(episode(300), is_demo=False)\n"
+        "except DataError as error:\n    print(error)\n"
+        "replay.add(episode(100), is_demo=False)\n"
+        "raw = replay.sample(500, np.random.default_rng(0))\n"
+        "print(replay.num_online_steps, raw.obs['observation.image'].min())\n"
+    )
+    inside = 'mount -t tmpfs -o size=4m pool "$1" && exec "$2" -c "$3" "$1"'
+    command = ["unshare", "-rm", "sh", "-c", inside, "sh", tmp_path, sys.executable, program]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        pytest.skip("no unshare here")
+    if "unshare" in ran.stderr or "mount" in ran.stderr:
+        pytest.skip("this machine lets nobody mount in a name space of their own")
+    assert ran.returncode == 0, ran.stderr
+    told, left = ran.stdout.splitlines()
+    assert f"{tmp_path} has no room for pictures of the pool" in told
+    assert left == "200 1"
+
+
+def test_a_full_disk_leaves_the_pool_as_it_was(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(columns, "FILE_STEP", 1)
+    replay = Replay(horizon=2, gamma=0.9, config=ReplayConfig(images="mapped"), folder=tmp_path)
+    replay.add(pictured(make([0] * 4, [0, 0, 0, 1])), is_demo=False)
+    before = replay.sample(50, np.random.default_rng(0))
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(DataError, match="No space left on device"):
+        replay.add(pictured(make([0] * 4, [0, 0, 0, 1], first=10)), is_demo=False)
+    assert (replay.num_online_steps, replay.num_online_episodes) == (4, 1)
+    assert_same(before, replay.sample(50, np.random.default_rng(0)))
+
+
+def test_mapped_pictures_need_a_folder():
+    with pytest.raises(ConfigError, match="was given no folder"):
+        Replay(horizon=2, gamma=0.9, config=ReplayConfig(images="mapped"))
+
+
 # -- what cannot work -------------------------------------------------------------------------------------------
 
 
@@ -424,7 +647,7 @@ def test_an_episode_without_steps_is_refused():
 
 
 def test_an_episode_longer_than_the_capacity_is_refused_and_the_pool_left_as_it_was():
-    replay = Replay(horizon=2, gamma=0.9, capacity=4)
+    replay = Replay(horizon=2, gamma=0.9, config=ReplayConfig(capacity=4))
     replay.add(make([0] * 4, [0, 0, 0, 1]), is_demo=False)
     with pytest.raises(DataError, match=r"of 5 steps does not fit a pool of 4; raise replay.capacity"):
         replay.add(make([0] * 5, [0, 0, 0, 0, 1]), is_demo=False)
@@ -432,7 +655,7 @@ def test_an_episode_longer_than_the_capacity_is_refused_and_the_pool_left_as_it_
 
 
 def test_an_episode_of_exactly_the_capacity_fits_again_and_again():
-    replay = Replay(horizon=2, gamma=0.9, capacity=4)
+    replay = Replay(horizon=2, gamma=0.9, config=ReplayConfig(capacity=4))
     for first in (0, 10, 20):
         replay.add(make([0] * 4, [0, 0, 0, 1], first=first), is_demo=False)
         assert live_numbers(replay) == set(range(first, first + 4))
@@ -446,6 +669,16 @@ def test_episodes_of_another_shape_are_refused_when_they_come(first_is_demo, sec
     replay.add(make([0] * 3, [0, 0, 1]), is_demo=first_is_demo)
     with pytest.raises(DataError, match=r'"observation.state" has shape \(2,\) per step, the pool holds \(1,\)'):
         replay.add(make([0] * 3, [0, 0, 1], state_dim=2), is_demo=second_is_demo)
+
+
+def test_pictures_as_fractions_do_not_meet_pictures_as_bytes():
+    """float32 in [0, 1] cut to bytes would be black."""
+    replay = Replay(horizon=2, gamma=0.9)
+    episode = pictured(make([0] * 3, [0, 0, 1]))
+    replay.add(episode, is_demo=True)
+    fractions = replace(episode, obs={k: v.astype(np.float32) for k, v in episode.obs.items()})
+    with pytest.raises(DataError, match=r'"observation.image" is float32, the pool holds uint8'):
+        replay.add(fractions, is_demo=False)
 
 
 def renamed(episode, *names):
@@ -489,16 +722,16 @@ def test_an_empty_pool_says_that_it_is_empty():
 
 def test_memory_is_taken_as_episodes_come_not_for_the_whole_capacity():
     """A pool of 10^9 steps of 1,000 numbers would be 4 TB; three short episodes in it are not."""
-    replay = Replay(horizon=2, gamma=0.9, capacity=10**9)
+    replay = Replay(horizon=2, gamma=0.9, config=ReplayConfig(capacity=10**9))
     for first in (0, 10, 20):
         replay.add(make([0, 0, 1], [0, 0, 1], first=first, state_dim=1000), is_demo=False)
     assert replay.num_online_steps == 9
-    assert len(replay._online.last) < 100
+    assert len(replay._online["action"]) < 100
 
 
 def test_a_growing_ring_wraps_at_its_capacity():
     """Capacity 7, episodes of 3: two fit, the third begins at 0 again and takes the first one's place."""
-    replay = Replay(horizon=1, gamma=0.9, capacity=7)
+    replay = Replay(horizon=1, gamma=0.9, config=ReplayConfig(capacity=7))
     for first in (0, 10, 20):
         replay.add(make([0, 0, 1], [0, 0, 1], first=first), is_demo=False)
     assert replay.num_online_episodes == 2

@@ -1,11 +1,13 @@
 """Acting on LeRobot robots at a fixed rate, and a simulated one to try it on.
 
+`poco-vla robot` runs episodes on a robot for a learner elsewhere (:mod:`poco_vla.rollout.robots.program`).
+
 LeRobot's own programs find the simulated arm by ``--robot.discover_packages_path=poco_vla.rollout.robots
 --robot.type=simulated_arm``; in Python, importing this package is enough for ``make_robot_from_config``. (LeRobot
 imports distributions by itself only when their names begin with ``lerobot_robot_``.)
 """
 
-from poco_vla.rollout.robots.interaction import EpisodeStats, RobotEpisode, RobotInteraction
+from poco_vla.rollout.robots.interaction import EpisodeStats, RobotEpisode, RobotInteraction, Sent
 from poco_vla.rollout.robots.safety import ActionError, ActionLimits, StoppedError
 from poco_vla.rollout.robots.signals import (
     AnySignals,
@@ -29,6 +31,7 @@ __all__ = [
     "RobotInteraction",
     "RobotSuccess",
     "ScriptedSignals",
+    "Sent",
     "Signal",
     "Signals",
     "SimulatedArm",

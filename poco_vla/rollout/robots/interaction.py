@@ -117,6 +117,26 @@ class RobotEpisode:
     weights_version: np.ndarray
 
 
+@dataclass(frozen=True)
+class Sent:
+    """A control step that is done, for whoever looks on.
+
+    Attributes:
+        observation: what the robot saw before, by the robot's names.
+        action: what was sent, by the robot's names.
+        steps: control steps of the episode so far, this one included, `missed` of which held for want of an action.
+        weights_version: of the policy's last answer.
+        intervention: a person drove this step.
+    """
+
+    observation: RobotObservation
+    action: RobotAction
+    steps: int
+    missed: int
+    weights_version: int
+    intervention: bool
+
+
 class Pace:
     """Deadlines 1/fps apart on the monotonic clock; `fps` None has none."""
 
@@ -237,6 +257,7 @@ class RobotInteraction:
         retry_every: seconds between two tries.
         failure_is_terminal: nothing of value follows a failure that was signalled. With a reward that costs at every
             step, say False: failing soon would be worth more than trying on.
+        on_step: called after each action, in the control loop: it must be quick.
     """
 
     def __init__(
@@ -259,19 +280,20 @@ class RobotInteraction:
         retry_on: tuple[type[Exception], ...] = (ConnectionError, TimeoutError),
         retry_every: float = 0.5,
         failure_is_terminal: bool = True,
+        on_step: Callable[[Sent], None] | None = None,
     ) -> None:
         _check_numbers(horizon, lead, max_steps, fps)
         self.robot, self.policy_call, self.teleoperator = robot, policy_call, teleoperator
         self.horizon, self.task, self.signals, self.limits = horizon, task, signals, limits
         self.max_steps, self.reset, self.fps, self.lead = max_steps, reset, fps, lead
         self.patience, self.retry_on, self.retry_every = patience, retry_on, retry_every
-        self.failure_is_terminal = failure_is_terminal
+        self.failure_is_terminal, self.on_step = failure_is_terminal, on_step
         self.names = _action_names(robot)
         self.hold: Hold = hold or hold_still(self.names, robot.observation_features)
         self.on_stop = on_stop or self._hold_present
         self.stopped = False
         self.stats: EpisodeStats | None = None
-        self._features = _observation_features(robot)
+        self._features = observation_features(robot)
         self._policy = ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
         limits.vectors(self.names)
         if teleoperator is not None:
@@ -312,7 +334,7 @@ class RobotInteraction:
             raise
         run.drop_plan()
         self.stats = _stats(run, ended)
-        logger.log(logging.INFO if ended.ending in _KEPT else logging.WARNING, "%s", self.stats.message)
+        logger.info("%s", self.stats.message)
         return self._finished(run, ended.ending)
 
     def _hear_stop_between_episodes(self) -> None:
@@ -437,7 +459,8 @@ class RobotInteraction:
                 f"the policy could not be reached for {now - run.lost_since:.1f} s, {run.retries} tries (last: "
                 f"{error}): the robot holds, and the episode is discarded after {len(run.actions)} steps",
             )
-        logger.warning("the policy cannot be reached (%s): the robot holds, trying again", error)
+        if run.lost_since == now:
+            logger.warning("the policy cannot be reached (%s): the robot holds, trying again", error)
         if self._moves(run):
             self._send(run, self._rest_action(run))
         while time.monotonic() - now < self.retry_every:
@@ -460,6 +483,9 @@ class RobotInteraction:
         run.actions.append(run.last)
         run.versions.append(version)
         run.interventions.append(intervention)
+        if self.on_step is not None:
+            assert run.observation is not None
+            self.on_step(Sent(run.observation, wanted | sent, len(run.actions), run.missed, run.version, intervention))
 
     def _moves(self, run: _Run) -> bool:
         """The last action keeps the robot moving: it is not what holds it."""
@@ -576,7 +602,12 @@ def _action_names(robot: Robot) -> list[str]:
     return list(features)
 
 
-def _observation_features(robot: Robot) -> dict[str, dict]:
+def observation_features(robot: Robot) -> dict[str, dict]:
+    """What the robot sees, as the features of a LeRobot dataset.
+
+    Raises:
+        ConfigError: something that is neither a number nor a colour picture.
+    """
     for name, shape in robot.observation_features.items():
         if isinstance(shape, tuple) and (len(shape) != 3 or shape[2] != 3):
             raise ConfigError(f'"{name}" of {robot} is {shape}; pictures are (height, width, 3). Turn depth off.')

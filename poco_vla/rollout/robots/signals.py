@@ -5,9 +5,10 @@ import os
 import re
 import select
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum
 from typing import Any, Protocol, runtime_checkable
 
@@ -50,6 +51,8 @@ KEYS = {"s": Signal.SUCCESS, "f": Signal.FAILURE, "d": Signal.DISCARD, " ": Sign
 _SEQUENCE = re.compile(rb"\x1b[\[O][0-9;]*[A-Za-z~]")
 """What arrow and function keys send; the left arrow's ends in a D."""
 _BEGUN = re.compile(rb"\x1b(?:[\[O][0-9;]*)?$")
+_PAUSE = 0.02
+"""Seconds between two looks at the keys while an answer is waited for."""
 
 
 class KeySignals(Signals):
@@ -64,12 +67,15 @@ class KeySignals(Signals):
 
     Args:
         terminal: file descriptor of the terminal; None is standard input.
+        keys: key -> signal; others mean nothing, but "t".
     """
 
-    def __init__(self, terminal: int | None = None) -> None:
+    def __init__(self, terminal: int | None = None, keys: Mapping[str, Signal] = KEYS) -> None:
         self._fd = terminal
+        self.keys = dict(keys)
         self._before: list | None = None
         self._waiting: deque[Signal] = deque()
+        self._typed: deque[str] = deque(maxlen=1024)
         self._rest = b""
         self._taken_over = False
         self._gone = False
@@ -113,6 +119,28 @@ class KeySignals(Signals):
         self._read()
         return self._waiting.popleft() if self._waiting else None
 
+    @property
+    def gone(self) -> bool:
+        """The terminal is away: nobody can answer."""
+        return self._gone
+
+    def ask(self, answers: Collection[str]) -> str | None:
+        """Wait for one of the keys `answers`, pressed from now on; "\n" is Enter. Nothing else that was typed stays.
+
+        None when a STOP was heard, before or instead: it still is to be heard, as a signal. One that is among the
+        signals already ends the wait at once, so that nobody is asked while the robot must be looked at.
+        """
+        self.begin()
+        self._typed.clear()
+        while Signal.STOP not in self._waiting:
+            answer = next((key for key in self._typed if key in answers), None)
+            if answer is not None:
+                return answer
+            self._typed.clear()
+            time.sleep(_PAUSE)
+            self._read()
+        return None
+
     def _read(self) -> None:
         if self._before is None or self._fd is None:
             raise ConfigError("the terminal is not open: use KeySignals as `with KeySignals() as keys:`")
@@ -132,12 +160,13 @@ class KeySignals(Signals):
         typed = _SEQUENCE.sub(b"", self._rest + typed)
         begun = _BEGUN.search(typed)
         self._rest = begun.group() if begun else b""
-        for key in typed[: len(typed) - len(self._rest)].decode("latin1").lower():
+        for key in typed[: len(typed) - len(self._rest)].decode("latin1").lower().replace("\r", "\n"):
+            self._typed.append(key)
             if key == "t":
                 self._taken_over = not self._taken_over
                 self._waiting.append(Signal.TAKEOVER if self._taken_over else Signal.RELEASE)
-            elif key in KEYS:
-                self._waiting.append(KEYS[key])
+            elif key in self.keys:
+                self._waiting.append(self.keys[key])
 
 
 class ScriptedSignals(Signals):

@@ -40,14 +40,15 @@ class SimulatedArmConfig(RobotConfig):
         image_size: height and width of a picture, in pixels.
         realtime: a control step takes 1/20 s of wall time, as it does in the scene; an action that comes earlier
             waits. Otherwise the scene is as fast as it can be.
-        seed: of the first episode; those after it count on.
+        seed: of the first episode; those after it count on. None draws another one each time it is connected, so that a
+            session that is begun again does not meet the same scenes again.
     """
 
     task: str = "cube-single-singletask-task1-v0"
     views: tuple[str, ...] = ("front", "wrist")
     image_size: int = 128
     realtime: bool = True
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +69,7 @@ class SimulatedArm(Robot):
         self._env: OGBenchEnv | None = None
         self._state = np.zeros(0, dtype=np.float32)
         self._success = False
-        self._episodes = 0
+        self._seed = self._episodes = 0
         self._free_at = 0.0
 
     @property
@@ -95,7 +96,8 @@ class SimulatedArm(Robot):
             raise ConfigError(f'"{self.config.task}" takes actions {env.action_space.shape}, not {ACTION}')
         self._env = env
         self._episodes = 0
-        self._reset(self.config.seed)
+        self._seed = int(np.random.default_rng().integers(2**31)) if self.config.seed is None else self.config.seed
+        self._reset(self._seed)
 
     @property
     def is_calibrated(self) -> bool:
@@ -110,7 +112,7 @@ class SimulatedArm(Robot):
     @check_if_not_connected
     def reset(self) -> None:
         """Put the scene up for the next episode, with the next seed; what a person does at a real robot."""
-        self._reset(self.config.seed + self._episodes)
+        self._reset(self._seed + self._episodes)
         self._episodes += 1
 
     @property

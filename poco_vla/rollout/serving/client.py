@@ -1,4 +1,5 @@
-"""The robot's side: asks for chunks, waits for a server that is away, and never hands over what is not a chunk.
+"""The robot's side: asks for chunks, waits for a server that is away, and never hands over what is not a chunk. Where a
+learner is behind the policy, it also asks how that is, and sends it episodes.
 
 Needs numpy, msgpack and websockets; neither torch nor the model.
 """
@@ -16,7 +17,8 @@ import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
-from poco_vla.errors import ConfigError, PocoError
+from poco_vla.data.episode import Episode
+from poco_vla.errors import ConfigError, DataError, PocoError
 from poco_vla.rollout.serving.codec import (
     MAX_BYTES,
     PROTOCOL_VERSION,
@@ -26,6 +28,7 @@ from poco_vla.rollout.serving.codec import (
     pack,
     unpack,
 )
+from poco_vla.rollout.serving.upload import ending, pieces
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +81,8 @@ class PolicyClient:
         timeout: seconds to wait for a connection or for a reply, until it counts as lost.
         retry: how long and how often to try again.
         max_bytes: longest message that is read.
+        record_timeout: seconds to wait until an episode that was sent is on the server's disk, its videos encoded,
+            until the connection counts as lost.
 
     Raises:
         RefusedError: a wrong token, or a certificate that is not trusted.
@@ -93,8 +98,10 @@ class PolicyClient:
         timeout: float = 10.0,
         retry: Retry | None = None,
         max_bytes: int = MAX_BYTES,
+        record_timeout: float = 300.0,
     ) -> None:
         self.url, self.timeout, self.retry = url, timeout, retry or Retry()
+        self.record_timeout = record_timeout
         self.limits = Limits(max_bytes=max_bytes)
         self._tls = _client_tls(url, certificate)
         self._headers = {VERSION_HEADER: str(PROTOCOL_VERSION)}
@@ -106,7 +113,8 @@ class PolicyClient:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What the server said when last connected: horizon, action_dim, fps, observation, adapter, weights_version."""
+        """What the server said when last connected: horizon, action_dim, fps, observation, adapter, weights_version,
+        task, action_low and action_high (lists, None where not known), takes_episodes."""
         return self._metadata
 
     def __enter__(self) -> "PolicyClient":
@@ -138,14 +146,58 @@ class PolicyClient:
         reply = self._insist(lambda connection: self._ask(connection, request))
         return self._chunk_of(reply, time.perf_counter() - started)
 
-    def _ask(self, connection: ClientConnection, request: bytes) -> Any:
+    def status(self) -> Mapping[str, Any]:
+        """How the learner is: "act", True when an episode may begin; "done", True when training is over; more of its
+        own, numbers and texts by name.
+
+        Raises:
+            RefusedError: no learner is behind this server.
+            ProtocolError: its reply holds neither.
+            ConnectionLostError: no reply within the budget.
+        """
+        reply = self._insist(lambda connection: self._ask(connection, pack({"status": True})))
+        status = reply.get("status") if isinstance(reply, dict) else None
+        if not isinstance(status, dict) or not all(isinstance(status.get(name), bool) for name in ("act", "done")):
+            raise ProtocolError(f'the server at {self.url} sent no status with "act" and "done": {reply!r:.200}')
+        return status
+
+    def record(self, episode: Episode, key: str) -> None:
+        """Send an episode; when this returns, the learner has it on disk. Sending it again does no harm.
+
+        Args:
+            episode: its columns as the server's metadata announce them.
+            key: of this episode and no other, on every robot, such as a random UUID.
+
+        Raises:
+            RefusedError: the server does not take it, or it cannot be sent; the caller still has it, and better keeps
+                it.
+            ProtocolError: the reply is not to this episode.
+            ConnectionLostError: no word within the budget that it is on disk; it may be.
+        """
+        try:
+            self._insist(lambda connection: self._upload(connection, episode, key))
+        except DataError as error:
+            raise RefusedError(f"not sent to {self.url}: {error}") from error
+
+    def _upload(self, connection: ClientConnection, episode: Episode, key: str) -> None:
+        for piece in pieces(episode, key, self._metadata["max_bytes"]):
+            filled = piece["first"] + len(piece["rows"]["action"])
+            self._expect({"episode": key, "rows": filled}, self._ask(connection, pack(piece)))
+        recorded = self._ask(connection, pack(ending(episode, key)), self.record_timeout)
+        self._expect({"episode": key, "recorded": True}, recorded)
+
+    def _expect(self, expected: dict[str, Any], reply: Any) -> None:
+        if not _is_map(reply) or pack(reply) != pack(expected):
+            raise ProtocolError(f"the server at {self.url} answered an episode by {reply!r:.200}, expected {expected}")
+
+    def _ask(self, connection: ClientConnection, request: bytes, timeout: float | None = None) -> Any:
         if len(request) > self._metadata["max_bytes"]:
             raise RefusedError(f"a request of {len(request)} bytes; the server takes {self._metadata['max_bytes']}")
         connection.send(request)
-        return self._receive(connection)
+        return self._receive(connection, timeout)
 
-    def _receive(self, connection: ClientConnection) -> Any:
-        message = connection.recv(timeout=self.timeout)
+    def _receive(self, connection: ClientConnection, timeout: float | None = None) -> Any:
+        message = connection.recv(timeout=timeout or self.timeout)
         if isinstance(message, str):
             raise RefusedError(f"the server at {self.url} refused: {message}")
         return unpack(message, self.limits)

@@ -2,6 +2,9 @@
 
 On connecting a client gets the metadata; then each request, a map of one state's observations and its instruction, gets
 a map of one chunk. A request that cannot be answered gets a text with the reason, and the conversation goes on.
+
+Where a learner is behind the policy, clients also ask ``{"status": True}``, which gets ``{"status": {...}}``, and send
+the episodes that they made with it: see :mod:`upload`.
 """
 
 import asyncio
@@ -12,7 +15,6 @@ import socket
 import ssl
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -22,13 +24,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from torch import Tensor
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from poco_vla.errors import ConfigError, DataError, NonFiniteError, PocoError, PolicyError
+from poco_vla.data.episode import Episode
+from poco_vla.errors import ConfigError, DataError, PocoError
 from poco_vla.policy import FlowPolicy
 from poco_vla.rollout.serving.codec import (
     MAX_BYTES,
@@ -39,6 +40,8 @@ from poco_vla.rollout.serving.codec import (
     pack,
     unpack,
 )
+from poco_vla.rollout.serving.feature import Feature
+from poco_vla.rollout.serving.upload import MAX_EPISODE_BYTES, Inbox
 
 logger = logging.getLogger(__name__)
 
@@ -53,38 +56,38 @@ class ChunkSource(Protocol):
     """What is served: :class:`poco_vla.rollout.Actor`, or what acts like one."""
 
     policy: FlowPolicy
+    weights_version: int
+    """Of the weights that the last chunks are samples of, or the next ones will be where there were none."""
 
     def chunks(self, obs: Mapping[str, np.ndarray], tasks: Sequence[str]) -> np.ndarray:
         """[B, H, action_dim] float32, in the robot's units."""
         ...
 
 
-@dataclass(frozen=True)
-class Feature:
-    """One observation of one state.
+@runtime_checkable
+class EpisodeSink(Protocol):
+    """Where episodes go that robots send."""
 
-    Attributes:
-        shape: its axes; a picture's are height, width, 3.
-        dtype: numpy's name, such as "float32"; a picture's is "uint8".
-    """
+    def status(self) -> Mapping[str, Any]:
+        """What a robot asks before an episode: numbers and texts by name. Called from the server's thread, which
+        serves nobody meanwhile.
 
-    shape: tuple[int, ...]
-    dtype: str
+        At least "act", True when an episode may begin, False while the learner is to catch up first, and "done", True
+        when training is over.
+        """
+        ...
 
-    def check(self, key: str, found: Any) -> np.ndarray:
-        """The value, if it is such a feature.
+    def take(self, episode: Episode, key: str) -> None:
+        """Keep an episode: it is on disk when this returns. May take its time, in a thread of its own; one at a time.
+
+        Args:
+            episode: checked against what the server announces.
+            key: the sender's. An episode whose acknowledgement got lost comes again, with the same key.
 
         Raises:
-            DataError: it is not; the message says what was found and what was expected.
+            PocoError: it is refused; the sender gets the words.
         """
-        expected = f"expected {self.dtype} of shape {list(self.shape)}"
-        if not isinstance(found, np.ndarray):
-            raise DataError(f'"{key}" is a {type(found).__name__}, {expected}')
-        if found.shape != self.shape or found.dtype.name != self.dtype:
-            raise DataError(f'"{key}" is {found.dtype.name} of shape {list(found.shape)}, {expected}')
-        if found.dtype.kind == "f" and not np.isfinite(found).all():
-            raise DataError(f'"{key}" holds NaN or infinite numbers: nothing was sampled from it')
-        return found
+        ...
 
 
 def observation_spec(features: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Feature]:
@@ -157,7 +160,7 @@ class PolicyServer:
     anybody.
 
     Args:
-        actor: samples the chunks. Nobody else may use it or its policy meanwhile, but through `publish`.
+        actor: samples the chunks. Nobody else may use it or its policy meanwhile.
         obs_spec: what a request has to hold beside the instruction.
         adapter: name of the policy's adapter, for the metadata.
         fps: control steps per second that the policy was trained for, for the metadata.
@@ -168,7 +171,11 @@ class PolicyServer:
         key: PEM file of its private key, where `certificate` does not hold it.
         max_bytes: longest message that is read; a longer one closes its connection (code 1009).
         max_batch: most states in one forward.
-        weights_version: of the weights that the policy has now.
+        episodes: where episodes go that clients send; None takes none.
+        max_episode_bytes: longest episode that is taken. Each connection may have one on its way, held in memory.
+        task: the instruction that the policy was trained for, for the metadata.
+        action_bounds: (lowest, highest), both [action_dim], of the actions that the policy was trained on, for the
+            metadata; None where they are not known.
         insecure: allow an address that others reach without a token.
 
     Raises:
@@ -189,20 +196,25 @@ class PolicyServer:
         key: Path | None = None,
         max_bytes: int = MAX_BYTES,
         max_batch: int = 16,
-        weights_version: int = 0,
+        episodes: EpisodeSink | None = None,
+        max_episode_bytes: int = MAX_EPISODE_BYTES,
+        task: str = "",
+        action_bounds: tuple[np.ndarray, np.ndarray] | None = None,
         insecure: bool = False,
     ) -> None:
         _check_access(host, token, insecure, encrypted=certificate is not None)
         self.actor, self.obs_spec = actor, dict(obs_spec)
-        self.adapter, self.fps = adapter, fps
+        self.adapter, self.fps, self.task = adapter, fps, task
+        self.action_bounds = _check_bounds(action_bounds, actor.policy.spec.action_dim)
+        self.episodes, self.max_episode_bytes = episodes, max_episode_bytes
         self.host, self.port = host, port
         self.limits = Limits(max_bytes=max_bytes)
         self.max_batch = max_batch
-        self.weights_version = weights_version
         self._token = token
         self._tls = _server_tls(certificate, key)
-        self._head = threading.Lock()
+        self._connections: set[ServerConnection] = set()
         self._waiting: asyncio.Queue[_Asked] = asyncio.Queue()
+        self._taking: dict[str, asyncio.Future[None]] = {}
         self._stop = asyncio.Event()
         self._thread: threading.Thread | None = None
 
@@ -211,6 +223,11 @@ class PolicyServer:
         """Where clients on this machine connect to."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'wss' if self._tls else 'ws'}://{host}:{self.port}"
+
+    @property
+    def num_clients(self) -> int:
+        """Open connections."""
+        return len(self._connections)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -224,7 +241,11 @@ class PolicyServer:
             "fps": self.fps,
             "observation": {key: {"shape": list(f.shape), "dtype": f.dtype} for key, f in self.obs_spec.items()},
             "max_bytes": self.limits.max_bytes,
-            "weights_version": self.weights_version,
+            "weights_version": self.actor.weights_version,
+            "task": self.task,
+            "action_low": self.action_bounds and self.action_bounds[0].tolist(),
+            "action_high": self.action_bounds and self.action_bounds[1].tolist(),
+            "takes_episodes": self.episodes is not None,
         }
 
     def __enter__(self) -> "PolicyServer":
@@ -245,29 +266,13 @@ class PolicyServer:
         self.close()
 
     def close(self) -> None:
-        """Say goodbye to the clients (close code 1001) and free the port. May be called twice."""
+        """Say goodbye to the clients (close code 1001) and free the port. May be called twice.
+
+        Waits for the episode that is being taken; its sender learns nothing of it and sends it again elsewhen.
+        """
         if self._thread is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
-
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Put new weights into the policy's head, between two forwards and never inside one.
-
-        Args:
-            weights: name -> value, as in `policy.head.state_dict()`: every trained one, others if they changed.
-            version: said with every chunk of these weights.
-
-        Raises:
-            PolicyError, NonFiniteError: they are not of this head, or not finite; the head keeps what it has.
-        """
-        head = self.actor.policy.head
-        there = head.state_dict()
-        trained = {name for name, parameter in head.named_parameters() if parameter.requires_grad}
-        _check_weights(weights, there, trained)
-        with self._head, torch.no_grad():
-            for name, value in weights.items():
-                there[name].copy_(value)
-            self.weights_version = version
 
     # -- connections --------------------------------------------------------------------------------------------------
 
@@ -279,11 +284,13 @@ class PolicyServer:
 
     async def _serve(self, listening: socket.socket) -> None:
         forwards = asyncio.create_task(self._answer_all())
+        self._taker = ThreadPoolExecutor(1, "policy-server-episodes")
         settings: dict[str, Any] = {"ssl": self._tls, "max_size": self.limits.max_bytes}
         # Pictures hardly shrink and take long to; of what a client sends ahead, little is read ahead.
         settings |= {"compression": None, "max_queue": 2}
         async with serve(self._converse, sock=listening, process_request=self._admit, **settings):
             await self._stop.wait()
+        self._taker.shutdown()  # idle: the conversations are over
         forwards.cancel()
         with suppress(asyncio.CancelledError):
             await forwards
@@ -305,37 +312,76 @@ class PolicyServer:
         return None
 
     async def _converse(self, connection: ServerConnection) -> None:
-        with suppress(ConnectionClosed):  # a client may leave at any time
-            await connection.send(pack(self.metadata))
-            previous: dict[str, float] = {}
-            async for message in connection:
-                received = time.perf_counter()
-                try:
-                    reply = await self._reply(message, received, previous)
-                except PocoError as error:
-                    reply = str(error)[:_LONGEST_TEXT]
-                except Exception as error:  # whatever the model raises: the other clients are still served
-                    logger.exception("a request could not be answered")
-                    await connection.send(f"internal error: {type(error).__name__}: {error}"[:_LONGEST_TEXT])
-                    await connection.close(1011, "internal error")
-                    return
-                await connection.send(reply)
-                previous = {"prev_total_ms": _milliseconds_since(received)}
+        self._connections.add(connection)
+        try:
+            await self._answer_one(connection)
+        except ConnectionClosed:  # a client may leave at any time
+            pass
+        finally:
+            self._connections.discard(connection)
 
-    async def _reply(self, message: str | bytes, received: float, previous: Mapping[str, float]) -> bytes:
+    async def _answer_one(self, connection: ServerConnection) -> None:
+        """A conversation, until the client leaves or a reply cannot be made."""
+        await connection.send(pack(self.metadata))
+        previous: dict[str, float] = {}
+        inbox = Inbox(self.obs_spec, self.actor.policy.spec.action_dim, self.max_episode_bytes)
+        async for message in connection:
+            received = time.perf_counter()
+            try:
+                reply = await self._reply(message, inbox, received, previous)
+            except PocoError as error:
+                reply = str(error)[:_LONGEST_TEXT]
+            except Exception as error:  # whatever the model raises: the other clients are still served
+                logger.exception("a request could not be answered")
+                await connection.send(f"internal error: {type(error).__name__}: {error}"[:_LONGEST_TEXT])
+                await connection.close(1011, "internal error")
+                return
+            await connection.send(reply)
+            previous = {"prev_total_ms": _milliseconds_since(received)}
+
+    async def _reply(self, message: str | bytes, inbox: Inbox, received: float, previous: Mapping[str, float]) -> bytes:
         if isinstance(message, str):
             raise ProtocolError("got a text; a request is a binary message")
-        asked = check_request(unpack(message, self.limits), self.obs_spec)
+        request = unpack(message, self.limits)
+        if isinstance(request, dict) and request.keys() == {"status"}:
+            return pack({"status": dict(self._sink().status())})
+        if isinstance(request, dict) and "episode" in request:
+            return pack(await self._hear_of_episode(request, inbox))
+        return pack(await self._chunk(request, received, previous))
+
+    async def _chunk(self, request: Any, received: float, previous: Mapping[str, float]) -> dict[str, Any]:
+        asked = check_request(request, self.obs_spec)
         self._waiting.put_nowait(asked)
         answer = await asyncio.wrap_future(asked.answer)
-        return pack(
-            {
-                "actions": answer.actions,
-                "weights_version": answer.weights_version,
-                "server_timing": {"infer_ms": _milliseconds_since(received), **previous},
-                "policy_timing": {"infer_ms": answer.seconds * 1e3, "batch": answer.batch},
-            }
-        )
+        return {
+            "actions": answer.actions,
+            "weights_version": answer.weights_version,
+            "server_timing": {"infer_ms": _milliseconds_since(received), **previous},
+            "policy_timing": {"infer_ms": answer.seconds * 1e3, "batch": answer.batch},
+        }
+
+    # -- episodes -----------------------------------------------------------------------------------------------------
+
+    def _sink(self) -> EpisodeSink:
+        if self.episodes is None:
+            raise DataError("this server takes no episodes: no training run is behind it")
+        return self.episodes
+
+    async def _hear_of_episode(self, message: Mapping[Any, Any], inbox: Inbox) -> dict[str, Any]:
+        sink = self._sink()
+        if "rows" in message:
+            return {"episode": message["episode"], "rows": inbox.add(message)}
+        await self._take(sink, inbox.finish(message), message["episode"])
+        return {"episode": message["episode"], "recorded": True}
+
+    async def _take(self, sink: EpisodeSink, episode: Episode, key: str) -> None:
+        """Hand over an episode. One that is on its way already, its sender having lost the connection and sent it
+        again, is waited for: however often that happens, it is held in memory once."""
+        if key not in self._taking:
+            self._taking[key] = self._loop.run_in_executor(self._taker, sink.take, episode, key)
+            self._taking[key].add_done_callback(lambda _: self._taking.pop(key))
+        del episode
+        await self._taking[key]
 
     # -- forwards -----------------------------------------------------------------------------------------------------
 
@@ -363,11 +409,10 @@ class PolicyServer:
 
     def _forward(self, batch: Sequence[_Asked]) -> list[_Answer]:
         obs = {key: np.stack([asked.obs[key] for asked in batch]) for key in self.obs_spec}
-        with self._head:
-            started = time.perf_counter()
-            chunks = self.actor.chunks(obs, [asked.task for asked in batch])
-            seconds = time.perf_counter() - started
-            return [_Answer(chunk, self.weights_version, seconds, len(batch)) for chunk in chunks]
+        started = time.perf_counter()
+        chunks = self.actor.chunks(obs, [asked.task for asked in batch])
+        seconds = time.perf_counter() - started
+        return [_Answer(chunk, self.actor.weights_version, seconds, len(batch)) for chunk in chunks]
 
 
 def check_request(request: Any, spec: Mapping[str, Feature]) -> _Asked:
@@ -392,16 +437,13 @@ def check_request(request: Any, spec: Mapping[str, Feature]) -> _Asked:
     return _Asked({key: feature.check(key, request[key]) for key, feature in spec.items()}, request[named[0]])
 
 
-def _check_weights(weights: Mapping[str, Tensor], there: Mapping[str, Tensor], trained: set[str]) -> None:
-    wrong: dict[str, list[str]] = defaultdict(list)
-    wrong["missing"] += sorted(trained - weights.keys())
-    wrong["unknown"] += sorted(weights.keys() - there.keys())
-    wrong["of another shape"] += [n for n, w in weights.items() if n in there and w.shape != there[n].shape]
-    if any(wrong.values()):
-        listed = "; ".join(f"{what}: {', '.join(names[:5])} ({len(names)})" for what, names in wrong.items() if names)
-        raise PolicyError(f"these weights are not of the served head: {listed}")
-    if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
-        raise NonFiniteError(f"not published: {', '.join(broken[:5])} hold NaN or infinite weights")
+def _check_bounds(bounds: tuple[np.ndarray, np.ndarray] | None, action_dim: int) -> tuple[np.ndarray, ...] | None:
+    if bounds is None:
+        return None
+    low, high = bounds
+    if low.shape != (action_dim,) or high.shape != (action_dim,) or not np.isfinite(bounds).all() or (low > high).any():
+        raise ConfigError(f"action_bounds are a lowest and a highest value for each of {action_dim}, got {bounds}")
+    return bounds
 
 
 def _check_access(host: str, token: str | None, insecure: bool, encrypted: bool) -> None:

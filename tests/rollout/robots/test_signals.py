@@ -6,6 +6,7 @@ import subprocess
 import sys
 import termios
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -88,6 +89,64 @@ def test_a_new_episode_forgets_the_keys_of_the_last_one_but_not_a_stop(terminal)
         assert heard(keys, 1) == [Signal.STOP]
         os.write(person, b"t")
         assert heard(keys, 1) == [Signal.TAKEOVER]
+
+
+@contextlib.contextmanager
+def asked_in_a_thread(person):
+    """A question that nobody answered is ended by a stop, so that a test that fails ends."""
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            yield thread
+        finally:
+            with contextlib.suppress(OSError):
+                os.write(person, b" ")
+
+
+def test_a_question_takes_the_answers_that_are_pressed_after_it_and_nothing_leaks(terminal):
+    """Typed before: forgotten. No answer: passed over. Enter is Enter in either form. The signals hear none of it."""
+    person, program = terminal
+    with KeySignals(program) as keys, asked_in_a_thread(person) as thread:
+        os.write(person, b"s\nrd")
+        time.sleep(0.05)
+        for typed, found in ((b"sxd\n", "\n"), (b"t\r", "\n"), (b"\x1b[DQs", "q"), (b"R", "r")):
+            answer = thread.submit(keys.ask, "\nrq")
+            time.sleep(0.1)
+            assert not answer.done()
+            os.write(person, typed)
+            assert answer.result(5) == found
+        keys.begin()
+        assert heard(keys, 1, seconds=0.1) == []
+        os.write(person, b"t")
+        assert heard(keys, 1) == [Signal.TAKEOVER]
+
+
+def test_a_stop_ends_a_question_and_is_still_heard(terminal):
+    """Pressed before it or during it; so does a terminal that goes away."""
+    person, program = terminal
+    with KeySignals(program) as keys, asked_in_a_thread(person) as thread:
+        os.write(person, b" \n")
+        time.sleep(0.05)
+        assert keys.ask("\n") is None
+        assert heard(keys, 1) == [Signal.STOP]
+        answer = thread.submit(keys.ask, "\n")
+        time.sleep(0.1)
+        os.write(person, b" ")
+        assert answer.result(5) is None
+        keys.begin()
+        assert heard(keys, 1) == [Signal.STOP]
+        assert not keys.gone
+        answer = thread.submit(keys.ask, "\n")
+        time.sleep(0.1)
+        os.close(person)
+        assert answer.result(5) is None
+        assert keys.gone
+
+
+def test_keys_that_are_left_out_mean_nothing(terminal):
+    person, program = terminal
+    with KeySignals(program, {" ": Signal.STOP}) as keys:
+        os.write(person, b"sfd t")
+        assert heard(keys, 2) == [Signal.STOP, Signal.TAKEOVER]
 
 
 def test_the_terminal_is_as_before_after_an_error(terminal):

@@ -137,6 +137,27 @@ def test_a_policy_of_the_environment_sees_the_same_on_the_robot(folder):
                 seen = env.step(action)[0]
 
 
+def test_without_a_seed_a_session_that_is_begun_again_meets_other_scenes(folder):
+    """With one, the same; and the seed counts on from episode to episode."""
+
+    def starts(seed):
+        robot = SimulatedArm(SimulatedArmConfig(views=(), realtime=False, calibration_dir=folder, seed=seed))
+        found = []
+        for _ in range(2):
+            with robot:
+                robot.reset()
+                first = robot.get_observation()
+                robot.reset()
+                found.append((first, robot.get_observation()))
+        return found
+
+    (a, b), (again, _) = starts(3)
+    assert a == again
+    assert a != b
+    (a, b), (c, d) = starts(None)
+    assert len({tuple(seen.values()) for seen in (a, b, c, d)}) == 4
+
+
 def test_in_real_time_a_step_takes_a_twentieth_of_a_second(folder):
     with SimulatedArm(SimulatedArmConfig(views=(), calibration_dir=folder)) as robot:
         began = time.monotonic()

@@ -1,10 +1,5 @@
-"""The Accelerate loop: supervised fine-tuning, then online POCO, with evaluation, checkpoints and export.
+"""One run: both stages, what it is made of, and how it is interrupted and taken up again."""
 
-One process or many (`accelerate launch`): every process draws the same global batch and trains on its share; only the
-main process acts, evaluates and writes.
-"""
-
-import json
 import logging
 import math
 import os
@@ -13,9 +8,8 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +17,37 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
 from poco_vla import checkpoint, report
 from poco_vla.algorithm import Poco, Stage
-from poco_vla.config import TrainConfig, to_json, to_scalars
+from poco_vla.config import DatasetConfig, TrainConfig, to_json, to_scalars
 from poco_vla.data import BatchSource, Episode, Replay, chunk_batch, network_obs, open_dataset, read_episodes
 from poco_vla.data.dataset import info_of
 from poco_vla.errors import CheckpointError, ConfigError, NonFiniteError, UnknownNameError
-from poco_vla.evaluate import SuccessRate, evaluate, wilson_interval
+from poco_vla.evaluate import SuccessRate, evaluate
 from poco_vla.files import write_json
 from poco_vla.flow import Draws
 from poco_vla.guard import CollapseGuard
 from poco_vla.policy import FlowPolicy
 from poco_vla.progress import Bar, Display
 from poco_vla.registry import load_adapter
-from poco_vla.rollout import Actor, EnvPool, EpisodeRecorder, ensure_demonstrations, environment
+from poco_vla.rollout import Actor, EnvPool, ensure_demonstrations, environment
+from poco_vla.rollout.actor import Weights
 from poco_vla.rollout.demonstrations import demonstrations_root
 from poco_vla.rollout.fit import check_fit, check_inputs, check_pictures
+from poco_vla.rollout.interaction import Interaction
 from poco_vla.rollout.video import write_episode_video
+from poco_vla.train.acting import Acting, open_recorder
+from poco_vla.train.logbook import Logbook
+from poco_vla.train.progress import Progress
+from poco_vla.train.sharing import EpisodeSharing, shared
 
 logger = logging.getLogger(__name__)
+
+UPDATES_PER_ROUND = 8
+"""Updates after which a learner that is never idle looks what acting has brought."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -97,26 +100,11 @@ def runs_of(config: TrainConfig) -> list[Path]:
     return sorted(path for path in root.glob(pattern) if (path / "config.json").is_file())
 
 
-@dataclass
-class Progress:
-    """How far the run is: everything in state.json that counts."""
-
-    stage: Stage | str = "sft"
-    update: int = 0
-    stage_update: int = 0
-    env_steps: int = 0
-    owed_updates: float = 0.0
-    stopped: bool = False
-    recent: list[bool] = field(default_factory=list)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-
-
 class Trainer:
     """One run. `train` is the door; this class is for those who want to step through it."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self._clock = time.monotonic()
+        self.progress = Progress()
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self._refuse_unknown_trackers(config)
@@ -152,16 +140,15 @@ class Trainer:
         folders = self.accelerator.project_configuration
         folders.project_dir = folders.logging_dir = str(config.output_dir)
         self.display = Display(enabled=self.is_main)
-        self.progress = Progress()
+        self.logbook = Logbook(config.output_dir, self.accelerator, self.progress, config.log_every)
         self.guard = CollapseGuard(config.guard)
         self._good_head: dict[str, Tensor] = {}
-        self._envs: EnvPool | None = None
+        self.weights = Weights()
+        self.interaction: Interaction | None = None
         self._eval_envs: EnvPool | None = None
         self._stop = False
+        self._idle = False
         self._saved = 0
-        self._sums: dict[str, Tensor] = {}
-        self._num_summed = 0
-        self._logged = (time.monotonic(), 0, 0)
 
         self._open_data()
         self._build()
@@ -185,21 +172,22 @@ class Trainer:
                     after_sft = self.progress.evaluations[0]
                     self.guard.reference = (after_sft["successes"], after_sft["episodes"])
                 self._keep_head()
-                self._enter("online")
+                self.progress.enter("online")
                 self._save()
             if self.progress.stage == "online":
                 self._learn_online()
                 if self.config.online_steps:
                     self._evaluate("after POCO", videos="after")
-                self._enter("done")
+                self.progress.enter("done")
                 self._save()
         return self._finish()
 
     def close(self) -> None:
         """Stop workers and trackers."""
-        for pool in (self._envs, self._eval_envs):
-            if pool is not None:
-                pool.close()
+        self._stop = True  # nobody waits for space on a disk any more
+        for part in (self.interaction, self._eval_envs):
+            if part is not None:
+                part.close()
         if self.config.trackers:
             self.accelerator.end_training()
         self._lock.release()
@@ -216,41 +204,56 @@ class Trainer:
                 self._after_update()
 
     def _learn_online(self) -> None:
-        """Act for a chunk, learn meanwhile from what earlier chunks brought, take the chunk's steps in."""
+        """Act, learn meanwhile from what came before, take in what has come since."""
         config, now = self.config, self.progress
-        if self._envs is None and self.is_main and config.online_steps:
-            self._envs = EnvPool(self._env, config.horizon)
-            self._envs.reset(1_000_000 * (config.seed + 1))
+        if self.interaction is None and self.is_main and config.online_steps:
+            self.interaction = self.acting.begin(now.env_steps)
         with self.display.stage("online", config.online_steps, now.env_steps) as bar:
             while now.env_steps < config.online_steps and not now.stopped:
-                if self._envs is not None:
-                    # Before it has learned anything, the critic has no say in what is executed.
-                    best_of_n = config.best_of_n if now.stage_update > config.warmup_steps else 1
-                    self._envs.send(self.actor.chunks(self._envs.obs, self._envs.tasks, best_of_n=best_of_n))
+                self._act()
                 self._learn_what_is_owed(bar)
-                episodes, steps = self._share(*self._receive())
+                episodes, steps = self.sharing.share(*self._receive())
                 # Counted first: a line of episodes.jsonl that a checkpoint does not cover lies beyond its count.
-                before, now.env_steps = now.env_steps, now.env_steps + steps
+                before = now.env_steps
+                self._count(steps)
                 self._take(episodes)
-                now.owed_updates += steps * config.updates_per_step
                 bar.to(min(now.env_steps, config.online_steps))
                 every = config.eval.every
                 if every and before // every != now.env_steps // every and now.env_steps < config.online_steps:
                     self._evaluate(f"at {now.env_steps} steps")
                 self._after_update()
             if not now.stopped:
-                self._learn_what_is_owed(bar)
+                self._learn_what_is_owed(bar, ahead=False)
         if 0 < now.stage_update <= config.warmup_steps:
             self.display.say(f"critic warm-up took all {now.stage_update} updates: the actor was never trained online")
 
-    def _learn_what_is_owed(self, bar: Bar) -> None:
-        """`updates_per_step` for every environment step so far, once a first online episode is in the pool."""
+    def _act(self) -> None:
+        """Let acting go on, as far as learning follows."""
+        config, now = self.config, self.progress
+        if self.interaction is None:
+            return
+        # Before it has learned anything, the critic has no say in what is executed.
+        best_of_n = config.best_of_n if now.stage_update > config.warmup_steps else 1
+        until = float(config.online_steps)
+        if self.replay.num_online_steps:  # learning begins with the first episode
+            until = min(until, now.env_steps + config.interaction.ahead - now.owed_updates / config.updates_per_step)
+        self.interaction.act(best_of_n=best_of_n, until=until)
+        self.interaction.tell(self.logbook.told() | {"online_steps": config.online_steps})
+
+    def _learn_what_is_owed(self, bar: Bar, *, ahead: bool = True) -> None:
+        """`updates_per_step` for every environment step so far, once a first online episode is in the pool; beside an
+        interaction that goes on by itself some more, as far as it may run `ahead`, and not too many at once."""
         config, now = self.config, self.progress
         optim, share = config.optim, min(1.0, now.env_steps / max(1, config.online_steps))
         self._set_actor_lr(_cosine(optim.actor_lr, optim.actor_lr_end, share))
-        while now.owed_updates >= 1 and self.replay.num_online_steps:
+        most, credit = math.inf, 0.0
+        if config.interaction.mode != "synchronous" and ahead:
+            most, credit = UPDATES_PER_ROUND, config.interaction.ahead * config.updates_per_step
+        while now.owed_updates + credit >= 1 and self.replay.num_online_steps and most > 0:
             now.owed_updates -= 1
+            most -= 1
             self._update("warmup" if now.stage_update < config.warmup_steps else "online", bar)
+        self._idle = most > 0
 
     def _update(self, stage: Stage, bar: Bar) -> None:
         """One update of a stage: loss, backward, step, target."""
@@ -265,13 +268,15 @@ class Trainer:
             )
         self.accelerator.backward(loss)
         metrics |= self._clip_gradients()
-        self.optimizer.step()
+        with self.weights.lock:
+            self.optimizer.step()
+            if stage != "sft":
+                self.poco.update_target()
+            self.progress.update += 1
+            self.weights.version = self.progress.update
         self.optimizer.zero_grad()
-        if stage != "sft":
-            self.poco.update_target()
-        self.progress.update += 1
         self.progress.stage_update += 1
-        self._log(stage, metrics, bar)
+        self.logbook.updated(stage, metrics, bar)
 
     def _calibrate(self) -> None:
         if self.config.poco.zeta != "auto":
@@ -298,9 +303,10 @@ class Trainer:
             )
         now = self.progress
         self.display.say(f"success {label}: [bold]{result.success}[/bold] of {settings.episodes} episodes")
-        now.evaluations.append(
-            {"label": label, "env_steps": now.env_steps, "update": now.update} | result.success.figures()
-        )
+        figures = {"label": label, "env_steps": now.env_steps, "update": now.update} | result.success.figures()
+        now.evaluations.append(figures)
+        self.logbook.evaluated(figures)
+        self._keep_best(figures)
         if settings.videos and videos:
             self._write_videos(result.episodes, videos)
         self.accelerator.wait_for_everyone()
@@ -323,10 +329,11 @@ class Trainer:
             if self.policy.base is not None:
                 self.policy.save_head(config.output_dir / "head")
             write_json(config.output_dir / "result.json", self._figures())
-            self.recorder.merge(config.output_dir / "online_episodes")
             report.finish(config.output_dir, self.display.console)
+            if self.interaction is not None:
+                self.interaction.finish()
         self.accelerator.wait_for_everyone()
-        return TrainResult(config.output_dir, policy_dir, before, after, now.env_steps, self._seconds())
+        return TrainResult(config.output_dir, policy_dir, before, after, now.env_steps, self.progress.elapsed())
 
     # -- parts --------------------------------------------------------------------------------------------------
 
@@ -364,11 +371,11 @@ class Trainer:
             horizon=config.horizon,
             gamma=config.poco.gamma,
             reward=config.reward,
-            capacity=config.replay.capacity,
-            demo_fraction=config.replay.demo_fraction,
+            config=config.replay,
+            folder=config.output_dir,
         )
         self.replay.extend(demos, is_demo=True)
-        self._columns = {name: column[:1].copy() for name, column in _columns_of(demos[0]).items()}
+        self.sharing = EpisodeSharing(self.accelerator, demos[0])
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.draws = Draws(torch.Generator().manual_seed(config.seed), rank, world_size)
         self.poco = Poco(self.policy, config.poco, self.draws)
@@ -388,7 +395,13 @@ class Trainer:
         )
         critic = self.poco.target_critic if config.best_of_n > 1 else None
         self.actor = Actor(self.policy, config.seed, config.best_of_n, critic, config.poco.aggregation)
-        self.recorder = EpisodeRecorder(config.output_dir / "episodes", self.info.fps)
+        if self.is_main:
+            self.recorder = open_recorder(
+                config, self._episodes, self.info.fps, demos[0], self.display.say, lambda: self._stop
+            )
+            self.acting = Acting(
+                config, self.actor, self.weights, self.recorder, self.info, demos[0].task, self.display.say
+            )
         self._rehearse(demos)
         steps = self.replay.num_demo_steps
         trained = sum(p.numel() for p in self.actor_parameters)
@@ -396,6 +409,11 @@ class Trainer:
             f"{config.adapter}: {trained:,} trained parameters on {self.accelerator.device}; "
             f"{len(demos)} demonstrations, {steps:,} steps"
         )
+
+    @property
+    def _episodes(self) -> Path:
+        """The dataset of online episodes."""
+        return self.config.output_dir / "episodes"
 
     def _rehearse(self, demos: list[Episode]) -> None:
         """Show the policy every instruction and a first observation of the environment: what it cannot read, and what
@@ -446,26 +464,34 @@ class Trainer:
         return norms
 
     def _receive(self) -> tuple[list[Episode], int]:
-        """Episodes that ended, recorded as they came and given back as the pool keeps them, and control steps taken."""
-        if self._envs is None:
+        """Episodes that ended, as the pool keeps them, and control steps taken."""
+        if self.interaction is None:
             return [], 0
-        episodes, steps = self._envs.receive()
-        for episode in episodes:
-            self.recorder.add(episode)
-        return [episode.with_images(self.policy.shrink_images) for episode in episodes], steps
+        received = self.interaction.receive(wait=self._idle)
+        self.logbook.acted(received.versions)
+        return [episode.with_images(self.policy.shrink_images) for episode in received.episodes], received.steps
+
+    def _count(self, steps: int) -> None:
+        self.progress.env_steps += steps
+        self.progress.owed_updates += steps * self.config.updates_per_step
 
     def _take(self, episodes: list[Episode]) -> None:
+        now = self.progress
         for episode in episodes:
             self.replay.add(episode, is_demo=False)
-            self.progress.recent = [*self.progress.recent, episode.succeeded][-report.WINDOW :]
-            if self.is_main:
-                self._write_line(
-                    "episodes.jsonl",
-                    {"env_steps": self.progress.env_steps, "length": len(episode), "success": episode.succeeded},
-                )
-
-            if self.progress.stage_update > self.config.warmup_steps and not self.progress.stopped:
+            now.episodes += 1
+            now.recent = [*now.recent, episode.succeeded][-report.WINDOW :]
+            self.logbook.episode(len(episode), episode.succeeded)
+            if now.stage_update <= self.config.warmup_steps:
+                self._imitated(episode.succeeded)
+            elif not now.stopped:
                 self._watch(episode.succeeded)
+
+    def _imitated(self, success: bool) -> None:
+        """Without an environment to evaluate in, the episodes of the warm-up say how well the imitating policy does."""
+        if self.config.env is None:
+            successes, episodes = self.guard.reference or (0, 0)
+            self.guard.reference = (successes + success, episodes + 1)
 
     def _watch(self, success: bool) -> None:
         """Let the guard see an episode. Every process sees the same ones and decides alike."""
@@ -493,79 +519,26 @@ class Trainer:
 
     def _restore_head(self) -> None:
         """The last good head, its optimizer state begun anew."""
-        with torch.no_grad():
+        with torch.no_grad(), self.weights.lock:
             for name, parameter in self._head_parameters():
                 parameter.copy_(self._good_head[name])
                 self.optimizer.state.pop(parameter, None)
 
+    def _keep_best(self, figures: dict[str, Any]) -> None:
+        """The policy, when no evaluation before was better."""
+        best = self.progress.best
+        if best is not None and figures["success_rate"] < best["success_rate"]:
+            return
+        if self.policy.base is not None:
+            self.policy.save_head(self.config.output_dir / "best")
+        else:
+            self.policy.save_pretrained(self.config.output_dir / "best")
+        self.progress.best = figures | {"policy": "best"}
+
     def _head_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
 
-    def _share(self, episodes: list[Episode], steps: int) -> tuple[list[Episode], int]:
-        """The main process's episodes on every process, as plain tensors."""
-        if self.accelerator.num_processes == 1:
-            return episodes, steps
-        device = self.accelerator.device
-        text = list(episodes[0].task.encode()) if episodes else []
-        head = _broadcast(torch.tensor([steps, len(episodes), len(text)], device=device))
-        steps, count, letters = (int(x) for x in head)
-        if count == 0:
-            return [], steps
-        text = _broadcast(torch.tensor(text or [0] * letters, dtype=torch.uint8, device=device))
-        lengths = torch.tensor([len(e) for e in episodes] or [0] * count, device=device)
-        lengths = [int(x) for x in _broadcast(lengths)]
-        columns = {}
-        for name, like in self._columns.items():
-            shape = (sum(lengths), *like.shape[1:])
-            mine = np.concatenate([_columns_of(e)[name] for e in episodes]) if episodes else np.zeros(shape, like.dtype)
-            columns[name] = _broadcast(torch.from_numpy(mine).to(device)).cpu().numpy()
-        task = bytes(text.tolist()).decode()
-        bounds = np.cumsum([0, *lengths])
-        rows = [{name: column[a:b] for name, column in columns.items()} for a, b in pairwise(bounds)]
-        return [_from_columns(columns, task) for columns in rows], steps
-
     # -- what is seen and kept ----------------------------------------------------------------------------------
-
-    def _log(self, stage: Stage, metrics: Mapping[str, Tensor], bar: Bar) -> None:
-        if self._sums.keys() != metrics.keys():
-            self._sums, self._num_summed = {}, 0
-        self._sums = {name: self._sums[name] + value if self._sums else value for name, value in metrics.items()}
-        self._num_summed += 1
-        if self._num_summed < self.config.log_every:
-            return
-        means = torch.stack([value.float() for value in self._sums.values()]) / self._num_summed
-        means = self.accelerator.reduce(means, "mean")
-        assert isinstance(means, Tensor)
-        scalars = dict(zip(self._sums, means.tolist(), strict=True))
-        self._sums, self._num_summed = {}, 0
-        now = self.progress
-        if stage != "sft" and now.recent:
-            scalars["train_success"] = sum(now.recent) / len(now.recent)
-        rates = self._rates()
-        bar.note(_headline(scalars, now.recent) | {name: f"{value:.0f}/s" for name, value in rates.items() if value})
-        told = scalars | {f"{name}_per_s": value for name, value in rates.items()}
-        self.accelerator.log({f"{stage}/{name}": value for name, value in told.items()}, step=now.update)
-        if self.is_main:
-            line = {
-                "stage": stage,
-                "update": now.update,
-                "env_steps": now.env_steps,
-                "seconds": round(self._seconds(), 2),
-            }
-            self._write_line("metrics.jsonl", line | scalars)
-
-    def _rates(self) -> dict[str, float]:
-        """Updates and environment steps per second since the last log line. They differ from run to run, so that they
-        are shown and tracked, but not in metrics.jsonl, which a resumed run repeats."""
-        clock, now = time.monotonic(), self.progress
-        then, updates, steps = self._logged
-        self._logged = (clock, now.update, now.env_steps)
-        seconds = max(clock - then, 1e-6)
-        return {"updates": (now.update - updates) / seconds, "steps": (now.env_steps - steps) / seconds}
-
-    def _write_line(self, name: str, values: Mapping[str, Any]) -> None:
-        with (self.config.output_dir / name).open("a") as file:
-            file.write(json.dumps(values) + "\n")
 
     def _figures(self) -> dict[str, Any]:
         now, config = self.progress, self.config
@@ -576,25 +549,20 @@ class Trainer:
             "before": now.evaluations[0] if now.evaluations else None,
             "after": now.evaluations[-1] if now.evaluations else None,
             "evaluations": now.evaluations,
+            "best": now.best,
             "sft_steps": config.sft_steps,
             "updates": now.update,
             "env_steps": now.env_steps,
-            "online_episodes": self.replay.num_online_episodes,
+            "online_episodes": now.episodes,
             "restored_heads": self.guard.restores,
             "stopped_early": now.stopped,
-            "seconds": round(self._seconds(), 1),
+            "seconds": round(self.progress.elapsed(), 1),
             "adapter": config.adapter,
             "device": self.accelerator.device.type,
             "policy": "policy",
             "lerobot_arguments": self.policy.lerobot_arguments,
             "demonstrations": {"steps": self.replay.num_demo_steps, "repo_id": self.dataset_config.repo_id},
         }
-
-    def _seconds(self) -> float:
-        return self.progress.seconds + time.monotonic() - self._clock
-
-    def _enter(self, stage: str) -> None:
-        self.progress.stage, self.progress.stage_update = stage, 0
 
     # -- interruption, checkpoints ------------------------------------------------------------------------------
 
@@ -636,24 +604,22 @@ class Trainer:
     def _save(self) -> Path:
         """Everything that the next update depends on. Called where no chunk is in flight."""
         config, now = self.config, self.progress
-        now.seconds, self._clock = self._seconds(), time.monotonic()
         self._saved = now.update
         root = config.output_dir / "checkpoints"
         path = root / f"{now.update:08d}"
         self.accelerator.wait_for_everyone()
         if self.is_main:
-            envs = self._envs.state() if self._envs is not None else {"seeds": [], "chunks": []}
-            tensors = {f"chunks.{i}": torch.from_numpy(chunks) for i, chunks in enumerate(envs["chunks"])}
+            acting = dict(self.interaction.state()) if self.interaction is not None else {}
+            chunks = acting.pop("chunks", [])
+            tensors = {f"chunks.{i}": torch.from_numpy(one) for i, one in enumerate(chunks)}
             tensors |= {"draws": self.draws.generator.get_state(), "actor": self.actor.generator.get_state()}
             state = {
-                "progress": asdict(now),
+                "progress": now.state(),
                 "batches": self.batches.rng.bit_generator.state,
-                "seeds": envs["seeds"],
-                "parts": self._flush_episodes(),
+                "acting": acting,
                 "base_version": self.policy.base_version,
                 "guard": self.guard.state(),
-                "sums": {name: value.item() for name, value in self._sums.items()},
-                "num_summed": self._num_summed,
+                "logbook": self.logbook.state(),
             }
             path = checkpoint.save(
                 root,
@@ -663,17 +629,11 @@ class Trainer:
                 tensors=tensors,
                 state=state,
                 config=config,
+                head=config.output_dir / checkpoint.GOOD_HEAD,
+                keep_every=config.checkpoint_keep_every,
             )
         self.accelerator.wait_for_everyone()
         return path
-
-    def _flush_episodes(self) -> list[str]:
-        try:
-            return self.recorder.flush()
-        except OSError as error:
-            raise CheckpointError(
-                f"online episodes could not be written: {error}. Earlier parts are intact."
-            ) from error
 
     def _resume(self) -> None:
         path = checkpoint.latest(self.config.output_dir / "checkpoints")
@@ -685,46 +645,52 @@ class Trainer:
             )
         checkpoint.load_trainable_state(self.poco, weights)
         self.optimizer.load_state_dict(optimizer)
-        self.progress = Progress(**state["progress"])
+        self.progress.load(state["progress"])
         self._saved = self.progress.update
         self.guard.load(state["guard"])
-        self._good_head = checkpoint.load_head(self.config.output_dir)
+        self._good_head = checkpoint.load_head(path)
         self.draws.generator.set_state(tensors["draws"])
         self.actor.generator.set_state(tensors["actor"])
         self.batches.rng.bit_generator.state = state["batches"]
-        self._sums = {
-            name: torch.tensor(value, device=self.accelerator.device) for name, value in state["sums"].items()
-        }
-        self._num_summed = state["num_summed"]
-        for episode in self.recorder.load(state["parts"], self.policy.input_keys):
-            self.replay.add(episode.with_images(self.policy.shrink_images), is_demo=False)
-        if self.is_main and state["seeds"]:
-            self._envs = EnvPool(self._env, self.config.horizon)
-            self._envs.restore(
-                {
-                    "seeds": state["seeds"],
-                    "chunks": [tensors[f"chunks.{i}"].numpy() for i in range(len(state["seeds"]))],
-                }
-            )
-        if self.is_main:
-            self._cut_logs()
+        self.logbook.load(state["logbook"])
+        self.weights.version = self.progress.update
+        if self.progress.stage == "online":
+            self._resume_acting(state["acting"], tensors)
         self.display.say(f"resumed from {path}: stage {self.progress.stage}, update {self.progress.update}")
 
-    def _cut_logs(self) -> None:
-        """Drop log lines from after the checkpoint: their updates are run again."""
-        now = self.progress
-        for name, key, limit in (
-            ("metrics.jsonl", "update", now.update),
-            ("episodes.jsonl", "env_steps", now.env_steps),
-        ):
-            path = self.config.output_dir / name
-            if path.exists():
-                # A kill may have torn the last line.
-                whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-                lines = [line for line in whole if json.loads(line)[key] <= limit]
-                partial = path.with_name(f".{name}.partial")
-                partial.write_text("".join(f"{line}\n" for line in lines))
-                partial.rename(path)
+    def _resume_acting(self, acting: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Episodes back into the pool, and on from there. In step with learning, those that a checkpoint does not cover
+        are run again, and come out the same; otherwise they count as if they had just come."""
+        now, synchronous = self.progress, self.config.interaction.mode == "synchronous"
+        episodes = self._recorded()
+        if len(episodes) < now.episodes:
+            raise CheckpointError(
+                f"{self._episodes} holds {len(episodes)} episodes, the checkpoint has seen {now.episodes}: put back "
+                "what was taken away"
+            )
+        for episode in episodes[: now.episodes]:
+            self.replay.add(episode, is_demo=False)
+        if not synchronous:
+            self._count(sum(map(len, episodes[: now.episodes])) - now.env_steps)  # running episodes are gone
+            for episode in episodes[now.episodes :]:
+                self._count(len(episode))
+                self._take([episode])
+        if self.is_main:
+            if synchronous:
+                self.recorder.rewind(now.episodes)
+            self.interaction = self.acting.begin(now.env_steps)
+            count = sum(name.startswith("chunks.") for name in tensors)
+            chunks = [tensors[f"chunks.{i}"].numpy() for i in range(count)]
+            self.interaction.restore(acting | {"chunks": chunks} if chunks else acting)
+
+    def _recorded(self) -> list[Episode]:
+        """All online episodes on disk, as the pool keeps them."""
+        self.accelerator.wait_for_everyone()  # the main process has put the folder in order
+        if not (self._episodes / "meta" / "info.json").is_file():
+            return []
+        # They were in memory before: no limit keeps a run from going on.
+        config = DatasetConfig(repo_id="local/episodes", root=self._episodes, max_image_bytes=sys.maxsize)
+        return read_episodes(open_dataset(config), config, self.policy.input_keys, shrink=self.policy.shrink_images)
 
     def _choose_folder(self, config: TrainConfig) -> Path:
         """`output_dir`, "{time}" in it replaced: by start time and seed, alike on all processes, or by the newest
@@ -739,7 +705,7 @@ class Trainer:
                 )
             return runs[-1]
         seconds = torch.tensor([int(time.time())], device=self.accelerator.device)
-        start = time.strftime("%Y%m%d-%H%M%S", time.localtime(int(_broadcast(seconds))))
+        start = time.strftime("%Y%m%d-%H%M%S", time.localtime(int(shared(seconds))))
         return Path(str(config.output_dir).format(time=f"{start}-seed{config.seed}"))
 
     @staticmethod
@@ -760,41 +726,6 @@ class Trainer:
             raise ConfigError(f"{folder} already holds {state}, choose another --output-dir, or delete it.")
 
 
-def _headline(scalars: Mapping[str, float], recent: Sequence[bool]) -> dict[str, float | str]:
-    """The scalars that fit below a bar; success with its 95 % interval."""
-    names = {
-        "train_success": "success",
-        "bc_loss": "bc",
-        "q": "Q",
-        "critic_loss": "td",
-        "posterior_loss": "post",
-        "clipped_fraction": "clipped",
-        "effective_sample_size": "ess",
-    }
-    out: dict[str, float | str] = {short: scalars[name] for name, short in names.items() if name in scalars}
-    if "train_success" in scalars:
-        low, high = wilson_interval(sum(recent), len(recent))
-        out["success"] = f"{scalars['train_success']:.0%} [{low:.0%}, {high:.0%}]"
-    return out
-
-
-def _broadcast(tensor: Tensor) -> Tensor:
-    """The main process's tensor, on every process."""
-    shared = broadcast(tensor)
-    assert isinstance(shared, Tensor)
-    return shared
-
-
 def _cosine(start: float, end: float | None, progress: float) -> float:
     """Half a cosine from `start` to `end` (None: `start` all along)."""
     return start if end is None else end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def _columns_of(episode: Episode) -> dict[str, np.ndarray]:
-    signals = {name: getattr(episode, name) for name in ("action", "reward", "success", "terminal")}
-    return dict(episode.obs) | signals
-
-
-def _from_columns(columns: Mapping[str, np.ndarray], task: str) -> Episode:
-    obs = {key: column for key, column in columns.items() if key.startswith("observation.")}
-    return Episode(obs, columns["action"], columns["reward"], columns["success"], columns["terminal"], task)

@@ -1,0 +1,179 @@
+"""A ring of whole episodes over columns: the newest take the place of the oldest."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from poco_vla.data.columns import Column
+from poco_vla.errors import DataError
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Most that a ring holds; the smaller of both limits counts, and None is none.
+
+    Attributes:
+        steps: control steps.
+        name: the configuration's field that says so.
+        max_bytes: bytes of all columns (``replay.max_bytes``).
+    """
+
+    steps: int | None
+    name: str
+    max_bytes: int | None = None
+
+    def limit(self, bytes_per_step: int) -> tuple[int | None, str]:
+        """Steps that fit, and the field that says so."""
+        fit = None if self.max_bytes is None else self.max_bytes // bytes_per_step
+        if fit is None or (self.steps is not None and self.steps <= fit):
+            return self.steps, self.name
+        return fit, "replay.max_bytes"
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Start steps of B transitions, as indices into a ring's columns.
+
+    Attributes:
+        step: [B] the start steps.
+        last: [B] the last step of each one's episode.
+        succeeded: [B] bool: that episode reached success.
+        task: [B] number of its task.
+    """
+
+    step: np.ndarray
+    last: np.ndarray
+    succeeded: np.ndarray
+    task: np.ndarray
+
+
+class EpisodeRing:
+    """Columns in which whole episodes lie contiguously. They grow up to the capacity; from then on the oldest episodes
+    make room.
+
+    Args:
+        capacity: most that it holds.
+        make_column: an empty column for rows of this name, shape and dtype.
+    """
+
+    def __init__(self, capacity: Capacity, make_column: Callable[[str, tuple[int, ...], np.dtype], Column]) -> None:
+        self.num_steps = 0
+        self._capacity = capacity
+        self._make_column = make_column
+        self._columns: dict[str, Column] = {}
+        self._spans = _Spans()
+        self._pointer = 0
+        self._reserved = 0
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._columns[name].rows
+
+    @property
+    def num_starts(self) -> int:
+        return self._spans.num_starts
+
+    @property
+    def num_episodes(self) -> int:
+        return self._spans.tail - self._spans.head
+
+    def reserve(self, steps: int) -> None:
+        """Take room for `steps` more at once, when the next episode comes."""
+        self._reserved = self._pointer + steps
+
+    def add(self, columns: Mapping[str, np.ndarray], num_starts: int, *, succeeded: bool, task: int) -> None:
+        """Append an episode of which the first `num_starts` steps start transitions.
+
+        Raises:
+            DataError: it is longer than the capacity, or the disk is full; the ring stays as it was.
+        """
+        length = len(columns["action"])
+        limit, name = self._capacity.limit(bytes_per_step(columns))
+        if limit is not None and length > limit:
+            raise DataError(f"an episode of {length} steps does not fit a pool of {limit}; raise {name}")
+        # The rest of the columns stays unused until the pointer comes round: episodes are never split.
+        begin = 0 if limit is not None and self._pointer + length > limit else self._pointer
+        end = begin + length
+        self._hold(columns, end, limit)
+        if limit is not None and begin < self._pointer:
+            self._evict(self._pointer, limit)
+        self._evict(begin, end)
+        for name, column in columns.items():
+            self._columns[name].rows[begin:end] = column
+        self._spans.append(begin=begin, length=length, num_starts=num_starts, succeeded=succeeded, task=task)
+        self.num_steps += length
+        self._pointer = end
+
+    def sample(self, count: int, rng: np.random.Generator) -> Starts:
+        """`count` start steps, uniform."""
+        return self.starts(rng.integers(self.num_starts, size=count))
+
+    def starts(self, order: np.ndarray) -> Starts:
+        """The start steps of these numbers, counted from the oldest episode on."""
+        return self._spans.starts(order)
+
+    def _hold(self, columns: Mapping[str, np.ndarray], steps: int, limit: int | None) -> None:
+        wanted = max(steps, self._reserved)
+        if not self._columns:
+            self._columns = {n: self._make_column(n, rows.shape[1:], rows.dtype) for n, rows in columns.items()}
+        for column in self._columns.values():
+            column.hold(wanted if limit is None else min(wanted, limit), limit)
+
+    def _evict(self, begin: int, end: int) -> None:
+        """Drop the oldest episodes while they begin in [begin, end)."""
+        spans = self._spans
+        while spans.head < spans.tail and begin <= spans.begin[spans.head] < end:
+            self.num_steps -= int(spans.length[spans.head])
+            spans.head += 1
+
+
+def bytes_per_step(columns: Mapping[str, np.ndarray]) -> int:
+    """Bytes of one row of all columns."""
+    return sum(rows.dtype.itemsize * int(np.prod(rows.shape[1:])) for rows in columns.values())
+
+
+class _Spans:
+    """Live episodes, oldest first, in rows head to tail: where each begins, how long it is, how many start steps came
+    before it since the beginning, its success and task."""
+
+    def __init__(self) -> None:
+        self.begin, self.length, self.before = (np.zeros(0, dtype=np.int64) for _ in range(3))
+        self.succeeded, self.task = np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int32)
+        self.head = self.tail = self.total = 0
+
+    @property
+    def num_starts(self) -> int:
+        return self.total - int(self.before[self.head]) if self.head < self.tail else 0
+
+    def append(self, *, begin: int, length: int, num_starts: int, succeeded: bool, task: int) -> None:
+        if self.tail == len(self.begin):
+            self._make_room()
+        row = self.tail
+        self.begin[row], self.length[row], self.before[row] = begin, length, self.total
+        self.succeeded[row], self.task[row] = succeeded, task
+        self.total += num_starts
+        self.tail += 1
+
+    def starts(self, order: np.ndarray) -> Starts:
+        """The start steps of these numbers."""
+        before = self.before[self.head : self.tail]
+        rank = order + before[0]
+        row = np.searchsorted(before, rank, side="right") - 1 + self.head
+        begin = self.begin[row]
+        return Starts(
+            step=begin + rank - self.before[row],
+            last=begin + self.length[row] - 1,
+            succeeded=self.succeeded[row],
+            task=self.task[row],
+        )
+
+    def _make_room(self) -> None:
+        """Twice as many rows as live ones, which move to the front."""
+        live = slice(self.head, self.tail)
+        count = self.tail - self.head
+        for name in ("begin", "length", "before", "succeeded", "task"):
+            column = getattr(self, name)
+            moved = np.zeros(max(64, 2 * count), dtype=column.dtype)
+            moved[:count] = column[live]
+            setattr(self, name, moved)
+        self.head, self.tail = 0, count

@@ -1,0 +1,98 @@
+"""What a robot and a learner have to agree on before anything moves."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from lerobot.robots import Robot
+
+from poco_vla.errors import ConfigError
+from poco_vla.rollout.robots.interaction import observation_features
+from poco_vla.rollout.robots.safety import ActionLimits
+
+WIDENED = 0.05
+"""Of the demonstrations' range of an action: as far beyond it the robot may be sent, unless limits are given."""
+
+
+def check_match(robot: Robot, metadata: Mapping[str, Any]) -> list[str]:
+    """The robot's observations that the policy does not read.
+
+    Args:
+        robot: need not be connected.
+        metadata: what the learner said on connecting.
+
+    Raises:
+        ConfigError: the policy needs a camera that the robot does not have, or of another size; states or actions are
+            not as many.
+    """
+    has = {key: _seen(feature) for key, feature in observation_features(robot).items()}
+    wants = {key: _said(feature) for key, feature in metadata["observation"].items()}
+    actions = len(robot.action_features)
+    wrong = [f"{key}: the policy takes {wants[key]}, the robot has {has.get(key, 'none')}" for key in wants]
+    wrong = [line for line, key in zip(wrong, wants, strict=True) if has.get(key) != wants[key]]
+    if actions != metadata["action_dim"]:
+        names = ", ".join(robot.action_features)
+        wrong.append(f"action: the policy gives {metadata['action_dim']}, the robot takes {actions} ({names})")
+    if wrong:
+        listed = "\n  ".join(wrong)
+        raise ConfigError(
+            f"{robot.name} and the policy do not fit, nothing was moved:\n  {listed}\nThe robot has "
+            f"{', '.join(f'{key} {shape}' for key, shape in has.items())}. Use cameras of the names and sizes that the "
+            "policy was trained with."
+        )
+    return [key for key in has if key not in wants]
+
+
+def limits_of(
+    metadata: Mapping[str, Any],
+    names: Sequence[str],
+    *,
+    low: Sequence[float] | None = None,
+    high: Sequence[float] | None = None,
+    max_step: Sequence[float] | None = None,
+) -> ActionLimits:
+    """What may be sent, in mode "clip": the given bounds, else the demonstrations' range and 5 % of it beyond.
+
+    Args:
+        metadata: what the learner said on connecting, with "action_low" and "action_high".
+        names: the robot's actions.
+        low, high, max_step: one number for all actions, or one for each, in the order of `names`.
+
+    Raises:
+        ConfigError: bounds are neither given nor known.
+    """
+    known_low, known_high = (metadata.get(name) for name in ("action_low", "action_high"))
+    if known_low is not None and known_high is not None:
+        least, most = np.asarray(known_low, dtype=np.float64), np.asarray(known_high, dtype=np.float64)
+        # An action that never changed has no range: it gets a hair of one, because limits may not be equal.
+        margin = np.maximum(WIDENED * (most - least), 1e-5 * np.maximum(1.0, np.abs(least)))
+        low, high = (
+            (least - margin).tolist() if low is None else low,
+            (most + margin).tolist() if high is None else high,
+        )
+    if low is None or high is None:
+        raise ConfigError(
+            "nobody knows the range of this robot's actions, so nothing can be sent safely: give --low and --high, in "
+            f"the robot's units, one number for all or one for each of {', '.join(names)}"
+        )
+    by_name = {"--low": low, "--high": high, "--max-step": max_step}
+    bounds = {option: values and _by_name(option, values, names) for option, values in by_name.items()}
+    return ActionLimits(bounds["--low"], bounds["--high"], bounds["--max-step"], mode="clip")
+
+
+def _by_name(option: str, values: Sequence[float], names: Sequence[str]) -> dict[str, float]:
+    if len(values) not in (1, len(names)):
+        raise ConfigError(
+            f"{option} has {len(values)} numbers; one for all actions, or {len(names)}: {', '.join(names)}"
+        )
+    each = list(values) * (len(names) if len(values) == 1 else 1)
+    return dict(zip(names, each, strict=True))
+
+
+def _seen(feature: Mapping[str, Any]) -> str:
+    kind = "float32" if feature["dtype"] == "float32" else "uint8"
+    return f"{kind} {list(feature['shape'])}"
+
+
+def _said(feature: Mapping[str, Any]) -> str:
+    return f"{feature['dtype']} {list(feature['shape'])}"

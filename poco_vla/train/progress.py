@@ -1,0 +1,59 @@
+"""How far a run is: everything that counts, as a checkpoint holds it."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from poco_vla.algorithm import Stage
+
+
+@dataclass
+class Progress:
+    """Plain data, and a clock that interruptions stop.
+
+    Attributes:
+        stage: "sft", "online", then "done".
+        update: updates in all; `stage_update` of them in this stage.
+        env_steps: control steps taken online, those of running episodes too.
+        episodes: online episodes in the pool.
+        owed_updates: updates that acting has earned and learning has not made; negative when learning is ahead.
+        stopped: the collapse guard has ended the run.
+        recent: success of the last training episodes.
+        evaluations: figures of each.
+        best: those of the best one.
+        seconds: wall time until `stamp`.
+    """
+
+    stage: Stage | str = "sft"
+    update: int = 0
+    stage_update: int = 0
+    env_steps: int = 0
+    episodes: int = 0
+    owed_updates: float = 0.0
+    stopped: bool = False
+    recent: list[bool] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._clock = time.monotonic()
+
+    def elapsed(self) -> float:
+        """Wall time in seconds, interruptions left out."""
+        return self.seconds + time.monotonic() - self._clock
+
+    def enter(self, stage: str) -> None:
+        """The next stage begins."""
+        self.stage, self.stage_update = stage, 0
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; `load` takes it back."""
+        self.seconds, self._clock = self.elapsed(), time.monotonic()
+        return asdict(self)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        for name, value in state.items():
+            setattr(self, name, value)

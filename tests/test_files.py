@@ -1,0 +1,130 @@
+"""Waiting for room on a disk: by what an error is known as a full one, who is told, and when it ends."""
+
+import errno
+import os
+import shutil
+import subprocess
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from poco_vla.errors import PocoError
+from poco_vla.files import is_out_of_space, sync, wait_for_space, write_json
+
+
+def full():
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def caused(error):
+    outer = RuntimeError("the encoder failed")
+    outer.__cause__ = error
+    return outer
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (full(), True),
+        (OSError(errno.EDQUOT, "over quota"), True),
+        (RuntimeError("thread failed: [Errno 28] No space left on device: x"), True),
+        (caused(full()), True),
+        (caused(caused(ValueError("x"))), False),
+        (OSError(errno.EACCES, os.strerror(errno.EACCES)), False),
+        (None, False),
+    ],
+    ids=["number", "quota", "text", "cause", "other-cause", "other", "none"],
+)
+def test_a_full_disk_is_known_by_number_text_or_cause(error, expected):
+    assert is_out_of_space(error) is expected
+
+
+def failing(times, error):
+    """A write that fails so many times and then gives its number of calls."""
+    calls = []
+
+    def write():
+        calls.append(1)
+        if len(calls) <= times:
+            raise error
+        return len(calls)
+
+    return write
+
+
+def test_it_is_tried_until_there_is_room_and_told_once(tmp_path):
+    told = []
+    write = failing(3, full())
+    assert wait_for_space(write, what="episode 7", where=tmp_path / "not" / "there", tell=told.append, every=0.01) == 4
+    (message,) = told
+    assert message.startswith(f"episode 7 cannot be written to {tmp_path / 'not' / 'there'}: the disk is full")
+    assert "MB are free" in message
+    assert "tried again every 0.01 s" in message
+
+
+def test_nothing_is_told_when_there_is_room(tmp_path):
+    told = []
+    assert wait_for_space(failing(0, full()), what="it", where=tmp_path, tell=told.append) == 1
+    assert told == []
+
+
+def test_other_errors_pass_at_once(tmp_path):
+    with pytest.raises(ValueError, match="other"):
+        wait_for_space(failing(1, ValueError("other")), what="it", where=tmp_path, tell=print, every=60.0)
+
+
+def test_giving_up_ends_even_a_long_wait_and_says_what_is_lost(tmp_path):
+    ended = []
+    with pytest.raises(PocoError, match=r"episode 7 cannot be written .* it is lost"):
+        wait_for_space(
+            failing(10**9, full()), what="episode 7", where=tmp_path, tell=ended.append, give_up=lambda: bool(ended),
+            every=3600.0,
+        )  # fmt: skip
+
+
+def film(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", 10)
+        stream.width = stream.height = 256
+        stream.pix_fmt = "yuv420p"
+        noise = np.random.default_rng(0).integers(0, 256, (20, 256, 256, 3), np.uint8)
+        for picture in noise:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+WRITES = {
+    "bytes": lambda path: path.write_bytes(bytes(500_000)),
+    "json": lambda path: write_json(path, list(range(100_000))),
+    "parquet": lambda path: pq.write_table(pa.table({"x": np.random.default_rng(0).normal(size=100_000)}), path),
+    "safetensors": lambda path: save_file({"x": torch.ones(200_000)}, path),
+    "video": film,
+}
+
+
+@pytest.mark.parametrize("kind", sorted(WRITES))
+def test_what_libraries_raise_on_a_really_full_disk_is_known(tmp_path, kind):
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(tmp_path)], capture_output=True
+    ).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        with pytest.raises(Exception) as found:  # noqa: PT011 (which one is what the test asks)
+            WRITES[kind](tmp_path / "file.mp4")
+        assert is_out_of_space(found.value)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+    assert shutil.disk_usage(tmp_path).free > 500_000
+
+
+def test_files_and_folders_can_be_synced(tmp_path):
+    write_json(tmp_path / "a", 1)
+    sync(tmp_path / "a")
+    sync(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        sync(tmp_path / "b")
