@@ -85,7 +85,7 @@ def save(
         if head is not None and head.exists():
             _link(head, partial / GOOD_HEAD)
         replace_folder(partial, final)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"checkpoint {final} could not be written: {error}. Earlier checkpoints are intact."

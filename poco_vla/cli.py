@@ -373,13 +373,24 @@ class RobomimicData:
 
 
 @dataclass
+class ConsolidateData:
+    """A run's online episodes, one file each, as a compact dataset for reading and uploading. The run may go on."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """The run's folder, or its episodes/."""
+    root: Path
+    """Folder of the compact dataset; an older one there is replaced."""
+
+
+@dataclass
 class Data:
-    """A LeRobot dataset from a simulator's expert or from an official file."""
+    """A LeRobot dataset from a simulator's expert, an official file, or a run's online episodes."""
 
     source: Annotated[
         Annotated[MakeData, tyro.conf.subcommand("make")]
         | Annotated[OGBenchData, tyro.conf.subcommand("ogbench")]
-        | Annotated[RobomimicData, tyro.conf.subcommand("robomimic")],
+        | Annotated[RobomimicData, tyro.conf.subcommand("robomimic")]
+        | Annotated[ConsolidateData, tyro.conf.subcommand("consolidate")],
         tyro.conf.arg(name=""),
     ]
 
@@ -509,12 +520,16 @@ def _serve(command: Serve, console: Console) -> None:
         threading.Event().wait()
 
 
-def _make_data(source: MakeData | OGBenchData | RobomimicData) -> Path:
+def _make_data(source: MakeData | OGBenchData | RobomimicData | ConsolidateData) -> Path:
     """The dataset's folder, made while a bar shows how far it is."""
     from poco_vla.progress import Display
     from poco_vla.rollout import environment, published
+    from poco_vla.rollout.consolidate import consolidate
     from poco_vla.rollout.demonstrations import ensure_demonstrations
 
+    if isinstance(source, ConsolidateData):
+        inner = source.source / "episodes"
+        return consolidate(inner if inner.is_dir() else source.source, source.root)
     display = Display()
     if isinstance(source, MakeData):
         with display.stage("episodes", source.demonstrations.episodes) as bar:

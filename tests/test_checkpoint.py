@@ -182,3 +182,30 @@ def test_json_appears_whole_under_its_own_name(tmp_path):
     write_json(tmp_path / "a.json", {"path": Path("x")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"path": "x"}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_newest_two_and_the_first_after_each_milestone_are_kept(tmp_path):
+    """Checkpoints of every 4 updates, milestones each 10: 12, 20, 32 are the first at or after 10, 20, 30."""
+    for update in range(4, 41, 4):
+        checkpoint.save(
+            tmp_path,
+            update,
+            weights={},
+            optimizer={"state": {}, "param_groups": []},
+            tensors={},
+            state={},
+            config=CONFIG,
+            keep_every=10,
+        )
+    assert [int(path.name) for path in sorted(tmp_path.iterdir())] == [12, 20, 32, 36, 40]
+
+
+def test_a_checkpoint_keeps_its_head_when_a_newer_one_takes_its_place(tmp_path):
+    first, second = ({"w": torch.full((3,), value)} for value in (1.0, 2.0))
+    checkpoint.save_head(tmp_path, first)
+    old = saved(tmp_path / "checkpoints", 1, head=tmp_path / checkpoint.GOOD_HEAD)
+    checkpoint.save_head(tmp_path, second)
+    new = saved(tmp_path / "checkpoints", 2, head=tmp_path / checkpoint.GOOD_HEAD)
+    assert torch.equal(checkpoint.load_head(old)["w"], first["w"])
+    assert torch.equal(checkpoint.load_head(new)["w"], second["w"])
+    assert checkpoint.load_head(saved(tmp_path / "checkpoints", 3)) == {}

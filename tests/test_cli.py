@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from pointmass_run import small
 
 sys.path.append(str(Path(__file__).parent / "rollout"))
@@ -29,6 +30,13 @@ def run(tmp_path_factory):
     """The folder of a small run that is done."""
     folder = tmp_path_factory.mktemp("cli")
     return train(small(folder / "run", folder / "data", online_steps=0)).output_dir
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """The folder of a small run that has online episodes."""
+    folder = tmp_path_factory.mktemp("played")
+    return train(small(folder / "run", folder / "data")).output_dir
 
 
 def field_names(kind, prefix=""):
@@ -286,6 +294,37 @@ def test_data_of_official_files(tmp_path, capsys):
     assert not root.exists()
     main([*words, str(path), "--episodes", "1"])
     assert json.loads((root / "meta" / "info.json").read_text())["total_episodes"] == 1
+
+
+def test_a_runs_episodes_become_a_compact_dataset(played, tmp_path, capsys):
+    main(["data", "consolidate", str(played), "--root", str(tmp_path / "all")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "all")
+    grown, compact = (
+        LeRobotDataset("local/episodes", root=root).hf_dataset.with_format("arrow")[:]
+        for root in (played / "episodes", tmp_path / "all")
+    )
+    assert compact.equals(grown)
+
+
+@pytest.mark.parametrize(
+    ("source", "root", "said"),
+    [
+        ("nothing", "all", "no LeRobot dataset in"),
+        ("run", "somebodys", "is not replaced"),
+        ("run", "run/episodes", "is not replaced"),
+        ("compact", "all", "compact already"),
+    ],
+)
+def test_what_cannot_be_made_compact_is_told_and_left_alone(source, root, said, played, tmp_path, capsys):
+    (tmp_path / "somebodys").mkdir()
+    (tmp_path / "somebodys" / "thesis.txt").write_text("x")
+    (tmp_path / "run").symlink_to(played)
+    main(["data", "consolidate", str(played), "--root", str(tmp_path / "compact")])
+    with pytest.raises(SystemExit):
+        main(["data", "consolidate", str(tmp_path / source), "--root", str(tmp_path / root)])
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "somebodys" / "thesis.txt").exists()
+    assert (played / "episodes" / "meta" / "info.json").exists()
 
 
 def test_serve_answers_a_client_until_it_is_interrupted(run):

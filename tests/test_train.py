@@ -19,12 +19,13 @@ from accelerate.state import AcceleratorState
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot_policy_flow_mlp.adapter import FlowMlp
 from pointmass import PointmassEnv, pointmass
 from pointmass_run import learning, small
 from safetensors.torch import load_file
 
 from poco_vla.config import DatasetConfig, EvalConfig, PocoConfig, TrainConfig, from_json, to_json
-from poco_vla.data import Episode
+from poco_vla.data import Episode, open_dataset, read_episodes
 from poco_vla.errors import (
     CheckpointError,
     ConfigError,
@@ -33,7 +34,6 @@ from poco_vla.errors import (
     UnknownAdapterError,
     UnknownNameError,
 )
-from poco_vla.rollout import EpisodeRecorder
 from poco_vla.rollout.demonstrations import demonstrations_root, ensure_demonstrations
 from poco_vla.rollout.recorder import write_dataset
 from poco_vla.train import Trainer, train
@@ -522,6 +522,32 @@ def test_tensorboard_gets_the_scalars(tmp_path, data):
     assert [event.value for event in events.Scalars("sft/bc_loss")] == pytest.approx(logged)
 
 
+def test_the_best_policy_is_that_of_the_best_evaluation(tmp_path, data, monkeypatch):
+    """The second of four evaluations, then one that is as good, which is newer: that one's weights are in best/."""
+    trainer = Trainer(small(tmp_path / "run", data, eval=EvalConfig(episodes=6, every=100, videos=False)))
+    keep, rates, kept = trainer._keep_best, iter([0.1, 0.6, 0.6, 0.3]), []
+
+    def flattered(figures):
+        keep(figures | {"success_rate": next(rates)})
+        kept.append([p.detach().clone() for p in trainer.actor_parameters])
+
+    monkeypatch.setattr(trainer, "_keep_best", flattered)
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+    run = trainer.config.output_dir
+    result = json.loads((run / "result.json").read_text())
+    assert len(kept) == 4
+    assert (result["best"]["label"], result["best"]["policy"]) == (result["evaluations"][2]["label"], "best")
+    best = FlowMlp.from_pretrained(run / "best")
+    for p, expected in zip([p for p in best.parameters() if p.requires_grad], kept[2], strict=True):
+        assert torch.equal(p, expected)
+    assert not torch.equal(kept[2][0], kept[3][0])
+    lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert lines == result["evaluations"]
+
+
 def test_best_of_n_acting_executes_what_the_critic_prefers(tmp_path, data):
     """The same run but for the choice among candidates, made once the critic is warm, ends with other episodes."""
     plain, best = (small(tmp_path / f"run_{n}", data, best_of_n=n, warmup_steps=5) for n in (1, 4))
@@ -587,7 +613,8 @@ def test_demonstrations_are_made_once_and_hold_successes_only(tmp_path):
     again = ensure_demonstrations(config.env, config.demonstrations)
     assert again == first == demonstrations_root(config.env, config.demonstrations)
     assert (again / "meta" / "info.json").stat().st_mtime_ns == stamp
-    episodes = EpisodeRecorder(first, 10).load(["observation.state"])
+    config = DatasetConfig(repo_id="local/demonstrations", root=first)
+    episodes = read_episodes(open_dataset(config), config, ["observation.state"])
     assert [episode.succeeded for episode in episodes] == [True] * 6
 
 

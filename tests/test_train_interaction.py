@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pointmass_run import small
 
 from poco_vla.config import InteractionConfig
 from poco_vla.data import Episode
+from poco_vla.progress import Display
 from poco_vla.rollout import EpisodeRecorder
 from poco_vla.rollout.serving.client import PolicyClient, Retry
 from poco_vla.train import Trainer, train
@@ -292,3 +294,50 @@ def test_without_an_environment_the_warm_up_says_how_well_the_imitating_policy_d
     result = json.loads((config.output_dir / "result.json").read_text())
     assert result["before"] is None
     assert result["online_episodes"] == len(lines)
+
+
+# -- a full disk ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root may mount a small disk")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
+def test_on_a_full_disk_training_pauses_says_so_and_goes_on_when_there_is_room(mode, small_disk, data, monkeypatch):
+    """The disk is filled to its last byte once the first episodes are there, and emptied when the run has said so."""
+    told, say = [], Display.say
+
+    def heard(display, text):
+        say(display, text)
+        if "full" in text:
+            told.append(text)
+            (small_disk / "filler").unlink(missing_ok=True)
+
+    monkeypatch.setattr(Display, "say", heard)
+    monkeypatch.setattr("poco_vla.files.wait_for_space.__kwdefaults__", {"give_up": lambda: False, "every": 0.1})
+    config = beside(small_disk, data, mode, checkpoint_every=20)
+    log = config.output_dir / "episodes.jsonl"
+
+    def fill():
+        while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+            time.sleep(0.001)
+        with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    threading.Thread(target=fill, daemon=True).start()
+    result = train(config)
+    assert result.env_steps >= 900
+    assert told
+    assert "free" in told[0]
+    lines = lines_of(config.output_dir, "metrics.jsonl")
+    assert [line["update"] for line in lines] == list(range(5, lines[-1]["update"] + 1, 5))
+    assert len(recorded(config)) >= len(lines_of(config.output_dir, "episodes.jsonl")) >= 18

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from poco_vla.errors import DataError
 from poco_vla.files import replace_folder
 
 MB = 1024**2
@@ -17,10 +18,18 @@ def consolidate(source: Path, root: Path) -> Path:
     """The same LeRobot dataset in `root`, in few files. It replaces an older one, whole or not at all.
 
     Args:
-        source: dataset in which each episode has files of its own, as :class:`EpisodeRecorder` writes it.
-    """
-    from lerobot.datasets.io_utils import load_info
+        source: dataset in which each episode has files of its own, as :class:`EpisodeRecorder` writes it; it may grow
+            meanwhile.
 
+    Raises:
+        DataError: `source` is none, or `root` holds something else than a dataset.
+    """
+    from lerobot.datasets.io_utils import load_info, write_info
+
+    if not (source / "meta" / "info.json").is_file():
+        raise DataError(f"no LeRobot dataset in {source}: give the folder of a run that has recorded episodes")
+    if root.exists() and (root.resolve() == source.resolve() or not (root / "meta" / "info.json").is_file()):
+        raise DataError(f"{root} is not replaced: it is the source, or holds something else than a dataset")
     info = load_info(source)
     partial = root.with_name(f".{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -33,7 +42,8 @@ def consolidate(source: Path, root: Path) -> Path:
             if feature["dtype"] == "video":
                 _join_videos(source, partial, info, rows, key)
         _write_metadata(partial, table, rows)
-        for name in ("tasks.parquet", "stats.json", "info.json"):
+        write_info(info, partial)
+        for name in ("tasks.parquet", "stats.json"):
             shutil.copy(source / "meta" / name, partial / "meta" / name)
         replace_folder(partial, root)
     finally:
@@ -45,6 +55,8 @@ def _metadata(source: Path, info: Any) -> pa.Table:
     """The episodes' metadata, in their order."""
     places = (divmod(i, info.chunks_size) for i in range(info.total_episodes))
     paths = [source / f"meta/episodes/chunk-{chunk:03d}/file-{file:03d}.parquet" for chunk, file in places]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise DataError(f"{source} has no {missing[0].name} for one of its episodes: it is compact already, or damaged")
     tables = [_read(path) for path in paths]
     # A video's statistics come in another order when it is a single picture.
     return pa.concat_tables([table.select(tables[0].column_names) for table in tables])

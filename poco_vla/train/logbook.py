@@ -1,8 +1,9 @@
 """What a run tells as it goes: to the live view, to Accelerate's trackers, and into its .jsonl files."""
 
 import json
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,19 @@ class Logbook:
         accelerator: means are over all processes; the main one writes.
         progress: how far the run is.
         every: updates per line of metrics.jsonl.
+        written: calls what writes something, named by its first argument, until there is room for it.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, progress: Progress, every: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        progress: Progress,
+        every: int,
+        written: Callable[[str, Callable[[], Any]], None],
+    ) -> None:
         self.folder, self.accelerator, self.progress, self.every = folder, accelerator, progress, every
+        self.written = written
         self._sums: dict[str, Tensor] = {}
         self._num_summed = 0
         self._ages = (0, 0)
@@ -121,8 +131,7 @@ class Logbook:
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with (self.folder / name).open("a") as file:
-                file.write(json.dumps(values) + "\n")
+            self.written(f"a line of {name}", lambda: _append(self.folder / name, json.dumps(values) + "\n"))
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         """What a file holds; a kill may have torn its last line."""
@@ -133,6 +142,18 @@ class Logbook:
     def _rewrite(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         with whole_file(self.folder / name) as partial:
             partial.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def _append(path: Path, line: str) -> None:
+    """All of the line or nothing of it."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write(line)
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)
+        raise
 
 
 def _headline(scalars: Mapping[str, float], recent: Sequence[bool]) -> dict[str, float | str]:

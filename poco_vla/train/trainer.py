@@ -6,10 +6,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from poco_vla.data import BatchSource, Episode, Replay, chunk_batch, network_obs
 from poco_vla.data.dataset import info_of
 from poco_vla.errors import CheckpointError, ConfigError, NonFiniteError, UnknownNameError
 from poco_vla.evaluate import SuccessRate, evaluate
-from poco_vla.files import write_json
+from poco_vla.files import wait_for_space, write_json
 from poco_vla.flow import Draws
 from poco_vla.guard import CollapseGuard
 from poco_vla.policy import FlowPolicy
@@ -140,7 +141,7 @@ class Trainer:
         folders = self.accelerator.project_configuration
         folders.project_dir = folders.logging_dir = str(config.output_dir)
         self.display = Display(enabled=self.is_main)
-        self.logbook = Logbook(config.output_dir, self.accelerator, self.progress, config.log_every)
+        self.logbook = Logbook(config.output_dir, self.accelerator, self.progress, config.log_every, self._written)
         self.guard = CollapseGuard(config.guard)
         self._good_head: dict[str, Tensor] = {}
         self.weights = Weights()
@@ -515,7 +516,8 @@ class Trainer:
         if self.config.guard.action != "off" and self.config.online_steps:
             self._good_head = {name: p.detach().cpu().clone() for name, p in self._head_parameters()}
             if self.is_main:
-                checkpoint.save_head(self.config.output_dir, self._good_head)
+                save = partial(checkpoint.save_head, self.config.output_dir, self._good_head)
+                self._written("the head of the collapse guard", save)
 
     def _restore_head(self) -> None:
         """The last good head, its optimizer state begun anew."""
@@ -529,10 +531,8 @@ class Trainer:
         best = self.progress.best
         if best is not None and figures["success_rate"] < best["success_rate"]:
             return
-        if self.policy.base is not None:
-            self.policy.save_head(self.config.output_dir / "best")
-        else:
-            self.policy.save_pretrained(self.config.output_dir / "best")
+        save = self.policy.save_pretrained if self.policy.base is None else self.policy.save_head
+        self._written("the best policy", lambda: save(self.config.output_dir / "best"))
         self.progress.best = figures | {"policy": "best"}
 
     def _head_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -621,7 +621,8 @@ class Trainer:
                 "guard": self.guard.state(),
                 "logbook": self.logbook.state(),
             }
-            path = checkpoint.save(
+            write = partial(
+                checkpoint.save,
                 root,
                 now.update,
                 weights=checkpoint.trainable_state(self.poco),
@@ -632,8 +633,15 @@ class Trainer:
                 head=config.output_dir / checkpoint.GOOD_HEAD,
                 keep_every=config.checkpoint_keep_every,
             )
+            self._written(f"checkpoint {path.name}", write)
         self.accelerator.wait_for_everyone()
         return path
+
+    def _written(self, what: str, write: Callable[[], Any]) -> None:
+        """Write something; while the disk is full, the run pauses and says so."""
+        wait_for_space(
+            write, what=what, where=self.config.output_dir, tell=self.display.say, give_up=lambda: self._stop
+        )
 
     def _resume(self) -> None:
         path = checkpoint.latest(self.config.output_dir / "checkpoints")

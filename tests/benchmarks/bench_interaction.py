@@ -1,6 +1,6 @@
 """Acting beside the learner against acting in step with it: wall time to the same success rate, on the demo task.
 
-    python tests/benchmarks/bench_interaction.py [--seeds 0 1] [--success 0.5] [--env.in-process] [--quick]
+    python tests/benchmarks/bench_interaction.py [--seeds 0 1] [--success 0.5] [--quick]
 
 Both run recipes/mlp_cube.py with one update per step; "to success" is the wall time of the online stage until so many
 of the last 60 training episodes, plain samples all of them, have succeeded. "x in step" is over the synchronous run of
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from measure import HERE, RECIPE, Rows, device_name, keep_rows, table_of
+from measure import HERE, RECIPE, Rows, device_name, keep_in, table_of
 from rich.console import Console
 
 from poco_vla.config import DemonstrationConfig, EvalConfig, TrainConfig
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> Rows:
             rows += pair
     console.print(table_of(f"recipes/mlp_cube.py until {args.success:.0%} succeed; {device_name()}", rows))
     if not args.quick:
-        console.print(f"kept in {keep_rows(HERE / 'results', 'interaction', rows).name}")
+        console.print(f"kept in {keep_in(HERE / 'results', {'interaction': {'rows': rows}}).name}")
     return rows
 
 

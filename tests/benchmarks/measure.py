@@ -341,12 +341,10 @@ def simulator_seconds(config: TrainConfig, steps: int) -> float:
 
 def fill_pool(trainer: Trainer) -> None:
     """Start the workers and play until the pool holds an online episode, from which on the learner has work."""
-    assert trainer.config.env is not None
-    envs = trainer._envs = EnvPool(trainer.config.env, trainer.config.horizon)
-    envs.reset(0)
+    interaction = trainer.interaction = trainer.acting.begin(0)
     while trainer.replay.num_online_steps == 0:
-        episodes, _ = envs.step(trainer.actor.chunks(envs.obs, envs.tasks))
-        trainer.replay.extend(episodes, is_demo=False)
+        interaction.act(best_of_n=1, until=float("inf"))
+        trainer.replay.extend(interaction.receive(wait=True).episodes, is_demo=False)
 
 
 def updates_seconds(trainer: Trainer, updates: int) -> float:
@@ -463,13 +461,17 @@ def device_name() -> str:
 
 
 def keep(args: Args, figures: dict[str, Any]) -> Path:
-    """Put the measured sections into the device's file; those measured earlier stay."""
+    """Put the measured sections into the device's file."""
+    return keep_in(args.output, figures, "-quick" if args.quick else "")
+
+
+def keep_in(folder: Path, figures: dict[str, Any], suffix: str = "") -> Path:
+    """Put sections into the device's file; those measured earlier stay."""
     device = device_name()
-    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ("-quick" if args.quick else "")
-    path = args.output / f"{name}.json"
+    path = folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}{suffix}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     stamp = {"date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__}
     kept = {"device": device} | kept | {section: stamp | found for section, found in figures.items()}
-    args.output.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept, indent=2) + "\n")
     return path
