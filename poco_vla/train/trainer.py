@@ -332,6 +332,7 @@ class Trainer:
             write_json(config.output_dir / "result.json", self._figures())
             report.finish(config.output_dir, self.display.console)
             if self.interaction is not None:
+                self.interaction.tell(self.logbook.told() | {"online_steps": config.online_steps})
                 self.interaction.finish()
         self.accelerator.wait_for_everyone()
         return TrainResult(config.output_dir, policy_dir, before, after, now.env_steps, self.progress.elapsed())

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from poco_vla.rollout.robots.interaction import EpisodeStats, Sent
 
-_SHOWN = {"env_steps": "steps", "online_steps": "online steps", "updates": "updates", "episodes": "episodes"}
+_SHOWN = {"env_steps": "steps", "updates": "updates", "episodes": "episodes"}
 """Numbers of the learner's status that are shown, and what they are called."""
 
 
@@ -103,8 +103,10 @@ class View:
 def learner_words(status: Mapping[str, Any]) -> str:
     """A learner's numbers for people."""
     words = [f"{status[key]:,} {name}" for key, name in _SHOWN.items() if isinstance(status.get(key), int | float)]
-    if isinstance(rate := status.get("success"), int | float):
-        words.append(f"success {rate * 100:.0f} %")
+    if isinstance(total := status.get("online_steps"), int | float) and words:
+        words[0] += f" of {total:,}"
+    if rate := status.get("success"):
+        words.append(f"success {rate}")
     return ", ".join(words)
 
 
