@@ -390,6 +390,12 @@ class TrainConfig:
         _require(self.log_every >= 1, f"log_every is {self.log_every}; at least 1")
         _require(self.best_of_n >= 1, f"best_of_n is {self.best_of_n}; at least 1")
         _require(self.updates_per_step > 0, f"updates_per_step is {self.updates_per_step}; it must be above 0")
+        ahead = self.interaction.ahead * self.updates_per_step
+        _require(
+            self.interaction.mode == "synchronous" or ahead >= 1,
+            f"interaction.ahead is {self.interaction.ahead} steps, at {self.updates_per_step} updates a step not "
+            "enough for one update: acting and learning would wait for each other. Raise it.",
+        )
         _require(
             self.env is not None or self.online_steps == 0 or self.interaction.mode == "remote",
             f"online_steps is {self.online_steps} but there is no env to act in; give one, serve robots "

@@ -19,8 +19,9 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from pointmass import PointmassEnv
 from pointmass_run import small
 
-from poco_vla.config import InteractionConfig
+from poco_vla.config import InteractionConfig, ReplayConfig
 from poco_vla.data import Episode
+from poco_vla.errors import ConfigError
 from poco_vla.progress import Display
 from poco_vla.rollout import EpisodeRecorder
 from poco_vla.rollout.serving.client import PolicyClient, Retry
@@ -172,6 +173,26 @@ def test_ctrl_c_saves_and_the_run_goes_on_to_its_end(tmp_path, data):
     result = train(replace(config, resume=True))
     assert result.env_steps >= 2500
     assert len(recorded(config)) > before >= 10
+
+
+def test_an_episode_that_is_too_long_for_the_pool_stays_on_disk_and_the_run_goes_on(tmp_path, data):
+    """A pool of 49 steps: an episode to its time limit of 50 does not fit, a success does."""
+    config = beside(tmp_path, data, replay=ReplayConfig(capacity=49))
+    trainer = Trainer(config)
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+    assert trainer.progress.episodes >= 15
+    assert len(recorded(config)) >= trainer.progress.episodes
+    assert trainer.replay.num_online_steps < 50
+    resumed = Trainer(replace(config, resume=True, output_dir=config.output_dir))
+    resumed.close()
+
+
+def test_a_bound_that_lets_neither_side_go_on_is_refused(tmp_path, data):
+    with pytest.raises(ConfigError, match="not enough for one update"):
+        beside(tmp_path, data, ahead=4)
 
 
 # -- robots -----------------------------------------------------------------------------------------------------------

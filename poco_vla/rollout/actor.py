@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -76,11 +77,21 @@ class Weights:
 
     Attributes:
         version: updates that made them.
+        changes: goes up with every change, also with one that goes back.
         lock: held by the learner while it changes them, by others while they copy them.
     """
 
     version: int = 0
+    changes: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def change(self, version: int) -> Iterator[None]:
+        """The learner changes them within this block; `version` is theirs from then on."""
+        with self.lock:
+            yield
+            self.version = version
+            self.changes += 1
 
 
 class ActingCopy(Actor):
@@ -109,7 +120,7 @@ class ActingCopy(Actor):
         self, obs: Mapping[str, np.ndarray], tasks: Sequence[str], *, best_of_n: int | None = None
     ) -> np.ndarray:
         """As :meth:`Actor.chunks`, of the newest weights."""
-        if self.weights_version != self.weights.version:
+        if self._seen != self.weights.changes:
             self._renew()
         return super().chunks(obs, tasks, best_of_n=best_of_n)
 
@@ -117,7 +128,7 @@ class ActingCopy(Actor):
         with torch.no_grad(), self.weights.lock:
             for own, learned in self._pairs:
                 own.copy_(learned)
-            self.weights_version = self.weights.version
+            self.weights_version, self._seen = self.weights.version, self.weights.changes
 
 
 def _frozen(policy: FlowPolicy) -> dict[int, object]:

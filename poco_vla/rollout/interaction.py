@@ -65,6 +65,9 @@ class Interaction(ABC):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's state."""
 
+    def pause(self) -> None:  # noqa: B027
+        """No more is wanted: what goes on by itself begins nothing new."""
+
     def finish(self) -> None:  # noqa: B027
         """Training is over: whoever acts may end what it is doing."""
 
@@ -172,6 +175,10 @@ class AsynchronousInteraction(Interaction):
             sum(one.steps for one in news),
             np.concatenate([np.zeros(0, dtype=np.int64), *(one.versions for one in news)]),
         )
+
+    def pause(self) -> None:
+        with self._changed:
+            self._until = 0.0
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Episodes that were running are not taken up again: another would have been as good."""

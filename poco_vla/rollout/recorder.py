@@ -305,9 +305,9 @@ def _kind(feature: Mapping[str, Any]) -> str:
     return f"{feature['dtype']} {tuple(feature['shape'])}"
 
 
-def can_be_video(pictures: np.ndarray) -> bool:
-    """Whether the encoders take pictures [T, height, width, 3] of this size."""
-    height, width = pictures.shape[1:3]
+def can_be_video(shape: Sequence[int]) -> bool:
+    """Whether the encoders take pictures of this shape (height, width, 3)."""
+    height, width = shape[:2]
     return min(height, width) >= MIN_VIDEO_SIDE and height % 2 == width % 2 == 0
 
 
@@ -317,11 +317,11 @@ def _features(episode: Episode, *, video: bool) -> dict[str, dict[str, Any]]:
     }
     for key, column in episode.obs.items():
         if column.dtype == np.uint8:
-            if video and not can_be_video(column):
+            if video and not can_be_video(column.shape[1:]):
                 height, width = column.shape[1:3]
                 raise DataError(
                     f'"{key}" is {height} x {width} pixels; video needs even sides of at least {MIN_VIDEO_SIDE}. Make '
-                    "the pictures larger, or store PNG (demonstrations.video = False)."
+                    "the pictures larger, or store PNG (demonstrations.video = False; online: interaction.images png)."
                 )
             dtype = "video" if video else "image"
             features[key] = {"dtype": dtype, "shape": column.shape[1:], "names": ["height", "width", "channels"]}

@@ -85,6 +85,10 @@ class RemoteInteraction(Interaction):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Robots begin anew: what they were doing is theirs to keep or to send."""
 
+    def pause(self) -> None:
+        with self._changed:
+            self._until = 0.0
+
     def finish(self) -> None:
         """Tell robots that training is over, and let them end and send their episodes; who has heard it leaves."""
         self._done = True

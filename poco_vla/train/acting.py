@@ -1,28 +1,46 @@
 """Which interaction a run has, from its configuration."""
 
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from poco_vla.config import EnvSpec, TrainConfig
-from poco_vla.data import DatasetInfo, Episode
+from poco_vla.data import DatasetInfo
 from poco_vla.rollout import Actor, EnvPool, EpisodeRecorder
 from poco_vla.rollout.actor import ActingCopy, Weights
 from poco_vla.rollout.interaction import AsynchronousInteraction, Interaction, SynchronousInteraction
 from poco_vla.rollout.recorder import can_be_video
+from poco_vla.rollout.serving.feature import observation_spec
+
+
+def picture_shapes(features: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """(height, width, 3) of each camera in a LeRobot dataset's features."""
+    return [f.shape for f in observation_spec(features, features).values() if f.dtype == "uint8"]
+
+
+def picture_shapes_of(obs: Mapping[str, np.ndarray]) -> list[tuple[int, ...]]:
+    """(height, width, 3) of each camera in observations [B, ...]."""
+    return [column.shape[1:] for column in obs.values() if column.dtype == np.uint8]
 
 
 def open_recorder(
-    config: TrainConfig, folder: Path, fps: int, like: Episode, say: Callable[[str], None], give_up: Callable[[], bool]
+    config: TrainConfig,
+    folder: Path,
+    fps: int,
+    pictures: Sequence[tuple[int, ...]],
+    say: Callable[[str], None],
+    give_up: Callable[[], bool],
 ) -> EpisodeRecorder:
-    """The recorder of a run's online episodes, whose pictures are like those of the demonstration `like`."""
+    """The recorder of a run's online episodes, whose cameras give `pictures` of these shapes."""
     settings = config.interaction
     video = settings.images == "video"
     if settings.images == "auto" and settings.mode != "synchronous":
-        video = all(can_be_video(column) for column in like.obs.values() if column.dtype == np.uint8)
+        video = all(can_be_video(shape) for shape in pictures)
     return EpisodeRecorder(folder, fps, video=video, tell=say, give_up=give_up)
 
 
@@ -56,7 +74,7 @@ class Acting:
             return SynchronousInteraction(self._envs(), self.actor, self.weights, self.recorder, first_seed)
         copy = ActingCopy(self.actor, self.weights, config.seed + 1)
         if config.interaction.mode == "asynchronous":
-            # Seeds of episodes that were lost in an interruption come again: nobody has seen them.
+            # After an interruption seeds go on about where they were: one or another comes again.
             first_seed += self.recorder.num_episodes
             return AsynchronousInteraction(self._envs(), copy, self.recorder, first_seed, taken=taken)
         return self._serve(copy, taken)
@@ -67,7 +85,6 @@ class Acting:
 
     def _serve(self, copy: ActingCopy, taken: int) -> Interaction:
         from poco_vla.rollout.remote import RemoteInteraction  # needs the extra "serve"
-        from poco_vla.rollout.serving.server import observation_spec
 
         settings, bounds = self.config.interaction, self.info.stats["action"]
         remote = RemoteInteraction(
@@ -86,5 +103,8 @@ class Acting:
             key=settings.key,
             insecure=settings.insecure,
         )
-        self.say(f"robots are served: poco-vla robot --url {remote.open()}")
+        url = remote.open()
+        for everywhere in ("0.0.0.0", "[::]"):
+            url = url.replace(everywhere, socket.gethostname())
+        self.say(f"robots are served: poco-vla robot --url {url}")
         return remote

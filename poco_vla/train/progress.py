@@ -20,6 +20,7 @@ class Progress:
         owed_updates: updates that acting has earned and learning has not made; negative when learning is ahead.
         stopped: the collapse guard has ended the run.
         recent: success of the last training episodes.
+        evaluated_at: control steps at the last evaluation on the way.
         evaluations: figures of each.
         best: those of the best one.
         seconds: wall time until `stamp`.
@@ -33,6 +34,7 @@ class Progress:
     owed_updates: float = 0.0
     stopped: bool = False
     recent: list[bool] = field(default_factory=list)
+    evaluated_at: int = 0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
     seconds: float = 0.0

@@ -1,5 +1,6 @@
 """What the main process alone knows, on every process."""
 
+import json
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -36,7 +37,7 @@ class EpisodeSharing:
         if self.accelerator.num_processes == 1:
             return episodes, steps
         device = self.accelerator.device
-        text = list(episodes[0].task.encode()) if episodes else []
+        text = list(json.dumps([episode.task for episode in episodes]).encode()) if episodes else []
         head = shared(torch.tensor([steps, len(episodes), len(text)], device=device))
         steps, count, letters = (int(x) for x in head)
         if count == 0:
@@ -49,10 +50,10 @@ class EpisodeSharing:
             shape = (sum(lengths), *like.shape[1:])
             mine = np.concatenate([_columns_of(e)[name] for e in episodes]) if episodes else np.zeros(shape, like.dtype)
             columns[name] = shared(torch.from_numpy(mine).to(device)).cpu().numpy()
-        task = bytes(text.tolist()).decode()
+        tasks = json.loads(bytes(text.tolist()))
         bounds = np.cumsum([0, *lengths])
         rows = [{name: column[a:b] for name, column in columns.items()} for a, b in pairwise(bounds)]
-        return [_from_columns(columns, task) for columns in rows], steps
+        return [_from_columns(columns, task) for columns, task in zip(rows, tasks, strict=True)], steps
 
 
 def _columns_of(episode: Episode) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """One run: both stages, what it is made of, and how it is interrupted and taken up again."""
 
+import json
 import logging
 import math
 import os
@@ -7,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -26,7 +27,7 @@ from poco_vla.algorithm import Poco, Stage
 from poco_vla.config import DatasetConfig, TrainConfig, to_json, to_scalars
 from poco_vla.data import BatchSource, Episode, Replay, chunk_batch, network_obs, open_dataset, read_episodes
 from poco_vla.data.dataset import info_of
-from poco_vla.errors import CheckpointError, ConfigError, NonFiniteError, UnknownNameError
+from poco_vla.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UnknownNameError
 from poco_vla.evaluate import SuccessRate, evaluate
 from poco_vla.files import wait_for_space, write_json
 from poco_vla.flow import Draws
@@ -40,7 +41,7 @@ from poco_vla.rollout.demonstrations import demonstrations_root
 from poco_vla.rollout.fit import check_fit, check_inputs, check_pictures
 from poco_vla.rollout.interaction import Interaction
 from poco_vla.rollout.video import write_episode_video
-from poco_vla.train.acting import Acting, open_recorder
+from poco_vla.train.acting import Acting, open_recorder, picture_shapes, picture_shapes_of
 from poco_vla.train.logbook import Logbook
 from poco_vla.train.progress import Progress
 from poco_vla.train.sharing import EpisodeSharing, shared
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 UPDATES_PER_ROUND = 8
 """Updates after which a learner that is never idle looks what acting has brought."""
+EPISODES_AT_ONCE = 50
+"""Episodes with pictures that are read together."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -169,9 +172,7 @@ class Trainer:
                 self._imitate()
                 self._calibrate()
                 self._evaluate("after SFT" if self.config.sft_steps else "untrained", videos="before")
-                if self.progress.evaluations:
-                    after_sft = self.progress.evaluations[0]
-                    self.guard.reference = (after_sft["successes"], after_sft["episodes"])
+                self._tell_guard()
                 self._keep_head()
                 self.progress.enter("online")
                 self._save()
@@ -186,12 +187,13 @@ class Trainer:
     def close(self) -> None:
         """Stop workers and trackers."""
         self._stop = True  # nobody waits for space on a disk any more
-        for part in (self.interaction, self._eval_envs):
-            if part is not None:
-                part.close()
-        if self.config.trackers:
-            self.accelerator.end_training()
-        self._lock.release()
+        with ExitStack() as stack:  # each is closed, whatever happens to the others
+            stack.callback(self._lock.release)
+            if self.config.trackers:
+                stack.callback(self.accelerator.end_training)
+            for part in (self._eval_envs, self.interaction):
+                if part is not None:
+                    stack.callback(part.close)
 
     # -- stages -------------------------------------------------------------------------------------------------
 
@@ -214,17 +216,19 @@ class Trainer:
                 self._act()
                 self._learn_what_is_owed(bar)
                 episodes, steps = self.sharing.share(*self._receive())
-                # Counted first: a line of episodes.jsonl that a checkpoint does not cover lies beyond its count.
-                before = now.env_steps
                 self._count(steps)
                 self._take(episodes)
                 bar.to(min(now.env_steps, config.online_steps))
                 every = config.eval.every
-                if every and before // every != now.env_steps // every and now.env_steps < config.online_steps:
+                if every and now.env_steps // every > now.evaluated_at // every and now.env_steps < config.online_steps:
+                    now.evaluated_at = now.env_steps
                     self._evaluate(f"at {now.env_steps} steps")
                 self._after_update()
-            if not now.stopped:
+            if self.interaction is not None:
+                self.interaction.pause()
+            while not now.stopped and now.owed_updates >= 1 and self.replay.num_online_steps:
                 self._learn_what_is_owed(bar, ahead=False)
+                self._after_update()
         if 0 < now.stage_update <= config.warmup_steps:
             self.display.say(f"critic warm-up took all {now.stage_update} updates: the actor was never trained online")
 
@@ -247,9 +251,9 @@ class Trainer:
         config, now = self.config, self.progress
         optim, share = config.optim, min(1.0, now.env_steps / max(1, config.online_steps))
         self._set_actor_lr(_cosine(optim.actor_lr, optim.actor_lr_end, share))
-        most, credit = math.inf, 0.0
-        if config.interaction.mode != "synchronous" and ahead:
-            most, credit = UPDATES_PER_ROUND, config.interaction.ahead * config.updates_per_step
+        beside = config.interaction.mode != "synchronous"
+        most = UPDATES_PER_ROUND if beside else math.inf
+        credit = config.interaction.ahead * config.updates_per_step if beside and ahead else 0.0
         while now.owed_updates + credit >= 1 and self.replay.num_online_steps and most > 0:
             now.owed_updates -= 1
             most -= 1
@@ -269,12 +273,11 @@ class Trainer:
             )
         self.accelerator.backward(loss)
         metrics |= self._clip_gradients()
-        with self.weights.lock:
+        self.progress.update += 1
+        with self.weights.change(self.progress.update):
             self.optimizer.step()
             if stage != "sft":
                 self.poco.update_target()
-            self.progress.update += 1
-            self.weights.version = self.progress.update
         self.optimizer.zero_grad()
         self.progress.stage_update += 1
         self.logbook.updated(stage, metrics, bar)
@@ -397,20 +400,22 @@ class Trainer:
         )
         critic = self.poco.target_critic if config.best_of_n > 1 else None
         self.actor = Actor(self.policy, config.seed, config.best_of_n, critic, config.poco.aggregation)
-        if self.is_main:
-            self.recorder = open_recorder(
-                config, self._episodes, self.info.fps, demos[0], self.display.say, lambda: self._stop
-            )
-            self.acting = Acting(
-                config, self.actor, self.weights, self.recorder, self.info, demos[0].task, self.display.say
-            )
         self._rehearse(demos)
+        if self.is_main:
+            self._open_recorder(demos[0].task)
         steps = self.replay.num_demo_steps
         trained = sum(p.numel() for p in self.actor_parameters)
         self.display.say(
             f"{config.adapter}: {trained:,} trained parameters on {self.accelerator.device}; "
             f"{len(demos)} demonstrations, {steps:,} steps"
         )
+
+    def _open_recorder(self, task: str) -> None:
+        config, say = self.config, self.display.say
+        features = {key: self.info.features[key] for key in self.policy.input_keys}
+        shapes = picture_shapes(features) if self._eval_envs is None else picture_shapes_of(self._eval_envs.obs)
+        self.recorder = open_recorder(config, self._episodes, self.info.fps, shapes, say, lambda: self._stop)
+        self.acting = Acting(config, self.actor, self.weights, self.recorder, self.info, task, say)
 
     @property
     def _episodes(self) -> Path:
@@ -480,7 +485,7 @@ class Trainer:
     def _take(self, episodes: list[Episode]) -> None:
         now = self.progress
         for episode in episodes:
-            self.replay.add(episode, is_demo=False)
+            self._pool(episode)
             now.episodes += 1
             now.recent = [*now.recent, episode.succeeded][-report.WINDOW :]
             self.logbook.episode(len(episode), episode.succeeded)
@@ -488,6 +493,21 @@ class Trainer:
                 self._imitated(episode.succeeded)
             elif not now.stopped:
                 self._watch(episode.succeeded)
+
+    def _pool(self, episode: Episode) -> None:
+        """Into the pool; an episode that does not fit there stays on disk alone."""
+        try:
+            self._written("an episode of the pool", partial(self.replay.add, episode, is_demo=False))
+        except DataError as error:
+            self.display.say(f"an episode stays out of the pool: {error}")
+
+    def _tell_guard(self) -> None:
+        """How well the imitating policy does, on every process: all of them watch."""
+        first = self.progress.evaluations[:1]
+        mine = [first[0]["successes"], first[0]["episodes"]] if first else [0, 0]
+        successes, episodes = (int(x) for x in shared(torch.tensor(mine, device=self.accelerator.device)))
+        if episodes:
+            self.guard.reference = (successes, episodes)
 
     def _imitated(self, success: bool) -> None:
         """Without an environment to evaluate in, the episodes of the warm-up say how well the imitating policy does."""
@@ -522,7 +542,7 @@ class Trainer:
 
     def _restore_head(self) -> None:
         """The last good head, its optimizer state begun anew."""
-        with torch.no_grad(), self.weights.lock:
+        with torch.no_grad(), self.weights.change(self.progress.update):
             for name, parameter in self._head_parameters():
                 parameter.copy_(self._good_head[name])
                 self.optimizer.state.pop(parameter, None)
@@ -671,35 +691,45 @@ class Trainer:
         """Episodes back into the pool, and on from there. In step with learning, those that a checkpoint does not cover
         are run again, and come out the same; otherwise they count as if they had just come."""
         now, synchronous = self.progress, self.config.interaction.mode == "synchronous"
-        episodes = self._recorded()
-        if len(episodes) < now.episodes:
+        taken, steps, total = now.episodes, 0, self._num_recorded()
+        if total < taken:
             raise CheckpointError(
-                f"{self._episodes} holds {len(episodes)} episodes, the checkpoint has seen {now.episodes}: put back "
-                "what was taken away"
+                f"{self._episodes} holds {total} episodes, the checkpoint has seen {taken}: put back what was taken "
+                "away"
             )
-        for episode in episodes[: now.episodes]:
-            self.replay.add(episode, is_demo=False)
+        for episode in self._recorded(0, taken):
+            self._pool(episode)
+            steps += len(episode)
         if not synchronous:
-            self._count(sum(map(len, episodes[: now.episodes])) - now.env_steps)  # running episodes are gone
-            for episode in episodes[now.episodes :]:
+            self._count(steps - now.env_steps)  # running episodes are gone
+            for episode in self._recorded(taken, total):
                 self._count(len(episode))
                 self._take([episode])
-        if self.is_main:
+        self.accelerator.wait_for_everyone()  # all have read before more episodes come
+        if self.is_main and self.config.online_steps:
             if synchronous:
-                self.recorder.rewind(now.episodes)
+                self.recorder.rewind(taken)
             self.interaction = self.acting.begin(now.env_steps)
             count = sum(name.startswith("chunks.") for name in tensors)
             chunks = [tensors[f"chunks.{i}"].numpy() for i in range(count)]
             self.interaction.restore(acting | {"chunks": chunks} if chunks else acting)
 
-    def _recorded(self) -> list[Episode]:
-        """All online episodes on disk, as the pool keeps them."""
+    def _num_recorded(self) -> int:
+        """Online episodes on disk."""
         self.accelerator.wait_for_everyone()  # the main process has put the folder in order
-        if not (self._episodes / "meta" / "info.json").is_file():
-            return []
-        # They were in memory before: no limit keeps a run from going on.
-        config = DatasetConfig(repo_id="local/episodes", root=self._episodes, max_image_bytes=sys.maxsize)
-        return read_episodes(open_dataset(config), config, self.policy.input_keys, shrink=self.policy.shrink_images)
+        info = self._episodes / "meta" / "info.json"
+        return int(json.loads(info.read_text())["total_episodes"]) if info.is_file() else 0
+
+    def _recorded(self, first: int, end: int) -> Iterator[Episode]:
+        """These online episodes, as the pool keeps them; of those with pictures a few are in memory at once."""
+        pictures = any(self.info.features[key]["dtype"] in ("image", "video") for key in self.policy.input_keys)
+        size = EPISODES_AT_ONCE if pictures else max(1, end - first)
+        for begin in range(first, end, size):
+            numbers = tuple(range(begin, min(begin + size, end)))
+            config = DatasetConfig("local/episodes", self._episodes, episodes=numbers, max_image_bytes=sys.maxsize)
+            yield from read_episodes(
+                open_dataset(config), config, self.policy.input_keys, shrink=self.policy.shrink_images
+            )
 
     def _choose_folder(self, config: TrainConfig) -> Path:
         """`output_dir`, "{time}" in it replaced: by start time and seed, alike on all processes, or by the newest

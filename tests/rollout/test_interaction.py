@@ -106,7 +106,8 @@ def test_every_step_knows_the_weights_that_chose_it(policy, recorder):
     interaction = synchronous(policy, recorder)
     received = []
     for version in range(8):
-        interaction.weights.version = version
+        with interaction.weights.change(version):
+            pass
         received += rounds(interaction, 1)
         assert set(received[-1].versions) == {version}
         assert len(received[-1].versions) == received[-1].steps
@@ -147,7 +148,8 @@ def test_beside_the_learner_everything_received_is_on_disk_in_the_same_order(pol
     interaction, weights = asynchronous(policy, recorder)
     received = []
     for version in range(30):
-        weights.version = version
+        with weights.change(version):
+            pass
         received += rounds(interaction, 1)
     interaction.close()
     received.append(interaction.receive(wait=False))
@@ -163,9 +165,8 @@ def test_beside_the_learner_everything_received_is_on_disk_in_the_same_order(pol
 
 def test_what_fails_beside_the_learner_is_raised_where_it_listens(policy, recorder):
     interaction, weights = asynchronous(policy, recorder)
-    with torch.no_grad():
+    with torch.no_grad(), weights.change(1):
         next(policy.parameters()).fill_(torch.nan)
-    weights.version = 1
     with pytest.raises(NonFiniteError):
         rounds(interaction, 100)
     interaction.close()
@@ -203,7 +204,8 @@ def test_a_copy_takes_new_weights_with_the_next_chunk_and_only_when_they_are_pub
             parameter.add_(1)
     copy.chunks(obs, tasks)
     assert torch.equal(own, before)
-    weights.version = 7
+    with weights.change(7):
+        pass
     copy.chunks(obs, tasks)
     assert torch.equal(own, learned)
     assert copy.weights_version == 7
@@ -219,10 +221,9 @@ def test_a_copy_never_mixes_the_weights_of_two_updates(policy):
     @torch.no_grad()
     def learn():
         while not stop.is_set():
-            with weights.lock:
+            with weights.change(weights.version + 1):
                 for parameter in policy.parameters():
                     parameter.add_(1)
-                weights.version += 1
             time.sleep(1e-4)  # an update is more than its last step
 
     learner = threading.Thread(target=learn, daemon=True)
@@ -235,3 +236,14 @@ def test_a_copy_never_mixes_the_weights_of_two_updates(policy):
         seen |= grown
     stop.set()
     learner.join()
+
+
+def test_weights_that_go_back_are_renewed_too(policy):
+    """What the collapse guard does: other weights, no update."""
+    weights = Weights()
+    copy = ActingCopy(Actor(policy, 0), weights, 1)
+    with torch.no_grad(), weights.change(weights.version):
+        for parameter in policy.parameters():
+            parameter.zero_()
+    copy.chunks({"observation.state": np.zeros((1, 4), dtype=np.float32)}, [""])
+    assert not any(parameter.any() for parameter in copy.policy.parameters())

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from poco_vla.data.episode import Episode
 from poco_vla.errors import ConfigError, DataError
-from poco_vla.files import whole_file
+from poco_vla.files import sync, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class Spool:
             file.write(encoded(episode))
             file.flush()
             os.fsync(file.fileno())  # robots lose their power, too
+        sync(self.folder)
 
     def waiting(self) -> list[str]:
         """Keys of the episodes that wait, the oldest first."""

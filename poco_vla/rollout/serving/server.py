@@ -85,22 +85,10 @@ class EpisodeSink(Protocol):
             key: the sender's. An episode whose acknowledgement got lost comes again, with the same key.
 
         Raises:
-            PocoError: it is refused; the sender gets the words.
+            DataError: it is refused for what it is; the sender gets the words, and does not send it again. After any
+                other error the connection is closed, and the sender comes again.
         """
         ...
-
-
-def observation_spec(features: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Feature]:
-    """What a policy is to be sent: those of a LeRobot dataset's features (`DatasetInfo.features`) that it reads.
-
-    Args:
-        features: key -> dtype, shape, names.
-        keys: the policy's `input_keys`.
-    """
-    keys = list(keys)
-    if missing := [key for key in keys if key not in features]:
-        raise ConfigError(f"the policy reads {missing}, which the dataset does not have; it has {sorted(features)}")
-    return {key: _feature(features[key]) for key in keys}
 
 
 def observations_of(policy: str, keys: Iterable[str]) -> dict[str, Feature]:
@@ -126,12 +114,8 @@ def observations_of(policy: str, keys: Iterable[str]) -> dict[str, Feature]:
     return found
 
 
-def _feature(description: Mapping[str, Any]) -> Feature:
-    shape = tuple(int(size) for size in description["shape"])
-    if description["dtype"] not in ("image", "video"):
-        return Feature(shape, description["dtype"])
-    channels_first = "channel" in str((description.get("names") or [""])[0])
-    return Feature((*shape[1:], shape[0]) if channels_first else shape, "uint8")
+class _NotTakenError(Exception):
+    """An episode that is as it should be, but could not be kept now."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +283,8 @@ class PolicyServer:
         """Answer instead of opening the websocket, or None."""
         if request.path == "/healthz":
             return connection.respond(HTTPStatus.OK, "OK\n")
+        if request.headers.get_all("Origin"):
+            return connection.respond(HTTPStatus.FORBIDDEN, "web pages are not served\n")
         if self._token is not None:
             sent = " ".join(request.headers.get_all("Authorization"))
             if not hmac.compare_digest(sent.encode(errors="replace"), f"Api-Key {self._token}".encode()):
@@ -331,6 +317,10 @@ class PolicyServer:
                 reply = await self._reply(message, inbox, received, previous)
             except PocoError as error:
                 reply = str(error)[:_LONGEST_TEXT]
+            except _NotTakenError as error:
+                logger.error("an episode could not be kept now, its sender keeps it: %s", error.__cause__)  # noqa: TRY400
+                await connection.close(1011, "the episode could not be kept")
+                return
             except Exception as error:  # whatever the model raises: the other clients are still served
                 logger.exception("a request could not be answered")
                 await connection.send(f"internal error: {type(error).__name__}: {error}"[:_LONGEST_TEXT])
@@ -371,7 +361,13 @@ class PolicyServer:
         sink = self._sink()
         if "rows" in message:
             return {"episode": message["episode"], "rows": inbox.add(message)}
-        await self._take(sink, inbox.finish(message), message["episode"])
+        episode = inbox.finish(message)
+        try:
+            await self._take(sink, episode, message["episode"])
+        except DataError:
+            raise
+        except Exception as error:
+            raise _NotTakenError from error
         return {"episode": message["episode"], "recorded": True}
 
     async def _take(self, sink: EpisodeSink, episode: Episode, key: str) -> None:

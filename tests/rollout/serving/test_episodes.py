@@ -533,13 +533,13 @@ def test_an_episode_that_the_learner_refuses_is_told_in_its_words_and_the_next_m
     assert sink.calls == ["a"]
 
 
-def test_a_learner_that_fails_is_told_and_others_are_still_served(server, sink):
+def test_a_learner_that_cannot_keep_an_episode_now_leaves_it_to_its_sender_and_serves_on(server, sink):
     def fail(whole, key):
         raise OSError("the disk is gone")
 
     take, sink.take = sink.take, fail
-    with PolicyClient(server.url, retry=NO_RETRY) as other, PolicyClient(server.url) as client:
-        with pytest.raises(RefusedError, match="internal error: OSError: the disk is gone"):
+    with PolicyClient(server.url) as other, PolicyClient(server.url, retry=NO_RETRY) as client:
+        with pytest.raises(ConnectionLostError, match="the episode could not be kept"):
             client.record(episode(), "a")
         other.chunk(state(), "go")
         sink.take = take

@@ -20,7 +20,8 @@ from poco_vla.rollout import Actor
 from poco_vla.rollout.actor import ActingCopy, Weights
 from poco_vla.rollout.serving.client import ConnectionLostError, PolicyClient, RefusedError, Retry
 from poco_vla.rollout.serving.codec import VERSION_HEADER, ProtocolError, pack, unpack
-from poco_vla.rollout.serving.server import Feature, PolicyServer, observation_spec
+from poco_vla.rollout.serving.feature import Feature, observation_spec
+from poco_vla.rollout.serving.server import PolicyServer
 
 SPEC = {"observation.state": Feature((6,), "float32")}
 CAMERA = {"observation.images.top": Feature((4, 5, 3), "uint8")}
@@ -201,10 +202,9 @@ def test_a_learners_weights_act_from_the_next_request_on():
     learner, weights = Actor(FlowMlp.tiny(), seed=5), Weights()
     with server_of(ActingCopy(learner, weights, seed=5)) as server, PolicyClient(server.url) as client:
         client.chunk(state(), "go")
-        with torch.no_grad(), weights.lock:
+        with torch.no_grad(), weights.change(7):
             for parameter in learner.policy.head.parameters():
                 parameter.add_(0.5)
-            weights.version = 7
         chunk = client.chunk(state(), "go")
         assert chunk.weights_version == 7
         with PolicyClient(server.url) as other:
@@ -384,6 +384,13 @@ def test_a_wrong_token_gets_401_before_the_websocket_opens(header):
         assert refused.value.response.status_code == 401
         with connect(server.url, additional_headers={"Authorization": "Api-Key secret"}) as connection:
             connection.recv(timeout=10)
+
+
+def test_a_web_page_does_not_get_in(server):
+    """Browsers say where a page is from; a page of anybody's could else talk to a server on this machine."""
+    with pytest.raises(InvalidStatus) as refused:
+        connect(server.url, additional_headers={"Origin": "https://example.org"})
+    assert refused.value.response.status_code == 403
 
 
 def test_the_client_says_that_its_token_is_wrong_and_does_not_try_again():
