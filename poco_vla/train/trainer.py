@@ -413,7 +413,8 @@ class Trainer:
     def _open_recorder(self, task: str) -> None:
         config, say = self.config, self.display.say
         features = {key: self.info.features[key] for key in self.policy.input_keys}
-        shapes = picture_shapes(features) if self._eval_envs is None else picture_shapes_of(self._eval_envs.obs)
+        envs = self._eval_envs if config.interaction.mode != "remote" else None
+        shapes = picture_shapes(features) if envs is None else picture_shapes_of(envs.obs)
         self.recorder = open_recorder(config, self._episodes, self.info.fps, shapes, say, lambda: self._stop)
         self.acting = Acting(config, self.actor, self.weights, self.recorder, self.info, task, say)
 

@@ -62,16 +62,15 @@ def main(argv: Sequence[str] | None = None) -> Rows:
 
 def configured(args: Args, seed: int, mode: Mode, folder: Path) -> TrainConfig:
     recipe: TrainConfig = runpy.run_path(str(RECIPE))["config"]()
-    small = {"sft_steps": 20, "warmup_steps": 10, "online_steps": 400, "updates_per_step": 0.1} if args.quick else {}
+    sizes = {"sft_steps": 100, "warmup_steps": 10, "online_steps": 800, "updates_per_step": 0.2}
     return replace(
         recipe,
         demonstrations=DemonstrationConfig(episodes=2 if args.quick else 20, root=folder / "data"),
         interaction=replace(recipe.interaction, mode=mode),
         eval=EvalConfig(episodes=1 if args.quick else 100, videos=False),
-        online_steps=args.steps,
         output_dir=folder / f"{mode}-{seed}",
         seed=seed,
-        **small,
+        **(sizes if args.quick else {"online_steps": args.steps}),
     )
 
 
