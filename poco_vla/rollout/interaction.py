@@ -111,7 +111,7 @@ class SynchronousInteraction(Interaction):
         return Received(episodes, steps, np.full(steps, self._version))
 
     def state(self) -> dict[str, Any]:
-        """Seeds and chunks of the running episodes, the actor's generator."""
+        """Seeds and chunks of the running episodes; the actor's generator is its owner's to keep."""
         return {} if self._first_seed is not None else self.envs.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:

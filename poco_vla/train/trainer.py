@@ -243,7 +243,10 @@ class Trainer:
         if self.replay.num_online_steps:  # learning begins with the first episode
             until = min(until, now.env_steps + config.interaction.ahead - now.owed_updates / config.updates_per_step)
         self.interaction.act(best_of_n=best_of_n, until=until)
-        self.interaction.tell(self.logbook.told() | {"online_steps": config.online_steps})
+        self._tell(self.interaction)
+
+    def _tell(self, interaction: Interaction) -> None:
+        interaction.tell(self.logbook.told() | {"online_steps": self.config.online_steps})
 
     def _learn_what_is_owed(self, bar: Bar, *, ahead: bool = True) -> None:
         """`updates_per_step` for every environment step so far, once a first online episode is in the pool; beside an
@@ -335,7 +338,7 @@ class Trainer:
             write_json(config.output_dir / "result.json", self._figures())
             report.finish(config.output_dir, self.display.console)
             if self.interaction is not None:
-                self.interaction.tell(self.logbook.told() | {"online_steps": config.online_steps})
+                self._tell(self.interaction)
                 self.interaction.finish()
         self.accelerator.wait_for_everyone()
         return TrainResult(config.output_dir, policy_dir, before, after, now.env_steps, self.progress.elapsed())
@@ -624,7 +627,7 @@ class Trainer:
         return bool(total.item() > 0)
 
     def _save(self) -> Path:
-        """Everything that the next update depends on. Called where no chunk is in flight."""
+        """Everything that the next update depends on. Called where a synchronous interaction has no chunk in flight."""
         config, now = self.config, self.progress
         self._saved = now.update
         root = config.output_dir / "checkpoints"
