@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from poco_vla.errors import DataError, PocoError, PolicyError
     from poco_vla.files import whole_folder
     from poco_vla.flow import Draws, integrate, interpolate, target_velocity
+    from poco_vla.hub import export_policy, load_critic, load_head, push_head
     from poco_vla.lora import Lora, inject_lora, merge_lora
     from poco_vla.policy import FlowPolicy, Prefix, propose
     from poco_vla.posterior import effective_sample_size, posterior_weights
@@ -51,6 +52,7 @@ __getattr__, __dir__ = load_on_demand(
         "errors": ["DataError", "PocoError", "PolicyError"],
         "files": ["whole_folder"],
         "flow": ["Draws", "integrate", "interpolate", "target_velocity"],
+        "hub": ["export_policy", "load_critic", "load_head", "push_head"],
         "lora": ["Lora", "inject_lora", "merge_lora"],
         "policy": ["FlowPolicy", "Prefix", "propose"],
         "posterior": ["effective_sample_size", "posterior_weights"],
@@ -89,15 +91,19 @@ __all__ = [
     "check_policy",
     "clipped_distillation",
     "effective_sample_size",
+    "export_policy",
     "flow_errors",
     "inject_lora",
     "integrate",
     "interpolate",
     "load_adapter",
+    "load_critic",
+    "load_head",
     "merge_lora",
     "polyak_update",
     "posterior_weights",
     "propose",
+    "push_head",
     "target_velocity",
     "td_target",
     "whole_folder",

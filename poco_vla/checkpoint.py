@@ -69,7 +69,7 @@ def save(
     `keep_every` updates (0: none).
 
     Args:
-        head: file of `save_head` that belongs to it; both names share its bytes where the file system can.
+        head: file of `save_good_head` that belongs to it; both names share its bytes where the file system can.
     """
     final = root / f"{update:08d}"
     partial = root / f".{final.name}.partial"
@@ -190,7 +190,7 @@ def save_batch(folder: Path, batch: ChunkBatch, rank: int) -> Path:
     return path
 
 
-def save_head(folder: Path, head: Mapping[str, Tensor]) -> None:
+def save_good_head(folder: Path, head: Mapping[str, Tensor]) -> None:
     """Keep the parameters of a head in a run's folder, whole or not at all. The file that was there stays as it was
     under the names that checkpoints gave it.
 
@@ -204,7 +204,7 @@ def save_head(folder: Path, head: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"{folder / GOOD_HEAD} could not be written: {error}") from error
 
 
-def load_head(folder: Path) -> dict[str, Tensor]:
+def load_good_head(folder: Path) -> dict[str, Tensor]:
     """The head in a run's folder or in a checkpoint; nothing where there is none.
 
     Raises:

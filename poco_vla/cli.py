@@ -1,4 +1,5 @@
-"""Command lines: `poco-vla train | eval | serve | robot | data | report | adapters`, and the entries of recipes."""
+"""Command lines: `poco-vla train | eval | serve | robot | data | report | push | export | adapters`, and the entries of
+recipes."""
 
 import json
 import logging
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, differences, from_json
 from poco_vla.errors import ConfigError, PocoError, UnknownNameError
@@ -250,6 +252,48 @@ class Report:
 
 
 @dataclass
+class Push:
+    """What a run has trained, to the Hugging Face Hub: private, in one commit, with a model card."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a finished run."""
+    repo: Annotated[str, tyro.conf.Positional]
+    """Where to: you/name, or name for your own."""
+    form: Literal["head", "peft", "policy"] = "head"
+    """The head (or its LoRA) for poco_vla; the same for LeRobot alone; or a whole LeRobot policy."""
+    which: Literal["last", "best"] = "last"
+    """The policy of the run's end, or of its best evaluation."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of a head's file: bfloat16 halves it and rounds."""
+    critic: bool = False
+    """With the critic, for those who go on training."""
+    base: str | None = None
+    """Hub id of the base model, for a run that had it from a local folder. The files must be the same."""
+    license: str | None = None
+    """For a policy that was trained from nothing; any other has its base's."""
+    public: bool = False
+    """Let everybody see a new repository."""
+    update: bool = False
+    """Add a commit to a repository that holds such a head already."""
+    dry_run: bool = False
+    """Upload nothing: list what would go, and show the model card."""
+
+
+@dataclass
+class Export:
+    """A trained head as a folder for LeRobot's commands."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Hub id or folder of a head (RUN/head, RUN/best)."""
+    path: Annotated[Path, tyro.conf.Positional]
+    """Where to."""
+    form: Literal["policy", "peft"] = "policy"
+    """Merged with its base, or as a peft adapter that LeRobot puts on the base itself."""
+    base: str | None = None
+    """Hub id or folder of the base, where it is not where it was."""
+
+
+@dataclass
 class Serve:
     """A policy for robots elsewhere, by openpi's websocket protocol."""
 
@@ -414,7 +458,7 @@ def _command(args: Sequence[str]) -> object:
     command = tyro.extras.subcommand_cli_from_dict(
         {
             **{"train": Train, "eval": Eval, "serve": Serve, "robot": Robot, "data": Data, "report": Report},
-            "adapters": Adapters,
+            **{"push": Push, "export": Export, "adapters": Adapters},
         },
         prog="poco-vla",
         description="POCO for vision-language-action policies: imitate first, then succeed.",
@@ -455,14 +499,9 @@ def _run(command: object) -> None:
             _train(command.config)
         case Eval():
             from poco_vla.evaluate import evaluate
-            from poco_vla.registry import load_adapter
 
-            adapter = load_adapter(
-                command.adapter
-                or _run_of(command.policy, "by which adapter, with --adapter").get("adapter", "flow_mlp")
-            )
             env = _env_of(command)
-            policy = adapter.from_pretrained(command.policy, device=command.device)
+            _, policy = _policy_of(command)
             result = evaluate(policy, env, episodes=command.episodes, seed=command.seed)
             console.print(f"success {result.success} of {command.episodes} episodes")
         case Serve():
@@ -487,6 +526,12 @@ def _run(command: object) -> None:
                 console.print(write_page(runs, command.output, max_video_bytes=command.max_video_bytes))
             else:
                 console.print(draw_curves(runs, command.output))
+        case Push():
+            _push(command, console)
+        case Export():
+            from poco_vla.hub import export_policy
+
+            console.print(export_policy(command.source, command.path, form=command.form, base=command.base))
         case Adapters():
             from poco_vla.registry import available_adapters
 
@@ -494,14 +539,44 @@ def _run(command: object) -> None:
                 console.print(f"{name:<16} {where}")
 
 
+def _policy_of(command: Eval | Serve) -> tuple[str, Any]:
+    """The policy that is asked for, and its adapter's name: told, or what its folder or repository says."""
+    from poco_vla.heads import read_about
+    from poco_vla.hub import load_head
+    from poco_vla.registry import load_adapter
+    from poco_vla.sources import locate
+
+    about = read_about(locate(command.policy).folder)
+    if about:
+        return about["adapter"], load_head(command.policy, adapter=command.adapter, device=command.device)
+    name = command.adapter or _run_of(command.policy, "by which adapter, with --adapter").get("adapter", "flow_mlp")
+    return name, load_adapter(name).from_pretrained(command.policy, device=command.device)
+
+
+def _push(command: Push, console: Console) -> None:
+    from poco_vla.hub import push_head
+
+    options = {name: value for name, value in vars(command).items() if name not in ("run", "repo", "public")}
+    pushed = push_head(command.run, command.repo, private=not command.public, **options)
+    table = Table("file", "bytes", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for name, size in pushed.files.items():
+        table.add_row(escape(name), f"{size:,}")
+    table.add_row("[bold]in all[/bold]", f"[bold]{sum(pushed.files.values()):,}[/bold]")
+    console.print(table)
+    where = f"{pushed.repo_id} ({'private' if pushed.private else 'public'})"
+    if pushed.url is None:
+        console.print(escape(pushed.card), f"\nnothing was uploaded; this would go to {where}")
+    else:
+        console.print(f"pushed to {where}: {pushed.url}")
+
+
 def _serve(command: Serve, console: Console) -> None:
     """Answer until Ctrl-C."""
-    from poco_vla.registry import load_adapter
     from poco_vla.rollout import Actor
     from poco_vla.rollout.serving.server import PolicyServer, observations_of
 
-    name = command.adapter or _run_of(command.policy, "by which adapter, with --adapter").get("adapter", "flow_mlp")
-    policy = load_adapter(name).from_pretrained(command.policy, device=command.device)
+    name, policy = _policy_of(command)
     server = PolicyServer(
         Actor(policy, command.seed),
         observations_of(command.policy, policy.input_keys),

@@ -46,5 +46,9 @@ class PolicyError(PocoError):
     """A policy that breaks the contract of :class:`poco_vla.policy.FlowPolicy`."""
 
 
+class HubError(PocoError):
+    """Something that cannot go to the Hub, or come from it."""
+
+
 class NonFiniteError(PocoError):
     """A loss or an observation that is NaN or infinite."""

@@ -48,6 +48,8 @@ class FlowPolicy(nn.Module):
         input_keys: the raw observation keys that `preprocess` reads.
         base: Hub id or folder of the frozen model that a head alone can be put on again; None where there is none.
         base_version: what tells that model from another of the same name: a run is only resumed on the same.
+        terms: what whoever gets weights derived from this model's must be told; None where nothing beyond the licence's
+            name.
         lerobot_arguments: what LeRobot's commands need beside ``--policy.path`` to load what `save_pretrained` writes.
     """
 
@@ -59,6 +61,7 @@ class FlowPolicy(nn.Module):
     input_keys: tuple[str, ...]
     base: str | None = None
     base_version: str | None = None
+    terms: str | None = None
     lerobot_arguments: tuple[str, ...] = ()
 
     def shrink_images(self, images: Any) -> Any:
@@ -134,7 +137,10 @@ class FlowPolicy(nn.Module):
         raise NotImplementedError
 
     def save_head(self, path: str | Path) -> None:
-        """Write what was trained and where its base is; `from_pretrained` loads it. For policies that have a `base`."""
+        """Write what was trained and where its base is; `from_pretrained` loads it. For policies that have a `base`.
+
+        :mod:`poco_vla.heads` has the file format and what writes and reads it.
+        """
         raise NotImplementedError
 
 

@@ -202,10 +202,10 @@ def test_the_newest_two_and_the_first_after_each_milestone_are_kept(tmp_path):
 
 def test_a_checkpoint_keeps_its_head_when_a_newer_one_takes_its_place(tmp_path):
     first, second = ({"w": torch.full((3,), value)} for value in (1.0, 2.0))
-    checkpoint.save_head(tmp_path, first)
+    checkpoint.save_good_head(tmp_path, first)
     old = saved(tmp_path / "checkpoints", 1, head=tmp_path / checkpoint.GOOD_HEAD)
-    checkpoint.save_head(tmp_path, second)
+    checkpoint.save_good_head(tmp_path, second)
     new = saved(tmp_path / "checkpoints", 2, head=tmp_path / checkpoint.GOOD_HEAD)
-    assert torch.equal(checkpoint.load_head(old)["w"], first["w"])
-    assert torch.equal(checkpoint.load_head(new)["w"], second["w"])
-    assert checkpoint.load_head(saved(tmp_path / "checkpoints", 3)) == {}
+    assert torch.equal(checkpoint.load_good_head(old)["w"], first["w"])
+    assert torch.equal(checkpoint.load_good_head(new)["w"], second["w"])
+    assert checkpoint.load_good_head(saved(tmp_path / "checkpoints", 3)) == {}

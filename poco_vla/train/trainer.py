@@ -1,9 +1,11 @@
 """One run: both stages, what it is made of, and how it is interrupted and taken up again."""
 
+import importlib.util
 import json
 import logging
 import math
 import os
+import platform
 import signal
 import sys
 import time
@@ -12,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -541,7 +544,7 @@ class Trainer:
         if self.config.guard.action != "off" and self.config.online_steps:
             self._good_head = {name: p.detach().cpu().clone() for name, p in self._head_parameters()}
             if self.is_main:
-                save = partial(checkpoint.save_head, self.config.output_dir, self._good_head)
+                save = partial(checkpoint.save_good_head, self.config.output_dir, self._good_head)
                 self._written("the head of the collapse guard", save)
 
     def _restore_head(self) -> None:
@@ -575,6 +578,7 @@ class Trainer:
             "after": now.evaluations[-1] if now.evaluations else None,
             "evaluations": now.evaluations,
             "best": now.best,
+            "zeta": self.poco.zeta.item(),
             "sft_steps": config.sft_steps,
             "updates": now.update,
             "env_steps": now.env_steps,
@@ -583,6 +587,12 @@ class Trainer:
             "stopped_early": now.stopped,
             "seconds": round(self.progress.elapsed(), 1),
             "adapter": config.adapter,
+            "sizes": {
+                "feature_dim": self.policy.feature_dim,
+                "horizon": self.policy.spec.horizon,
+                "action_dim": self.policy.spec.action_dim,
+            },
+            "versions": _versions(),
             "device": self.accelerator.device.type,
             "policy": "policy",
             "lerobot_arguments": self.policy.lerobot_arguments,
@@ -681,7 +691,7 @@ class Trainer:
         self.progress.load(state["progress"])
         self._saved = self.progress.update
         self.guard.load(state["guard"])
-        self._good_head = checkpoint.load_head(path)
+        self._good_head = checkpoint.load_good_head(path)
         self.draws.generator.set_state(tensors["draws"])
         self.actor.generator.set_state(tensors["actor"])
         self.batches.rng.bit_generator.state = state["batches"]
@@ -767,6 +777,13 @@ class Trainer:
             resumable = checkpoint.can_resume(folder)
             state = "a run. Continue it with --resume" if resumable else "a run that has no checkpoint yet"
             raise ConfigError(f"{folder} already holds {state}, choose another --output-dir, or delete it.")
+
+
+def _versions() -> dict[str, str]:
+    """What this run ran on."""
+    names = ("poco-vla", "lerobot", "torch", "transformers", "accelerate", "peft")
+    found = {name: version(name) for name in names if importlib.util.find_spec(name.replace("-", "_"))}
+    return {"python": platform.python_version()} | found
 
 
 def _cosine(start: float, end: float | None, progress: float) -> float:

@@ -8,6 +8,8 @@ from poco_vla_pi05.architecture import ARCHITECTURE_FILE, TINY
 from poco_vla_pi05.tokenizer import byte_tokenizer
 from safetensors.torch import load_file, save_file
 
+from poco_vla import heads
+
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 STATE, ACTION = "observation.state", "action"
 
@@ -42,6 +44,12 @@ def change_json(file, drop=(), **values):
     """Set and drop fields of a JSON file."""
     held = json.loads(file.read_text()) | values
     file.write_text(json.dumps({name: value for name, value in held.items() if name not in drop}))
+
+
+def move_base(folder, base):
+    """Say in a head's poco.json that its base lies elsewhere."""
+    held = json.loads((folder / heads.ABOUT).read_text())
+    change_json(folder / heads.ABOUT, base=held["base"] | {"id": str(base)})
 
 
 def change_weights(folder, change):

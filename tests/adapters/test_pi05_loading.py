@@ -20,16 +20,17 @@ from pi05_folders import (
     change_json,
     change_weights,
     dataset,
+    move_base,
     openpi_folder,
     raw_batch,
     tokenizer_folder,
 )
 from poco_vla_pi05 import checkpoint
-from poco_vla_pi05.adapter import HEAD_FILE, HEAD_WEIGHTS, Pi05
+from poco_vla_pi05.adapter import Pi05
 from poco_vla_pi05.architecture import ARCHITECTURE_FILE, TINY, lerobot_builds
 from safetensors.torch import load_file
 
-from poco_vla import DataError, PocoError, PolicyError, propose
+from poco_vla import DataError, PocoError, PolicyError, heads, propose
 
 LAST_NORM = "model.paligemma_with_expert.paligemma.model.language_model.norm.weight"
 PROJECTION = "model.action_out_proj.weight"
@@ -320,6 +321,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     held = {p.name: p.read_bytes() for p in (tmp_path / "old").glob("*") if p.is_file()}
     based = Pi05.from_pretrained(tmp_path / "old")
     monkeypatch.setattr(checkpoint, "write_tensors", full_disk)
+    monkeypatch.setattr(heads, "save_file", lambda tensors, file, metadata: full_disk(tensors, file))
     for name in ("old", "new"):
         with pytest.raises(OSError, match="no space left"):
             policy.save_pretrained(tmp_path / name)
@@ -357,7 +359,7 @@ def test_a_base_that_has_moved_can_be_shown(folder, tmp_path):
     policy = Pi05.from_pretrained(folder, dtype="bfloat16")
     policy.save_head(tmp_path / "head")
     folder.rename(tmp_path / "moved")
-    with pytest.raises(PolicyError, match=r"If it has moved, give policy_options.base"):
+    with pytest.raises(PolicyError, match=r"If it has moved, say where it is now"):
         Pi05.from_pretrained(tmp_path / "head")
     found = Pi05.from_pretrained(tmp_path / "head", base=tmp_path / "moved")
     assert velocity(found).equal(velocity(policy))
@@ -488,9 +490,9 @@ def trained(saved):
 def test_a_head_is_put_on_its_base_again(trained, tmp_path, saved):
     trained.save_head(tmp_path / "head")
     held = {p.name for p in (tmp_path / "head").iterdir()}
-    assert {HEAD_WEIGHTS, HEAD_FILE, "config.json", "policy_preprocessor.json"} <= held
+    assert {heads.HEAD_WEIGHTS, heads.ABOUT, "config.json", "policy_preprocessor.json"} <= held
     assert checkpoint.WEIGHTS not in held
-    head = load_file(tmp_path / "head" / HEAD_WEIGHTS)
+    head = load_file(tmp_path / "head" / heads.HEAD_WEIGHTS)
     assert sum(t.numel() for t in head.values()) == sum(p.numel() for p in trained.head.parameters())
     loaded = Pi05.from_pretrained(tmp_path / "head")
     assert loaded.spec == trained.spec
@@ -500,8 +502,8 @@ def test_a_head_is_put_on_its_base_again(trained, tmp_path, saved):
     assert torch.equal(*state)
     assert not torch.equal(proposals(Pi05.from_pretrained(saved, horizon=10)), proposals(trained))
     loaded.save_head(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / HEAD_FILE).read_text()) == json.loads(
-        (tmp_path / "head" / HEAD_FILE).read_text()
+    assert json.loads((tmp_path / "again" / heads.ABOUT).read_text()) == json.loads(
+        (tmp_path / "head" / heads.ABOUT).read_text()
     )
 
 
@@ -517,7 +519,7 @@ def test_a_head_on_another_base_is_refused(trained, tmp_path):
     other = Pi05.tiny(seed=9)
     other.save_pretrained(tmp_path / "base")
     trained.save_head(tmp_path / "head")
-    change_json(tmp_path / "head" / HEAD_FILE, base=str(tmp_path / "base"))
+    move_base(tmp_path / "head", tmp_path / "base")
     with pytest.raises(PolicyError, match=r"trained on another base model than .*/base is now \(fingerprint"):
         Pi05.from_pretrained(tmp_path / "head")
 
@@ -533,10 +535,10 @@ def test_a_base_that_is_gone_is_named(folder, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda f: (f / HEAD_FILE).write_text("{"), r"head\.json is damaged"),
-        (lambda f: change_json(f / HEAD_FILE, drop=["base"]), r"head\.json is damaged: .*base"),
-        (lambda f: (f / HEAD_WEIGHTS).unlink(), r"head\.safetensors is missing"),
-        (lambda f: (f / HEAD_WEIGHTS).write_bytes(b"123"), r"head\.safetensors is damaged"),
+        (lambda f: (f / heads.ABOUT).write_text("{"), r"poco\.json is damaged"),
+        (lambda f: change_json(f / heads.ABOUT, drop=["base"]), r"poco\.json is damaged: it lacks .base"),
+        (lambda f: (f / heads.HEAD_WEIGHTS).unlink(), r"head\.safetensors is missing"),
+        (lambda f: (f / heads.HEAD_WEIGHTS).write_bytes(b"123"), r"head\.safetensors is damaged"),
     ],
 )
 def test_a_head_folder_with_a_fault_is_refused(trained, tmp_path, spoil, words):

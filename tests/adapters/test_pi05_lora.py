@@ -1,18 +1,17 @@
 """A LoRA on pi05's action head: what trains, what is saved, and what it is once merged."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy
-from pi05_folders import change_json
+from pi05_folders import move_base
 from poco_vla_pi05 import checkpoint
-from poco_vla_pi05.adapter import HEAD_FILE, HEAD_WEIGHTS, LORA_TARGETS, Pi05
+from poco_vla_pi05.adapter import LORA_TARGETS, Pi05
 from poco_vla_pi05.architecture import TINY, in_head, lerobot_builds
 from safetensors.torch import load_file
 
-from poco_vla import Lora, Poco, PocoConfig, PolicyError, check_policy, flow_errors, propose
+from poco_vla import Lora, Poco, PocoConfig, PolicyError, check_policy, flow_errors, heads, propose
 from poco_vla.checkpoint import load_trainable_state, trainable_state
 
 
@@ -130,9 +129,9 @@ def test_exporting_leaves_the_policy_as_it_was(policy, tmp_path):
 
 def test_a_lora_is_saved_and_put_on_its_base_again(policy, tmp_path):
     train(policy).save_head(tmp_path / "head")
-    held = load_file(tmp_path / "head" / HEAD_WEIGHTS)
+    held = load_file(tmp_path / "head" / heads.HEAD_WEIGHTS)
     assert held.keys() == trainable(policy).keys()
-    assert json.loads((tmp_path / "head" / HEAD_FILE).read_text())["lora"]["rank"] == 2
+    assert heads.read_head(tmp_path / "head", "pi05").lora.rank == 2
     loaded = Pi05.from_pretrained(tmp_path / "head")
     assert loaded.lora == policy.lora
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
@@ -164,7 +163,7 @@ def test_a_lora_is_not_put_on_another_experts_weights(policy, saved, tmp_path):
     train(policy).save_head(tmp_path / "lora")
     full.save_head(tmp_path / "full")
     for name in ("lora", "full"):
-        change_json(tmp_path / name / HEAD_FILE, base=str(tmp_path / "finetuned"))
+        move_base(tmp_path / name, tmp_path / "finetuned")
     assert torch.equal(velocity(Pi05.from_pretrained(tmp_path / "full", horizon=10)), velocity(full))
     with pytest.raises(PolicyError, match=r"trained on another base model than .*/finetuned is now"):
         Pi05.from_pretrained(tmp_path / "lora")

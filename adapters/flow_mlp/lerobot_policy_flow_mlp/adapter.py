@@ -16,7 +16,7 @@ from torch import Tensor
 from lerobot_policy_flow_mlp.configuration_flow_mlp import FlowMlpConfig
 from lerobot_policy_flow_mlp.modeling_flow_mlp import STATE_KEYS, FlowMlpPolicy
 from lerobot_policy_flow_mlp.processor_flow_mlp import make_flow_mlp_pre_post_processors
-from poco_vla import ActionSpec, FlowPolicy, PolicyError, whole_folder
+from poco_vla import ActionSpec, FlowPolicy, PolicyError, heads, whole_folder
 
 
 @dataclass(frozen=True)
@@ -160,5 +160,6 @@ class FlowMlp(FlowPolicy):
     def save_pretrained(self, path: str | Path) -> None:
         with whole_folder(path) as partial:
             self.model.save_pretrained(partial)
+            heads.write_about(partial, adapter="flow_mlp")
             self.preprocess.save_pretrained(partial, config_filename="policy_preprocessor.json")  # pyright: ignore
             self.postprocess.save_pretrained(partial, config_filename="policy_postprocessor.json")  # pyright: ignore

@@ -37,11 +37,13 @@ from lerobot_policy_groot_n1d6.processing.steps import (
     EncodeStep,
 )
 from lerobot_policy_groot_n1d6.processor_groot_n1d6 import make_groot_n1d6_pre_post_processors
-from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, inject_lora, merge_lora, whole_folder
+from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, heads, inject_lora, merge_lora, whole_folder
 
 PROCESSED = {"embodiment", "tokenizer", "byte_ids", "letterbox", "exact_images", "augment_images"}
 """Options that the processors heed."""
 
+
+ADAPTER = "groot_n1d6"
 
 LORA_TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
 """Every projection of the transformer's layers but AdaLN's."""
@@ -87,23 +89,33 @@ class GrootN1d6Adapter(FlowPolicy):
     Args:
         policy: the LeRobot policy, `config.max_action_horizon` and `chunk_size` being the horizon.
         pipelines: its pre- and post-processor.
+        source: the checkpoint that the frozen part came from; None when it came from nowhere.
         recompute: keep one tensor per layer for backward and compute the rest again.
         lora: train this on the transformer instead of the full head.
     """
+
+    terms = (
+        "Weights that derive from NVIDIA's GR00T N1.6 are under NVIDIA's licence of that model: non-commercial "
+        "research and evaluation only. Whoever gets these gets them under the same terms."
+    )
 
     def __init__(
         self,
         policy: GrootN1d6Policy,
         pipelines: tuple[Any, Any],
         *,
+        source: heads.Source | None = None,
         recompute: bool = True,
         lora: Lora | None = None,
     ) -> None:
         super().__init__()
         config = policy.config
-        self.policy, self.recompute, self.lora = policy, recompute, lora
+        self.policy, self.source, self.recompute, self.lora = policy, source, recompute, lora
         if lora is not None:
             inject_lora(policy.action_head, lora, lambda name: True, lambda name: policy.compute)
+        if source is not None:
+            self.base = source.name
+            self.base_version = f"{source.name}@{source.revision}:{heads.fingerprint(policy)}"
         self.head: Any = policy.action_head
         self.preprocess, self.postprocess = pipelines
         (encode,) = (step for step in pipelines[0].steps if isinstance(step, EncodeStep))
@@ -169,11 +181,13 @@ class GrootN1d6Adapter(FlowPolicy):
         statistics: Literal["auto", "dataset", "checkpoint"] = "auto",
         dataset_meta: Any = None,
         revision: str | None = None,
+        base: str | Path | None = None,
         recompute: bool = True,
         lora: Any = None,
         **options: Any,
     ) -> Self:
-        """Load a ``groot_n1d6`` LeRobot folder, or one of NVIDIA's N1.6 checkpoints together with a dataset.
+        """Load a ``groot_n1d6`` LeRobot folder, a head that this class saved, or one of NVIDIA's N1.6 checkpoints
+        together with a dataset.
 
         Args:
             repo_or_path: local folder or Hub id.
@@ -185,6 +199,7 @@ class GrootN1d6Adapter(FlowPolicy):
             statistics: whose hold. "auto" keeps a LeRobot folder's own; NVIDIA's checkpoints take the dataset's unless
                 `embodiment` names one that they describe.
             revision: Hub revision.
+            base: where the base of a saved head is now, if not where it was.
             recompute: see the class.
             lora: rank, or a mapping of rank, alpha and targets: train a LoRA on the transformer instead of the head.
             options: fields of GrootN1d6Config, such as `embodiment`, `tokenizer`, `letterbox`, `dtype`.
@@ -196,22 +211,26 @@ class GrootN1d6Adapter(FlowPolicy):
             raise PolicyError(f"horizon is {horizon}: expected at least 1 step")
         if statistics not in ("auto", "dataset", "checkpoint"):
             raise PolicyError(f'statistics is "{statistics}": expected auto, dataset or checkpoint')
-        data, folder = _Data(features, stats, dataset_meta), Path(repo_or_path)
+        data, source = _Data(features, stats, dataset_meta), heads.locate(repo_or_path, revision)
+        head = heads.read_head(source.folder, ADAPTER)
+        frozen = source if head is None else heads.base_of(head, base)
+        lora = heads.chosen_lora(Lora.of(lora, LORA_TARGETS), head)
         try:
-            folder = weights.locate(str(repo_or_path), revision)
-            file = folder / "config.json"
-            if file.is_file() and weights.read_object(file).get("type") == "groot_n1d6":
-                policy, pipelines = _of_lerobot(folder, horizon, device, data, statistics, options)
+            if _type(source) == ADAPTER:
+                policy, pipelines = _of_lerobot(source, frozen, horizon, device, data, statistics, options)
             else:
-                policy, pipelines = _of_nvidia(folder, horizon, device, data, options)
+                policy, pipelines = _of_nvidia(source, horizon, device, data, options)
         except PolicyError:
             raise
         # LeRobot's loaders name no file.
         except (json.JSONDecodeError, RuntimeError, SafetensorError, DraccusException) as error:
-            raise PolicyError(f"{folder} cannot be loaded: {error}") from error
+            raise PolicyError(f"{source.name} cannot be loaded: {error}") from error
         except (ValueError, TypeError, OSError) as error:
             raise PolicyError(str(error)) from error
-        return cls(policy, pipelines, recompute=recompute, lora=Lora.of(lora, LORA_TARGETS))
+        adapter = cls(policy, pipelines, source=frozen, recompute=recompute, lora=lora)
+        if head is not None:
+            head.put_on(policy, source.folder)
+        return adapter
 
     @classmethod
     def from_dataset(
@@ -270,8 +289,20 @@ class GrootN1d6Adapter(FlowPolicy):
     def save_pretrained(self, path: str | Path) -> None:
         with whole_folder(path) as partial:
             self.policy.save_pretrained(partial, state_dict=merge_lora(self.policy.state_dict(), self.policy))
-            self.preprocess.save_pretrained(partial, config_filename="policy_preprocessor.json")  # pyright: ignore
-            self.postprocess.save_pretrained(partial, config_filename="policy_postprocessor.json")  # pyright: ignore
+            heads.write_about(partial, adapter=ADAPTER)
+            self._save_processors(partial)
+
+    def save_head(self, path: str | Path) -> None:
+        """What was trained, and where its base model is: `from_pretrained` puts the two together again."""
+        with heads.head_folder(path) as partial:
+            horizon, lora = self.spec.horizon, self.lora
+            heads.write_head(partial, self.policy, self.source, adapter=ADAPTER, horizon=horizon, lora=lora)
+            self.policy.config._save_pretrained(partial)
+            self._save_processors(partial)
+
+    def _save_processors(self, folder: Path) -> None:
+        self.preprocess.save_pretrained(folder, config_filename="policy_preprocessor.json")  # pyright: ignore
+        self.postprocess.save_pretrained(folder, config_filename="policy_postprocessor.json")  # pyright: ignore
 
 
 @dataclass(frozen=True)
@@ -283,29 +314,37 @@ class _Data:
     meta: Any
 
 
+def _type(source: heads.Source) -> str | None:
+    """What kind of policy lies there, by its config.json."""
+    file = source.folder / "config.json"
+    return weights.read_object(file).get("type") if file.is_file() else None
+
+
 def _of_lerobot(
-    folder: Path,
+    source: heads.Source,
+    base: heads.Source,
     horizon: int | None,
     device: str,
     data: "_Data",
     statistics: str,
     options: Mapping[str, Any],
 ) -> tuple[GrootN1d6Policy, tuple[Any, Any]]:
-    """A LeRobot folder as it is, or fitted to a dataset."""
+    """A LeRobot folder as it is, or fitted to a dataset; its weights from `base`."""
+    folder = source.folder
     config = PreTrainedConfig.from_pretrained(str(folder))
     assert isinstance(config, GrootN1d6Config)
     if horizon is not None and horizon > config.max_action_horizon:
         raise PolicyError(
-            f"{folder} was trained with chunks of {config.max_action_horizon} steps, asked for {horizon}: choose a "
-            "shorter horizon"
+            f"{source.name} was trained with chunks of {config.max_action_horizon} steps, asked for {horizon}: choose "
+            "a shorter horizon"
         )
     config.chunk_size = config.n_action_steps = config.max_action_horizon = horizon or config.chunk_size
     config.device = device
     changed = sorted(name for name in PROCESSED & options.keys() if options[name] != getattr(config, name))
     if changed and statistics != "dataset":
         raise PolicyError(
-            f"{folder} keeps processors of its own, which {', '.join(changed)} would not reach: leave these options "
-            'out, or build the processors anew with a dataset and statistics="dataset"'
+            f"{source.name} keeps processors of its own, which {', '.join(changed)} would not reach: leave these "
+            'options out, or build the processors anew with a dataset and statistics="dataset"'
         )
     _set(config, options)
     if statistics == "dataset":
@@ -321,33 +360,37 @@ def _of_lerobot(
         trained = encode.embodiment.horizon
         if config.chunk_size > trained:
             raise PolicyError(
-                f"{folder} was trained with chunks of {trained} steps, asked for {config.chunk_size}: choose a shorter "
-                "horizon"
+                f"{source.name} was trained with chunks of {trained} steps, asked for {config.chunk_size}: choose a "
+                "shorter horizon"
             )
-    if not (folder / "model.safetensors").is_file():
-        raise PolicyError(f"no weights in {folder}: model.safetensors is missing")
-    return GrootN1d6Policy.from_pretrained(str(folder), config=config), pipelines
+    if _type(base) != ADAPTER:
+        config.base_model_path, config.base_revision = base.name, base.revision
+        return GrootN1d6Policy(config).eval(), pipelines
+    if not base.file("model.safetensors").is_file():
+        raise PolicyError(f"no weights in {base.name}: model.safetensors is missing")
+    return GrootN1d6Policy.from_pretrained(base.name, revision=base.revision, config=config), pipelines
 
 
 def _of_nvidia(
-    folder: Path,
+    source: heads.Source,
     horizon: int | None,
     device: str,
     data: "_Data",
     options: Mapping[str, Any],
 ) -> tuple[GrootN1d6Policy, tuple[Any, Any]]:
     """NVIDIA's weights for a dataset's robot."""
-    described = weights.read_config(folder)
+    described = weights.read_config(source.folder)
     if data.features is None or data.stats is None:
         raise PolicyError(
-            f"{folder} is a base model: which robot it is to move is said by a dataset's features and stats"
+            f"{source.name} is a base model: which robot it is to move is said by a dataset's features and stats"
         )
     sizes = HeadSizes.from_config(described)
     steps = horizon or 16
     if steps > sizes.horizon:
-        raise PolicyError(f"{folder} was trained with chunks of {sizes.horizon} steps, asked for {steps}")
+        raise PolicyError(f"{source.name} was trained with chunks of {sizes.horizon} steps, asked for {steps}")
     config = GrootN1d6Config(
-        base_model_path=str(folder),
+        base_model_path=source.name,
+        base_revision=source.revision,
         chunk_size=steps,
         n_action_steps=steps,
         max_action_horizon=steps,

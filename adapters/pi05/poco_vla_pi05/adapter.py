@@ -1,6 +1,5 @@
 """``pi05`` as a poco_vla adapter: LeRobot's PI05Policy behind :class:`poco_vla.FlowPolicy`."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_LANGUAGE_ATTENTION_M
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor, nn
 
-from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, inject_lora, merge_lora, whole_folder
+from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, heads, inject_lora, merge_lora, whole_folder
 from poco_vla_pi05 import checkpoint, expert, processors
 from poco_vla_pi05.architecture import (
     ARCHITECTURE_FILE,
@@ -34,9 +33,7 @@ from poco_vla_pi05.tokenizer import DEFAULT, byte_tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-HEAD_WEIGHTS, HEAD_FILE = "head.safetensors", "head.json"
-TRAINED_FILE = "poco_vla.json"
-"""What LeRobot's configuration has no field for: the dtype of the backbone that the head was trained on."""
+ADAPTER = "pi05"
 TOKENIZER_FOLDER = "tokenizer"
 NO_PROCESSORS = "this Pi05 was wrapped without processors: give Pi05.wrap(policy, pipelines) LeRobot's two"
 
@@ -66,7 +63,7 @@ class Pi05(FlowPolicy):
         policy: PI05Policy,
         pipelines: tuple[Any, Any] | None = None,
         *,
-        source: checkpoint.Source | None = None,
+        source: heads.Source | None = None,
         architecture: Architecture | None = None,
         compute: torch.dtype | None = None,
         recompute: bool = True,
@@ -88,7 +85,8 @@ class Pi05(FlowPolicy):
             self.head.requires_grad_(True).float()
         self.source, self.architecture = source, architecture or Architecture()
         if source is not None:
-            self.base, self.base_version = source.name, f"{source.name}@{source.revision}:{self._fingerprint()}"
+            self.base = source.name
+            self.base_version = f"{source.name}@{source.revision}:{heads.fingerprint(self.policy)}"
         if self.architecture != Architecture():
             self.lerobot_arguments = ("--plugin.discover_packages_path=poco_vla_pi05.small",)
         assert config.action_feature is not None
@@ -250,10 +248,10 @@ class Pi05(FlowPolicy):
         if unknown:
             raise PolicyError(f"pi05 has no option {', '.join(sorted(unknown))}")
         _check_options(dtype, compute, statistics, normalization_mapping, horizon)
-        source = checkpoint.locate(repo_or_path, revision)
-        about = _read_head(source)
-        frozen = _base_of(source, about, base)
-        lora = _chosen_lora(lora, about, source)
+        source = heads.locate(repo_or_path, revision)
+        head = heads.read_head(source.folder, ADAPTER)
+        frozen = source if head is None else heads.base_of(head, base)
+        lora = heads.chosen_lora(Lora.of(lora, LORA_TARGETS), head)
 
         config, stats_used, use_dataset = _configure(
             source,
@@ -281,7 +279,7 @@ class Pi05(FlowPolicy):
         policy = empty_policy(config, architecture)
         checkpoint.load_weights(
             policy,
-            checkpoint.weights_file(frozen),
+            frozen.file(checkpoint.WEIGHTS),
             backbone=getattr(torch, dtype or _trained_dtype(source.folder) or config.dtype),
             head=[name for name, _ in policy.named_parameters() if in_head(name)],
             device=device,
@@ -295,8 +293,8 @@ class Pi05(FlowPolicy):
             recompute=recompute,
             lora=lora,
         )
-        if about is not None:
-            adapter._load_head(source, about)
+        if head is not None:
+            head.put_on(adapter.policy, source.folder)
         return adapter
 
     @classmethod
@@ -352,31 +350,31 @@ class Pi05(FlowPolicy):
         weights = merge_lora(self.policy.state_dict(), self.policy)
         with whole_folder(path) as partial:
             checkpoint.write_tensors(checkpoint.full_weights(self.policy, weights), partial / checkpoint.WEIGHTS)
+            heads.write_about(partial, adapter=ADAPTER, options=self._options)
             self._save_description(partial, Path(path))
 
     def save_head(self, path: str | Path) -> None:
         """What was trained, and where its base model is: `from_pretrained` puts the two together again.
 
-        The folder holds head.safetensors (the head, or the LoRA), head.json (base, revision, fingerprint, the
-        backbone's dtype, LoRA), configuration and processors.
+        The folder is :mod:`poco_vla.heads`'s, with configuration and processors.
         """
-        if self.source is None:
-            raise PolicyError(
-                "this policy was built from no checkpoint, so that a head alone could not be put on anything"
+        with heads.head_folder(path) as partial:
+            heads.write_head(
+                partial,
+                self.policy,
+                self.source,
+                adapter=ADAPTER,
+                horizon=self.spec.horizon,
+                lora=self.lora,
+                options=self._options,
+                peft=PEFT,
             )
-        if (Path(path) / checkpoint.WEIGHTS).exists():
-            raise PolicyError(f"{path} holds a whole policy, which a head is not to replace; choose another folder")
-        weights = {name: p.detach().cpu().contiguous() for name, p in self.policy.named_parameters() if p.requires_grad}
-        about = {
-            "base": self.source.name,
-            "revision": self.source.revision,
-            "base_fingerprint": self._fingerprint(),
-            "lora": self.lora.to_json() if self.lora else None,
-        }
-        with whole_folder(path) as partial:
-            checkpoint.write_tensors(weights, partial / HEAD_WEIGHTS)
-            (partial / HEAD_FILE).write_text(json.dumps(about, indent=2) + "\n")
             self._save_description(partial, Path(path))
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What LeRobot's configuration has no field for: the dtype of the backbone that the head was trained on."""
+        return {"dtype": str(self._backbone_dtype).removeprefix("torch.")}
 
     def _save_description(self, partial: Path, final: Path) -> None:
         """Configuration, processors, and whatever the real model's folder would not need."""
@@ -392,29 +390,8 @@ class Pi05(FlowPolicy):
         step.tokenizer, step.tokenizer_name = None, name  # LeRobot saves the name of a tokenizer that it loaded itself
         self.preprocessor.save_pretrained(partial, config_filename=processors.PREPROCESSOR)
         self.postprocessor.save_pretrained(partial, config_filename=processors.POSTPROCESSOR)
-        dtype = str(self._backbone_dtype).removeprefix("torch.")
-        (partial / TRAINED_FILE).write_text(json.dumps({"dtype": dtype}, indent=2) + "\n")
         if self.architecture != Architecture():
             (partial / ARCHITECTURE_FILE).write_text(self.architecture.to_json() + "\n")
-
-    def _fingerprint(self) -> str:
-        return checkpoint.fingerprint({name: p for name, p in self.policy.named_parameters() if not p.requires_grad})
-
-    def _load_head(self, source: checkpoint.Source, about: Mapping[str, Any]) -> None:
-        found = self._fingerprint()
-        if found != about["base_fingerprint"]:
-            raise PolicyError(
-                f"the head in {source.name} was trained on another base model than {about['base']} is now "
-                f"(fingerprint {about['base_fingerprint']}, found {found})"
-            )
-        weights = checkpoint.read_tensors(source.folder / HEAD_WEIGHTS)
-        own = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
-        checkpoint.check_match(
-            {name: tuple(p.shape) for name, p in own.items()},
-            {name: tuple(tensor.shape) for name, tensor in weights.items()},
-            source.folder / HEAD_WEIGHTS,
-        )
-        self.policy.load_state_dict(weights, strict=False)
 
 
 LORA_TARGETS = (
@@ -424,39 +401,17 @@ LORA_TARGETS = (
 )
 """Every projection of the head but the adaRMS ones (`dense`). LeRobot 0.6.1's own default misses `time_mlp_*`."""
 
+PEFT = heads.PeftLayout(modules=("gemma_expert.model", *PROJECTIONS), idle="multi_modal_projector.linear")
+
 
 def _in_layers(name: str) -> bool:
     """Whether a part of the head works in the head's compute dtype: attention and MLP. The rest stays in float32."""
     return ".self_attn." in name or ".mlp." in name
 
 
-def _read_head(source: checkpoint.Source) -> dict[str, Any] | None:
-    file = source.folder / HEAD_FILE
-    if not file.is_file():
-        return None
-    about, names = checkpoint.read_json(file), ("base", "revision", "base_fingerprint", "lora")
-    missing = [name for name in names if name not in about]
-    if missing:
-        raise PolicyError(f"{file} is damaged: it lacks {', '.join(missing)}")
-    return {name: about[name] for name in names}
-
-
-def _base_of(source: checkpoint.Source, about: Mapping[str, Any] | None, moved: str | Path | None) -> checkpoint.Source:
-    """Where the frozen weights are: in the source itself, or where a saved head says, or is told."""
-    if about is None:
-        return source
-    try:
-        return checkpoint.locate(about["base"], about["revision"]) if moved is None else checkpoint.locate(moved)
-    except PolicyError as error:
-        raise PolicyError(
-            f"the base of the head in {source.name}: {error}. If it has moved, give policy_options.base"
-        ) from error
-
-
 def _trained_dtype(folder: Path) -> str | None:
     """The backbone's dtype that a folder of ours was trained with."""
-    file = folder / TRAINED_FILE
-    return checkpoint.read_json(file).get("dtype") if file.is_file() else None
+    return heads.read_about(folder).get("options", {}).get("dtype")
 
 
 def _check_options(
@@ -476,19 +431,8 @@ def _check_options(
         raise PolicyError(f"horizon is {horizon}; a chunk has at least one step")
 
 
-def _chosen_lora(option: Any, about: Mapping[str, Any] | None, source: checkpoint.Source) -> Lora | None:
-    """The LoRA that is asked for, or the saved head's; they must not contradict each other."""
-    wanted = Lora.of(option, LORA_TARGETS)
-    if about is None:
-        return wanted
-    saved = Lora.of(about["lora"], LORA_TARGETS)
-    if wanted not in (None, saved):
-        raise PolicyError(f"the head in {source.name} was trained with lora {saved}, asked for {wanted}")
-    return saved
-
-
 def _configure(
-    source: checkpoint.Source,
+    source: heads.Source,
     *,
     horizon: int | None,
     device: str,
@@ -510,7 +454,7 @@ def _configure(
         )
     config.chunk_size = config.n_action_steps = horizon or config.chunk_size
     config.device, config.compile_model, config.gradient_checkpointing = device, False, False
-    config.pretrained_path = None
+    config.pretrained_path, config.use_peft = None, False
     config.normalization_mapping |= {k: NormalizationMode(mode) for k, mode in (normalization_mapping or {}).items()}
     config.tokenizer_max_length = tokenizer_max_length or config.tokenizer_max_length
     if from_openpi:

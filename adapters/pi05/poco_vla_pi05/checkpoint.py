@@ -4,16 +4,12 @@ LeRobot's own `from_pretrained` prints a line and returns a half-random model wh
 (spec A10).
 """
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
@@ -23,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from poco_vla import PolicyError
+from poco_vla import PolicyError, heads
 from poco_vla_pi05.architecture import Architecture
 
 WEIGHTS = "model.safetensors"
@@ -39,65 +35,7 @@ FLOAT32_PARTS = ("vision_tower", "multi_modal_projector", "input_layernorm", "po
 OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a checkpoint comes from.
-
-    Attributes:
-        name: Hub id, or absolute path of a folder.
-        revision: Hub commit; None for a folder.
-        folder: where its files lie on this machine.
-    """
-
-    name: str
-    revision: str | None
-    folder: Path
-
-
-def locate(repo_or_path: str | Path, revision: str | None = None) -> Source:
-    """A local folder as it is, or a Hub repository's snapshot without its weights: what is wrong is told first.
-
-    Raises:
-        PolicyError: neither can be had.
-    """
-    folder = Path(repo_or_path).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise PolicyError(
-                f"{folder} is a local folder and has no revisions, but revision {revision!r} was asked for"
-            )
-        return Source(str(folder.resolve()), None, folder.resolve())
-    name = str(repo_or_path)
-    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise PolicyError(f"no policy in {name}: the folder does not exist")
-    small = ["*.json", "policy_*.safetensors", "head.safetensors", "tokenizer*/*", "assets/*"]
-    with _hub_errors(name, revision):
-        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=small))
-    return Source(name, snapshot.name, snapshot)
-
-
-def weights_file(source: Source) -> Path:
-    """The weights of a checkpoint; fetched now when it is a Hub repository."""
-    if source.revision is None:
-        return source.folder / WEIGHTS
-    with _hub_errors(source.name, source.revision):
-        return Path(hf_hub_download(source.name, WEIGHTS, revision=source.revision))
-
-
-@contextmanager
-def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # the Hub client and the network each raise their own
-        first_line = str(error).strip().split("\n")[0]
-        at = f" at revision {revision!r}" if revision else ""
-        raise PolicyError(
-            f'the policy "{name}"{at} is no local folder and cannot be had from the Hub '
-            f"({type(error).__name__}: {first_line})"
-        ) from error
-
-
-def read_config(source: Source) -> tuple[PI05Config, bool]:
+def read_config(source: heads.Source) -> tuple[PI05Config, bool]:
     """The configuration of a LeRobot or an openpi folder, and whether it is openpi's.
 
     Raises:
@@ -190,7 +128,9 @@ def load_weights(policy: PI05Policy, file: Path, *, backbone: torch.dtype, head:
     head = set(head)
     with _open(file) as handle:
         found = _lerobot_names(handle.keys())
-        check_match(wanted, {name: tuple(handle.get_slice(key).get_shape()) for name, key in found.items()}, file)
+        heads.check_tensors(
+            wanted, {name: tuple(handle.get_slice(key).get_shape()) for name, key in found.items()}, file
+        )
         weights = {}
         for name in wanted:
             exact = name in head or any(part in name for part in FLOAT32_PARTS)
@@ -205,23 +145,6 @@ def _lerobot_names(keys: Iterable[str]) -> dict[str, str]:
     if EMBEDDINGS not in found and VLM_HEAD in found:
         found[EMBEDDINGS] = found[VLM_HEAD]
     return {name: key for name, key in found.items() if name not in (VLM_HEAD, EXPERT_HEAD)}
-
-
-def check_match(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], file: Path) -> None:
-    """Raise PolicyError unless two tables of tensor shapes are the same."""
-    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    shapes = [
-        f"{name} is {list(found[name])}, expected {list(wanted[name])}"
-        for name in sorted(wanted.keys() & found.keys())
-        if wanted[name] != found[name]
-    ]
-    points = [
-        f"{len(names)} {words}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
-        for words, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
-    if points:
-        raise PolicyError(f"{file} does not hold this model's weights. Tensors: {'; '.join(points)}")
 
 
 def _open(file: Path) -> Any:
@@ -253,18 +176,6 @@ def full_weights(policy: PI05Policy, weights: Mapping[str, Tensor]) -> dict[str,
     return out
 
 
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """A short hash of 16 numbers out of every tensor: tells one frozen model from another without reading all of it.
-
-    It does not depend on the dtype that the tensors are held in.
-    """
-    samples = []
-    for name in sorted(weights):
-        flat = weights[name].detach().flatten()
-        samples.append(flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16))
-    return hashlib.sha256(torch.cat(samples).float().cpu().numpy().tobytes()).hexdigest()[:16]
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object.
 
@@ -278,12 +189,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise PolicyError(f"{file} is damaged: expected a JSON object, found {type(values).__name__}")
     return values
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
-    with _open(file) as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:

@@ -25,8 +25,8 @@ from lerobot.processor import (
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK
 from torch import Tensor
 
-from poco_vla import DataError, PolicyError
-from poco_vla_pi05.checkpoint import read_json, read_tensors
+from poco_vla import DataError, PolicyError, heads
+from poco_vla_pi05.checkpoint import read_json
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 NEEDED = {
@@ -121,7 +121,7 @@ def saved_stats(folder: Path) -> dict[str, dict[str, Tensor]]:
     """Statistics of the saved normaliser; empty where none are saved."""
     stats: dict[str, dict[str, Tensor]] = {}
     for file in sorted(folder.glob("policy_preprocessor*normalizer*.safetensors")):
-        for name, value in read_tensors(file).items():
+        for name, value in heads.read_tensors(file).items():
             key, kind = name.rsplit(".", 1)
             stats.setdefault(key, {})[kind] = value
     return stats

@@ -1,0 +1,363 @@
+"""A trained head without its backbone: a small folder, and the base model that it is put on again.
+
+    head.safetensors        what was trained (the head, or its LoRA), by its names in the adapter's model
+    poco.json               adapter, base model and its revision, what tells that model, horizon, hash of the weights
+    config.json, policy_*   LeRobot's configuration and processors, which the adapter writes
+
+Adapters write and read it; `poco_vla.hub` shares it. In the place of head.safetensors may stand
+adapter_model.safetensors, the same tensors under peft's names (:func:`peft_names`).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from poco_vla.errors import PolicyError
+from poco_vla.files import whole_folder, write_json
+from poco_vla.lora import Lora
+from poco_vla.sources import Source, locate
+
+ABOUT = "poco.json"
+FORMAT = 1
+POLICY_WEIGHTS = "model.safetensors"
+HEAD_WEIGHTS, PEFT_WEIGHTS = "head.safetensors", "adapter_model.safetensors"
+PEFT_PREFIX, IDLE = "base_model.model.", ".lora_"
+
+
+@dataclass(frozen=True)
+class PeftLayout:
+    """How peft can carry a full head, so that LeRobot alone loads it.
+
+    Attributes:
+        modules: ends of the names of the modules that make up the head (peft's `modules_to_save`).
+        idle: end of the name of one frozen linear layer: peft wants a LoRA somewhere, and there it is zero.
+        shape: that layer's output and input width; found when a head is written.
+    """
+
+    modules: tuple[str, ...]
+    idle: str
+    shape: tuple[int, int] = (0, 0)
+
+    def found_in(self, module: nn.Module) -> "PeftLayout":
+        """With the idle layer's whole name and shape."""
+        ((name, layer),) = ((n, m) for n, m in module.named_modules() if n.endswith(f".{self.idle}"))
+        assert isinstance(layer, nn.Linear)
+        return replace(self, idle=name, shape=(layer.out_features, layer.in_features))
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a folder says of the head in it.
+
+    Attributes:
+        adapter: which adapter reads it.
+        base: Hub id or folder of the model that it belongs on.
+        revision: that model's Hub commit; None for a folder.
+        fingerprint: :func:`fingerprint` of that model.
+        horizon: H.
+        file: the weights, in the same folder.
+        sha256: their hash.
+        lora: what was trained in the place of the full head.
+        options: what `from_pretrained` must be told to give the same function again.
+        peft: see :class:`PeftLayout`; None where there is no such form.
+    """
+
+    adapter: str
+    base: str
+    revision: str | None
+    fingerprint: str
+    horizon: int
+    file: str
+    sha256: str
+    lora: Lora | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    peft: PeftLayout | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        weights = {"file": self.file, "sha256": self.sha256, "lora": self.lora.to_json() if self.lora else None}
+        layout = asdict(self.peft) if self.peft else None
+        return {
+            "format": FORMAT,
+            "adapter": self.adapter,
+            "base": {"id": self.base, "revision": self.revision, "fingerprint": self.fingerprint},
+            "weights": weights | {"peft": layout},
+            "horizon": self.horizon,
+            "options": dict(self.options),
+        }
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any], where: Path) -> "Head":
+        """From the content of a poco.json.
+
+        Raises:
+            PolicyError: it lacks something, or was written by a later version.
+        """
+        if about.get("format") != FORMAT:
+            raise PolicyError(
+                f"{where} is of format {about.get('format')!r}, and this version of poco_vla reads {FORMAT}: update it"
+            )
+        try:
+            base, weights, layout = about["base"], about["weights"], about["weights"].get("peft")
+            return cls(
+                adapter=about["adapter"],
+                base=base["id"],
+                revision=base["revision"],
+                fingerprint=base["fingerprint"],
+                horizon=about["horizon"],
+                file=weights["file"],
+                sha256=weights["sha256"],
+                lora=Lora.of(weights["lora"], ()),
+                options=about["options"],
+                peft=PeftLayout(tuple(layout["modules"]), layout["idle"], tuple(layout["shape"])) if layout else None,
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PolicyError(f"{where} is damaged: it lacks {error}") from error
+
+    def put_on(self, module: nn.Module, folder: Path) -> None:
+        """Load the weights into a model whose frozen part came from the base.
+
+        Raises:
+            PolicyError: the base is another model, the weights are missing, damaged, changed, or of other shapes.
+        """
+        found = fingerprint(module)
+        if found != self.fingerprint:
+            raise PolicyError(
+                f"the head in {folder} was trained on another base model than {self.base} is now "
+                f"(fingerprint {self.fingerprint}, found {found}). Give the one that it was trained on with `base`"
+            )
+        weights = self.read_weights(folder)
+        own = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        check_tensors(_shapes(own), _shapes(weights), folder / self.file)
+        module.load_state_dict(weights, strict=False)
+
+    def read_weights(self, folder: Path) -> dict[str, Tensor]:
+        """The trained tensors by their names in the adapter's model.
+
+        Raises:
+            PolicyError: the file is missing, damaged, or not the one that poco.json speaks of.
+        """
+        file = folder / self.file
+        check_file(file)
+        tensors = read_tensors(file)
+        found = sha256_of(file)
+        if found != self.sha256:
+            raise PolicyError(
+                f"{file} is not the file that {ABOUT} speaks of (SHA-256 {found[:12]}, expected "
+                f"{self.sha256[:12]}): it was changed or damaged; fetch it again"
+            )
+        if self.file != PEFT_WEIGHTS:
+            return tensors
+        return {own: tensors[key] for own, key in peft_names(tensors, self.lora is not None).items()}
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """poco.json; empty where there is none.
+
+    Raises:
+        PolicyError: it is damaged.
+    """
+    file = folder / ABOUT
+    if not file.is_file():
+        return {}
+    try:
+        about = json.loads(file.read_text())
+    except ValueError as error:
+        raise PolicyError(f"{file} is damaged: {error}") from error
+    if not isinstance(about, dict):
+        raise PolicyError(f"{file} is damaged: expected a JSON object, found {type(about).__name__}")
+    return about
+
+
+def read_head(folder: Path, adapter: str) -> Head | None:
+    """The head that lies in a folder; None where a whole policy lies there, or nothing of ours.
+
+    Raises:
+        PolicyError: poco.json is damaged, or the head is another adapter's.
+    """
+    about = read_about(folder)
+    file = (about.get("weights") or {}).get("file", POLICY_WEIGHTS)
+    if not about or file == POLICY_WEIGHTS:
+        if (folder / HEAD_WEIGHTS).exists():
+            raise PolicyError(f"{folder} holds {HEAD_WEIGHTS}, but no {ABOUT} that says what base it belongs on")
+        return None
+    head = Head.of(about, folder / ABOUT)
+    if head.adapter != adapter:
+        raise PolicyError(f'{folder} holds a head of the adapter "{head.adapter}", and this is "{adapter}"')
+    return head
+
+
+@contextmanager
+def head_folder(path: str | Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes `path`'s place when the block ends well.
+
+    Raises:
+        PolicyError: a whole policy is there, which a head is not to replace.
+    """
+    if (Path(path) / POLICY_WEIGHTS).exists():
+        raise PolicyError(f"{path} holds a whole policy, which a head is not to replace; choose another folder")
+    with whole_folder(path) as partial:
+        yield partial
+
+
+def write_head(
+    folder: Path,
+    module: nn.Module,
+    source: Source | None,
+    *,
+    adapter: str,
+    horizon: int,
+    lora: Lora | None = None,
+    options: Mapping[str, Any] | None = None,
+    peft: PeftLayout | None = None,
+) -> None:
+    """Weights and poco.json of what trains in `module`.
+
+    Args:
+        folder: from :func:`head_folder`.
+        module: LeRobot's policy, or what takes its place; its names are the file's.
+        source: where its frozen part came from.
+        adapter: the adapter's registered name.
+        horizon: H.
+        lora: what trains in the place of the full head.
+        options: what `from_pretrained` must be told to give the same function again.
+        peft: how peft can carry it; None offers no such form.
+
+    Raises:
+        PolicyError: there is no base, so that a head alone could not be put on anything.
+    """
+    if source is None:
+        raise PolicyError("this policy was built from no checkpoint, so that a head alone could not be put on anything")
+    weights = {name: p.detach().cpu().contiguous() for name, p in module.named_parameters() if p.requires_grad}
+    save_file(weights, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
+    head = Head(
+        adapter=adapter,
+        base=source.name,
+        revision=source.revision,
+        fingerprint=fingerprint(module),
+        horizon=horizon,
+        file=HEAD_WEIGHTS,
+        sha256=sha256_of(folder / HEAD_WEIGHTS),
+        lora=lora,
+        options=options or {},
+        peft=peft.found_in(module) if peft and lora is None else peft,
+    )
+    write_json(folder / ABOUT, head.to_json())
+
+
+def write_about(folder: Path, *, adapter: str, options: Mapping[str, Any] | None = None) -> None:
+    """poco.json of a whole policy: by which adapter it is loaded, and the `options` that make it the same function."""
+    write_json(folder / ABOUT, {"format": FORMAT, "adapter": adapter, "options": dict(options or {})})
+
+
+def base_of(head: Head, moved: str | Path | None = None) -> Source:
+    """Where the frozen weights are: where a head says, or where its user says they are now.
+
+    Args:
+        head: the head.
+        moved: Hub id or folder.
+
+    Raises:
+        PolicyError: they cannot be had there.
+    """
+    try:
+        return locate(head.base, head.revision) if moved is None else locate(moved)
+    except PolicyError as error:
+        raise PolicyError(
+            f"the base of the head: {error}. If it has moved, say where it is now (`base`, --policy-options.base)"
+        ) from error
+
+
+def chosen_lora(wanted: Lora | None, head: Head | None) -> Lora | None:
+    """The LoRA that is asked for, or a saved head's; they must not contradict each other.
+
+    Raises:
+        PolicyError: they do.
+    """
+    if head is None:
+        return wanted
+    if wanted not in (None, head.lora):
+        raise PolicyError(f"the head was trained with lora {head.lora}, asked for {wanted}")
+    return head.lora
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short hash of 16 numbers out of every frozen parameter: tells one base model from another without reading all
+    of it. It does not depend on the dtype that they are held in."""
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    samples = []
+    for name in sorted(frozen):
+        flat = frozen[name].detach().flatten()
+        samples.append(flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16))
+    return hashlib.sha256(torch.cat(samples).float().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, in hex; the Hub knows large files by it."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def check_file(file: Path) -> None:
+    """Raise PolicyError unless the file is there. Nothing but safetensors is ever read: a pickle runs code."""
+    if file.is_file():
+        return
+    suffixes = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+    pickles = sorted(p.name for p in file.parent.glob("*") if p.suffix in suffixes)
+    held = f"; {', '.join(pickles)} may be a pickle, which would run code and is not read" if pickles else ""
+    raise PolicyError(f"no weights in {file.parent}: {file.name} is missing{held}")
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        PolicyError: it is missing, or no safetensors file.
+    """
+    try:
+        with safe_open(file, framework="pt", device="cpu") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise PolicyError(f"{file} is damaged, cut short, or no safetensors file: {error}") from error
+
+
+def check_tensors(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], file: Path) -> None:
+    """Raise PolicyError unless two tables of tensor shapes are the same."""
+    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    shapes = [
+        f"{name} is {list(found[name])}, expected {list(wanted[name])}"
+        for name in sorted(wanted.keys() & found.keys())
+        if wanted[name] != found[name]
+    ]
+    points = [
+        f"{len(names)} {words}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+        for words, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if points:
+        raise PolicyError(f"{file} does not hold this model's weights. Tensors: {'; '.join(points)}")
+
+
+def peft_names(keys: Iterable[str], lora: bool) -> dict[str, str]:
+    """Names in the adapter's model -> names in peft's file. Of a full head, the LoRA that peft wants is left out."""
+    names = {}
+    for key in keys:
+        own = key.removeprefix(PEFT_PREFIX)
+        if lora:
+            own = own.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
+        elif IDLE in own:
+            continue
+        names[own] = key
+    return names
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

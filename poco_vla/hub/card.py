@@ -1,0 +1,246 @@
+"""The model card of what is pushed: what it is, how it was trained, what it reached, how to load it, on what terms."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from poco_vla.hub.artifact import CRITIC, PLOT, Artifact
+
+PAPER = "https://arxiv.org/abs/2604.01860"
+HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True)
+class Licence:
+    """On what terms the weights may be used.
+
+    Attributes:
+        id: the Hub's name of the licence; "other" goes with the next two.
+        name: what it is called.
+        link: where it stands.
+        terms: what must be said beside it.
+        file: whether the base's own text of it lies in the repository.
+    """
+
+    id: str | None
+    name: str | None = None
+    link: str | None = None
+    terms: str | None = None
+    file: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def model_card(artifact: Artifact, repo_id: str, licence: Licence) -> str:
+    """README.md, with the Hub's table of metadata at its head."""
+    sections = (_title, _success, _use, _training, _files, _terms)
+    text = "\n\n".join("\n".join(section(artifact, repo_id, licence)) for section in sections)
+    return f"---\n{_metadata(artifact, repo_id, licence)}\n---\n\n{text}\n"
+
+
+def _metadata(artifact: Artifact, repo_id: str, licence: Licence) -> str:
+    about = artifact.about
+    figures, results = _figures(about), about["results"]
+    evaluated = None
+    if figures and results["env"]:
+        evaluated = [
+            EvalResult(
+                task_type="robotics",
+                task_name=results["env"]["task"],
+                dataset_type=results["env"]["type"],
+                dataset_name=results["env"]["task"],
+                metric_type="success_rate",
+                metric_name=f"success rate of {figures['episodes']} episodes",
+                metric_value=round(figures["success_rate"], 4),
+                metric_args={"interval_95": figures["interval_95"], "seed": results["seed"]},
+            )
+        ]
+    data = ModelCardData(
+        license=licence.id,
+        license_name=licence.name,
+        license_link=licence.link,
+        library_name="lerobot" if artifact.form != "head" else "poco-vla",
+        pipeline_tag="robotics",
+        base_model=artifact.base,
+        base_model_relation={"head": "adapter", "peft": "adapter", "policy": "finetune"}[artifact.form]
+        if artifact.base
+        else None,
+        datasets=[name for name in about["datasets"] if _on_hub(name)] or None,
+        tags=["robotics", "lerobot", "poco", "reinforcement-learning", "flow-matching", about["adapter"]],
+        model_name=repo_id.split("/")[-1] if evaluated else None,
+        eval_results=evaluated,
+    )
+    return data.to_yaml().strip()
+
+
+def _title(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
+    about = artifact.about
+    base = about["base"]
+    yield f"# {repo_id.split('/')[-1]}"
+    yield ""
+    what = {
+        "head": "The trained flow action head",
+        "peft": "The trained flow action head, in peft's form,",
+        "policy": "A whole LeRobot policy",
+    }[artifact.form]
+    if about["weights"].get("lora"):
+        what = f"A LoRA of rank {about['weights']['lora']['rank']} on the flow action head"
+    what += f" of `{about['adapter']}`"
+    how = f"fine-tuned by [POCO]({PAPER}) with poco_vla: it imitated demonstrations, then practised."
+    if base is None:
+        yield f"{what}, trained from nothing and {how}"
+    elif artifact.form == "policy":
+        yield f"{what}, {how} It derives from [{base['id']}]({HUB}/{base['id']})."
+    else:
+        yield (
+            f"{what}, {how} It belongs on [{base['id']}]({HUB}/{base['id']}) at commit `{base['revision']}`, which is "
+            "not in this repository and is fetched from its own."
+        )
+
+
+def _success(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
+    results = artifact.about["results"]
+    yield "## Success"
+    yield ""
+    if not results["before"]:
+        yield "Not measured: the run had no environment to evaluate in."
+        return
+    env = results["env"]
+    yield f"Task: `{env['task']}` (environment type `{env['type']}`)." if env else "Task: the run's environment."
+    yield ""
+    yield "| Policy | success | 95 % interval | episodes | environment steps |"
+    yield "|---|---|---|---|---|"
+    yield _row("before: supervised fine-tuning", results["before"])
+    if results["which"] == "best":
+        yield _row("after: POCO, best evaluation", results["best"])
+    else:
+        yield _row("after: POCO", results["after"])
+    yield ""
+    yield (
+        "Plain samples, chunks executed open loop, Wilson's intervals; one training run, seed " + f"{results['seed']}."
+    )
+    if results["which"] == "best":
+        yield (
+            f"This is the best of {results['evaluations']} evaluations, picked after the fact: expect somewhat less."
+        )
+    if (artifact.folder / PLOT).exists():
+        yield ""
+        yield f"![Success against environment steps]({PLOT})"
+
+
+def _row(name: str, figures: Mapping[str, Any]) -> str:
+    low, high = figures["interval_95"]
+    return (
+        f"| {name} | {figures['success_rate']:.0%} | {low:.0%} to {high:.0%} | {figures['successes']} of "
+        f"{figures['episodes']} | {figures['env_steps']:,} |"
+    )
+
+
+def _use(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
+    about = artifact.about
+    distribution = about["adapter_distribution"] or {"name": about["adapter"]}
+    yield "## Use"
+    yield ""
+    yield f"With `poco-vla` and `{distribution['name']}` installed:"
+    yield ""
+    yield "```python"
+    yield "from poco_vla import load_head, propose"
+    yield ""
+    yield f'policy = load_head("{repo_id}")'
+    yield "prefix = policy.encode(policy.example_obs(1))  # yours: policy.encode(policy.preprocess(observation))"
+    yield "chunk = policy.postprocess(propose(policy, prefix, 1)[:, 0, :, : policy.spec.action_dim])"
+    yield "```"
+    yield ""
+    if artifact.form == "head":
+        yield f"`poco-vla export {repo_id} FOLDER` makes a whole LeRobot policy of it, for LeRobot's commands:"
+        path = "FOLDER"
+    else:
+        yield "LeRobot's commands take it as it is:"
+        path = repo_id
+    yield ""
+    yield "```bash"
+    yield f"lerobot-eval --policy.path={path} --env.type=... --env.task=..."
+    yield "```"
+    if artifact.form == "peft":
+        yield ""
+        yield (
+            f"LeRobot 0.6.1 takes the base's newest commit where `load_head` takes `{about['base']['revision'][:12]}`, "
+            "and notices no difference."
+        )
+
+
+def _training(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
+    about = artifact.about
+    training, poco, results = about["training"], about["algorithm"], about["results"]
+    datasets = ", ".join(f"[{n}]({HUB}/datasets/{n})" for n in about["datasets"] if _on_hub(n))
+    steps = results["demonstration_steps"]
+    optim = training["optim"]
+    rows = {
+        "demonstrations": (datasets or _made(training)) + (f", {steps:,} steps" if steps else ""),
+        "supervised fine-tuning": f"{training['sft_steps']:,} updates",
+        "critic warm-up": f"{training['warmup_steps']:,} updates",
+        "online": f"{results['env_steps']:,} environment steps, {results['updates']:,} updates in all",
+        "chunk H, candidates N": f"{about['horizon']}, {poco['num_candidates']}",
+        "eta, beta, zeta, gamma": ", ".join(_short(poco[name]) for name in ("eta", "beta", "zeta", "gamma")),
+        "batch, learning rates": f"{optim['batch_size']}, actor {optim['actor_lr']:g}, critic {optim['critic_lr']:g}",
+        "device, time": f"{results['device']}, {results['seconds'] / 60:,.0f} min",
+    }
+    if about["versions"]:
+        rows["versions"] = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    yield "## Training"
+    yield ""
+    yield "| | |"
+    yield "|---|---|"
+    for name, value in rows.items():
+        yield f"| {name} | {value} |"
+    yield ""
+    yield "`poco.json` holds every setting, the statistics of the data, and these figures for programs."
+
+
+def _files(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
+    weights = artifact.about["weights"]
+    yield "## Files"
+    yield ""
+    yield f"- `{weights['file']}`, SHA-256 `{weights['sha256']}`, checked by `load_head`."
+    yield "- `config.json`, `policy_preprocessor*`, `policy_postprocessor*`: LeRobot's configuration and processors."
+    if (artifact.folder / CRITIC).exists():
+        yield f"- `{CRITIC}`: the chunk critic and its target (`load_critic`), for those who go on training."
+
+
+def _terms(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
+    yield "## Licence"
+    yield ""
+    called = f"{licence.name or licence.id}" if licence.id else None
+    if artifact.base is None:
+        yield f"{called}." if called else "None was stated: ask whoever trained it."
+        if licence.terms:
+            yield licence.terms
+        return
+    link = f"[{called}]({licence.link})" if licence.link else called
+    yield f"Inherited from the base model [{artifact.base}]({HUB}/{artifact.base}): {link}."
+    if licence.file:
+        yield f"Its text: [{licence.file}]({licence.file})."
+    if licence.terms:
+        yield licence.terms
+
+
+def _made(training: Mapping[str, Any]) -> str:
+    made = training["demonstrations"]
+    return f"{made['episodes']} episodes of the simulator's script ({made['kind']})" if made else "a local dataset"
+
+
+def _figures(about: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    results = about["results"]
+    return results["best"] if results["which"] == "best" else results["after"]
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def _on_hub(name: str | None) -> bool:
+    """Whether a dataset's id is one of the Hub; what was made on the spot is called "local/..."."""
+    return bool(name) and name.count("/") == 1 and not name.startswith("local/")

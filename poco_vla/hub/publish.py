@@ -1,0 +1,272 @@
+"""Push what a run has trained to the Hub: one commit or none, private unless told otherwise."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from httpx import HTTPError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+from poco_vla.errors import HubError, PocoError
+from poco_vla.heads import ABOUT, HEAD_WEIGHTS, PEFT_WEIGHTS, POLICY_WEIGHTS, Head, read_about, sha256_of
+from poco_vla.hub.artifact import CARD, CRITIC, Artifact, Dtype, Form, Which, check_portable, stage
+from poco_vla.hub.card import Licence, model_card
+from poco_vla.hub.peft_form import PEFT_CONFIG
+from poco_vla.registry import load_adapter
+
+WEIGHTS = (HEAD_WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG, POLICY_WEIGHTS, CRITIC)
+"""What an update takes away where its form has another."""
+LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "LICENCE.md", "NOTICE")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What went to the Hub, or would go.
+
+    Attributes:
+        repo_id: where.
+        private: whether others may not see it.
+        files: names and sizes in bytes.
+        card: the model card.
+        revision: the commit; None for a dry run.
+        url: of the commit; None for a dry run.
+    """
+
+    repo_id: str
+    private: bool
+    files: dict[str, int]
+    card: str
+    revision: str | None = None
+    url: str | None = None
+
+
+def push_head(
+    run: str | Path,
+    repo_id: str,
+    *,
+    form: Form = "head",
+    which: Which = "last",
+    dtype: Dtype = "float32",
+    critic: bool = False,
+    base: str | None = None,
+    license: str | None = None,
+    private: bool = True,
+    update: bool = False,
+    dry_run: bool = False,
+    token: str | None = None,
+) -> Pushed:
+    """Upload what a finished run has trained, with its account and a model card.
+
+    All files come in one commit, so that nobody ever sees half of it. When an upload breaks off, the same call goes on:
+    large files that arrived are not sent again.
+
+    Args:
+        run: the run's folder.
+        repo_id: "you/name", or "name" for your own.
+        form: "head" (the head or its LoRA, for `load_head`), "peft" (the same for LeRobot alone), "policy" (a whole
+            LeRobot policy). A policy without a base is always whole.
+        which: the policy of the run's end, or of its best evaluation.
+        dtype: "bfloat16" halves a head's file and rounds.
+        critic: with the critic.
+        base: Hub id of the base, for a run that had it from a local folder; its files must be the same.
+        license: for a policy without a base; any other has its base's.
+        private: whether a new repository is. An existing one stays as it is.
+        update: add a commit to a repository that holds such a head already.
+        dry_run: upload nothing, say what would go.
+        token: the Hub's; None takes the one that `hf auth login` left.
+
+    Raises:
+        HubError: no token or no right, a repository that holds something else, a base that others could not get, a file
+            that would give away a secret or a path of this machine, or an upload that broke off.
+        DataError: `run` is not the folder of a finished run.
+    """
+    from poco_vla.report import read_result  # loads pandas
+
+    run, api = Path(run), HfApi(token=token)
+    _check_name(repo_id)
+    read_result(run)  # before anything is written there
+    if not dry_run:
+        repo_id = _full_name(api, repo_id)
+    with _told(f"nothing was pushed to {repo_id}"), tempfile.TemporaryDirectory(prefix=".push-", dir=run) as scratch:
+        folder = Path(scratch) / "artifact"
+        folder.mkdir()
+        local = _local_base(run, which, base)
+        if local and not base and form != "policy":
+            raise HubError(
+                f"{run} was trained on the local folder {local.base}, which nobody else has: name the Hub repository "
+                "of the same files with --base (`hf upload` puts them there), or push the whole policy: --form policy"
+            )
+        there = _compared(api, run, local, base) if local and base else None
+        artifact = stage(run, folder, form=form, which=which, dtype=dtype, critic=critic, base=there)
+        licence = _licence(api, artifact, local is not None or artifact.base is not None, license)
+        card = model_card(artifact, repo_id, licence)
+        (folder / CARD).write_text(card)
+        check_portable(folder)
+        if dry_run:
+            return Pushed(repo_id, private, artifact.files(), card)
+        place = _look(api, repo_id, artifact, update=update, private=private)
+        commit = _commit(api, repo_id, artifact, place)
+        return Pushed(repo_id, place.private, artifact.files(), card, commit.oid, str(commit.commit_url))
+
+
+def _commit(api: HfApi, repo_id: str, artifact: Artifact, place: "_Place") -> CommitInfo:
+    """Everything at once; what the repository held of another form goes."""
+    files = artifact.files()
+    stale = [name for name in WEIGHTS if name in place.held and name not in files]
+    adds = [CommitOperationAdd(name, artifact.folder / name) for name in files]
+    title = f"{'LoRA' if artifact.about['weights']['lora'] else artifact.form.capitalize()} trained by POCO"
+    with _told("the same command goes on where it broke off: what arrived is not sent again, and no half is ever seen"):
+        api.create_repo(repo_id, private=place.private, exist_ok=True)
+        return api.create_commit(
+            repo_id,
+            [*adds, *(CommitOperationDelete(name) for name in stale)],
+            commit_message=title,
+            parent_commit=place.commit,
+        )
+
+
+def _check_name(repo_id: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(f'"{repo_id}" is no name for a repository: {error}') from error
+
+
+def _full_name(api: HfApi, repo_id: str) -> str:
+    """With the user's own namespace where none is given; who that is, is asked in any case."""
+    if api.token is None and get_token() is None:
+        raise HubError(
+            "no token for the Hub: run `hf auth login` (it needs write access) or set HF_TOKEN. --dry-run needs none"
+        )
+    try:
+        user = api.whoami()["name"]
+    except HfHubHTTPError as error:
+        raise HubError(f"the Hub does not know this token: run `hf auth login` again ({_first_line(error)})") from error
+    except (HTTPError, OSError) as error:
+        raise HubError(f"the Hub cannot be reached ({type(error).__name__}: {_first_line(error)})") from error
+    return repo_id if "/" in repo_id else f"{user}/{repo_id}"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The repository as it is: its newest commit, whether others see it, its files."""
+
+    commit: str | None
+    private: bool
+    held: frozenset[str] = frozenset()
+
+
+def _look(api: HfApi, repo_id: str, artifact: Artifact, *, update: bool, private: bool) -> _Place:
+    """What a push would stand on. An empty repository, as a broken-off push leaves it, is as good as none; one with the
+    very same weights is what a push leaves whose answer got lost."""
+    try:
+        info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        return _Place(None, private)
+    held = frozenset(file.rfilename for file in info.siblings or []) - {".gitattributes"}
+    place = _Place(info.sha, bool(info.private), held)
+    if not held:
+        return place
+    if ABOUT not in held:
+        listed = ", ".join(sorted(held)[:4])
+        raise HubError(f"{repo_id} exists and holds something else ({listed}; no {ABOUT}): choose another name")
+    theirs, ours = read_about(Path(api.hf_hub_download(repo_id, ABOUT, revision=info.sha)).parent), artifact.about
+    if theirs.get("adapter") != ours["adapter"]:
+        raise HubError(
+            f'{repo_id} holds what the adapter "{theirs.get("adapter")}" has trained, and this is of '
+            f'"{ours["adapter"]}": choose another name'
+        )
+    if not update and theirs.get("weights", {}).get("sha256") != ours["weights"]["sha256"]:
+        raise HubError(
+            f"{repo_id} exists and holds what was trained already: choose another name, or add a commit to it with "
+            "--update"
+        )
+    return place
+
+
+def _local_base(run: Path, which: Which, base: str | None) -> Head | None:
+    """The head of a run whose base is a folder of this machine; None where others can get it, or there is no base."""
+    folder = run / ("best" if which == "best" else "head")
+    about = read_about(folder)
+    head = Head.of(about, folder / ABOUT) if "weights" in about else None
+    if head is not None and head.revision is None:
+        return head
+    if base is not None and (head is None or base != head.base):
+        raise HubError(f"{run} was trained on {head.base if head else 'no base'}, not on {base}: leave out --base")
+    return None
+
+
+def _compared(api: HfApi, run: Path, local: Head, base: str) -> tuple[str, str]:
+    """Hub id and commit of `base`, whose weights must be the files that the run had."""
+    with _told(f"the base {base} cannot be compared"):
+        info = api.model_info(base, files_metadata=True)
+    theirs = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
+    own = [p for p in sorted(Path(local.base).glob("*.safetensors")) if not p.name.startswith("policy_")]
+    if not own:
+        raise HubError(f"{local.base} is gone, so that it cannot be compared with {base}")
+    for file in own:
+        if theirs.get(file.name) != sha256_of(file):
+            found = "missing" if file.name not in theirs else f"another file than {file}"
+            raise HubError(f"{base} is not the base of {run}: its {file.name} is {found}")
+    assert info.sha is not None
+    return base, info.sha
+
+
+def _licence(api: HfApi, artifact: Artifact, derived: bool, chosen: str | None) -> Licence:
+    """The base's, with its text where it has one; else what the user chose."""
+    terms = load_adapter(artifact.about["adapter"]).terms if derived else None
+    if artifact.base is None:
+        if derived and chosen is None:
+            raise HubError("the licence of the base model holds for what derives from it: name it with --license")
+        return Licence(chosen, terms=terms)
+    if chosen is not None:
+        raise HubError(f"the licence is inherited from {artifact.base}: leave out --license {chosen}")
+    revision = artifact.about["base"]["revision"]
+    with _told(f"the licence of {artifact.base} cannot be read"):
+        info = api.model_info(artifact.base, revision=revision)
+        data: dict[str, Any] = info.card_data.to_dict() if info.card_data else {}
+        held = {file.rfilename for file in info.siblings or []}
+        text = next((name for name in LICENCE_FILES if name in held), None)
+        if text is not None:
+            shutil.copyfile(api.hf_hub_download(artifact.base, text, revision=revision), artifact.folder / text)
+    page = f"https://huggingface.co/{artifact.base}"
+    if not data.get("license"):
+        return Licence("other", f"that of {artifact.base}", page, terms, text)
+    link = data.get("license_link")
+    if link and "://" not in link:
+        link = f"{page}/blob/{revision}/{link}"
+    return Licence(data["license"], data.get("license_name"), link, terms, text)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """The Hub's and the network's errors as one that says what it means for the push."""
+    try:
+        yield
+    except PocoError:
+        raise
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        meaning = {
+            401: "the Hub does not know this token: run `hf auth login` again",
+            403: "this token may not do that: it needs write access there (and, of a gated model, its terms accepted)",
+            404: "the Hub has no such repository, or does not show it to this token",
+            409: "somebody made that repository a moment ago",
+            412: "somebody else has pushed meanwhile: look at it, then push again",
+        }.get(status, f"the Hub answered {status}")
+        raise HubError(f"{meaning} ({_first_line(error)}); {what}") from error
+    # No network; a part that was refused again and again; a full disk.
+    except (HTTPError, RuntimeError, OSError) as error:
+        raise HubError(f"{type(error).__name__}: {_first_line(error)}; {what}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    cause = f" {_first_line(error.__cause__)}" if error.__cause__ is not None else ""
+    return (str(error).strip().split("\n")[0] or type(error).__name__) + cause
