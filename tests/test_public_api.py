@@ -136,6 +136,14 @@ def test_modules_are_imported_from_a_package_as_ever():
         ("td_target", "returns, discount, next_q"),
         ("polyak_update", "target, online, tau"),
         ("load_adapter", "name"),
+        (
+            "push_head",
+            "run, repo_id, *, form='head', which='last', dtype='float32', critic=False, base=None, license=None, "
+            "private=True, update=False, dry_run=False, token=None",
+        ),
+        ("load_head", "repo_or_path, *, revision=None, adapter=None, base=None, device='cpu', **options"),
+        ("load_critic", "repo_or_path, *, revision=None, target=False"),
+        ("export_policy", "source, path, *, form='policy', base=None"),
         ("available_adapters", ""),
         ("check_policy", "policy, obs=None, *, seed=0, atol=0.0001"),
         ("train.train", "config"),
@@ -176,6 +184,31 @@ def test_the_contract_of_a_policy_is_this(method, arguments):
     assert [p for p in parameters if p not in ("self", "cls")] == arguments
 
 
+@pytest.mark.parametrize(
+    ("name", "signature"),
+    [
+        ("locate", "repo_or_path, revision=None"),
+        ("base_of", "head, moved=None"),
+        ("chosen_lora", "wanted, head"),
+        ("read_head", "folder, adapter"),
+        ("read_about", "folder"),
+        ("head_folder", "path"),
+        ("write_head", "folder, module, source, *, adapter, horizon, lora=None, options=None, peft=None"),
+        ("write_about", "folder, *, adapter, options=None"),
+        ("read_tensors", "file"),
+        ("check_tensors", "wanted, found, file"),
+        ("fingerprint", "module"),
+        ("PeftLayout", "modules, idle, shape=(0, 0)"),
+    ],
+)
+def test_what_adapters_write_and_read_heads_with_keeps_its_arguments(name, signature):
+    from poco_vla import heads
+
+    found = inspect.signature(inspect.unwrap(getattr(heads, name)))
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in found.parameters.values()]
+    assert str(inspect.Signature(bare)) == f"({signature})"
+
+
 def loaded_by(statement):
     program = f"{statement}\nimport sys; print('loaded:', ' '.join({{m.split('.')[0] for m in sys.modules}}))"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
@@ -193,10 +226,12 @@ def test_importing_a_package_loads_nothing_of_what_it_may_need(package):
 
 
 def test_the_mathematics_loads_torch_and_none_of_the_librarys_heavy_friends():
-    """It is read and used without the rest."""
-    loaded = loaded_by("from poco_vla import *")
+    """It is read and used without the rest, the Hub's client too."""
+    hub = {"export_policy", "load_critic", "load_head", "push_head"}
+    loaded = loaded_by(f"from poco_vla import {', '.join(name for name in PUBLIC if name not in hub)}")
     assert "torch" in loaded
-    assert not loaded & {*HEAVY, "tyro", "rich"}
+    assert not loaded & {*HEAVY, "tyro", "rich", "huggingface_hub"}
+    assert not loaded_by("from poco_vla import *") & {*HEAVY, "tyro"}
 
 
 @pytest.mark.parametrize("module", ["poco_vla.rollout.serving.client", "poco_vla.data.episode"])
