@@ -349,7 +349,6 @@ def eval_command(run: Path) -> str | None:
             f"--policy.path={run / result['policy']}",
             f"--policy.device={result.get('device', 'cpu')}",
             *result.get("lerobot_arguments", ()),
-            "--env.discover_packages_path=poco_vla.rollout.environments",
             f"--env.type={env['type']}",
             f"--env.task={env['task']}",
             *options,

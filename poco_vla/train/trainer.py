@@ -595,7 +595,7 @@ class Trainer:
             "versions": _versions(),
             "device": self.accelerator.device.type,
             "policy": "policy",
-            "lerobot_arguments": self.policy.lerobot_arguments,
+            "lerobot_arguments": [*self.policy.lerobot_arguments, *_where_lerobot_finds(self.env_config)],
             "demonstrations": {"steps": self.replay.num_demo_steps, "repo_id": self.dataset_config.repo_id},
         }
 
@@ -784,6 +784,15 @@ def _versions() -> dict[str, str]:
     names = ("poco-vla", "lerobot", "torch", "transformers", "accelerate", "peft")
     found = {name: version(name) for name in names if importlib.util.find_spec(name.replace("-", "_"))}
     return {"python": platform.python_version()} | found
+
+
+def _where_lerobot_finds(env_config: Any) -> list[str]:
+    """What LeRobot's commands need to be told of an environment type that neither they nor a plug-in registers."""
+    module = type(env_config).__module__
+    if env_config is None or module.startswith("lerobot"):
+        return []
+    package = module if hasattr(sys.modules[module], "__path__") else module.rpartition(".")[0] or module
+    return [f"--env.discover_packages_path={package}"]
 
 
 def _cosine(start: float, end: float | None, progress: float) -> float:
