@@ -23,6 +23,8 @@ from poco_vla.errors import ConfigError, PocoError, UnknownNameError
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+NO_ENV = "--no-env"
+"""Takes the environment out of a recipe, of which tyro's words can only change one."""
 
 
 def run_recipe(
@@ -140,7 +142,8 @@ def _parsed(config: TrainConfig, given: Sequence[str], *, tiny: bool, smoke: boo
     about = (
         "Every value of this recipe, with its default. Options of adapter and environment that are not listed can be "
         "added: --policy-options.NAME VALUE, --env.options.NAME VALUE (JSON, or a plain word). --seeds 0 1 2 runs once "
-        "for each."
+        f"for each. {NO_ENV} takes the environment out: for robots (--interaction.mode remote), or SFT alone "
+        "(--online-steps 0)."
     )
     smaller = {}
     if tiny:
@@ -149,10 +152,19 @@ def _parsed(config: TrainConfig, given: Sequence[str], *, tiny: bool, smoke: boo
     if smoke:
         smaller["--smoke"] = smoke_run
         about += " --smoke runs every stage within a minute, on little data and with small networks."
+    adapter = _chosen(given).get("--adapter", config.adapter)
+    if adapter != config.adapter:  # before --tiny, which makes a base of it
+        config = replace(config, adapter=adapter, policy_options={})
     for flag, shrink in smaller.items():
         config = shrink(config) if flag in given else config
-    default, rest = _with_open_options(config, [word for word in given if word not in smaller])
-    return tyro.cli(TrainConfig, description=about, default=default, args=rest, config=(tyro.conf.AvoidSubcommands,))
+    default, rest = _with_open_options(config, [word for word in given if word not in (*smaller, NO_ENV)])
+    parsed = tyro.cli(TrainConfig, description=about, default=default, args=rest, config=(tyro.conf.AvoidSubcommands,))
+    return _without_env(parsed) if NO_ENV in given else parsed
+
+
+def _without_env(config: TrainConfig) -> TrainConfig:
+    """For robots, or SFT alone: no environment, hence no demonstrations by its expert."""
+    return replace(config, env=None, demonstrations=None)
 
 
 def _seeds(given: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -181,8 +193,7 @@ def _with_open_options(config: TrainConfig, args: Sequence[str]) -> tuple[TrainC
     """Take `--policy-options.NAME VALUE` and `--env.options.NAME VALUE` into `config` where its defaults have no such
     name: what an adapter or environment offers is not known here. Another adapter or environment than the default's
     begins without the default's options. Gives the rest of the command line back."""
-    words = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") and "=" in arg else [arg])]
-    chosen = {flag: value for flag, value in pairwise(words) if flag in ("--adapter", "--env.type")}
+    words, chosen = _split(args), _chosen(args)
     policy_options, env = dict(config.policy_options), config.env
     if chosen.get("--adapter", config.adapter) != config.adapter:
         policy_options = {}
@@ -206,6 +217,16 @@ def _with_open_options(config: TrainConfig, args: Sequence[str]) -> tuple[TrainC
     return replace(config, policy_options=policy_options, env=env), rest
 
 
+def _split(args: Sequence[str]) -> list[str]:
+    """A command line with `--flag=value` in two words."""
+    return [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") and "=" in arg else [arg])]
+
+
+def _chosen(args: Sequence[str]) -> dict[str, str]:
+    """Adapter and environment type, where a command line names them."""
+    return {flag: value for flag, value in pairwise(_split(args)) if flag in ("--adapter", "--env.type")}
+
+
 def _json_or_word(value: str) -> Any:
     try:
         return json.loads(value)
@@ -215,7 +236,8 @@ def _json_or_word(value: str) -> Any:
 
 @dataclass
 class Train:
-    """Supervised fine-tuning, then online POCO."""
+    """Supervised fine-tuning, then online POCO. --no-env takes the environment out: for robots
+    (--interaction.mode remote), or SFT alone (--online-steps 0)."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: TrainConfig(env=EnvSpec()))
 
@@ -453,7 +475,10 @@ def main(args: Sequence[str] | None = None) -> None:
 def _command(args: Sequence[str]) -> object:
     """What is asked for."""
     args, devices = _devices(args) if args[:1] == ["robot"] else (args, ())
-    options, rest = _with_open_options(TrainConfig(env=EnvSpec()), args)
+    no_env = args[:1] == ["train"] and NO_ENV in args
+    options, rest = _with_open_options(
+        TrainConfig(env=EnvSpec()), [word for word in args if word != NO_ENV or not no_env]
+    )
     assert options.env is not None
     command = tyro.extras.subcommand_cli_from_dict(
         {
@@ -468,6 +493,7 @@ def _command(args: Sequence[str]) -> object:
     if isinstance(command, Train):
         env = command.config.env and _with_options(command.config.env, options.env)
         command.config = replace(command.config, policy_options=options.policy_options, env=env)
+        command.config = _without_env(command.config) if no_env else command.config
     elif isinstance(command, Robot):
         command.devices = tuple(devices)
     elif isinstance(command, Data) and isinstance(command.source, MakeData):
@@ -500,9 +526,9 @@ def _run(command: object) -> None:
         case Eval():
             from poco_vla.evaluate import evaluate
 
+            _, load = _policy_of(command)
             env = _env_of(command)
-            _, policy = _policy_of(command)
-            result = evaluate(policy, env, episodes=command.episodes, seed=command.seed)
+            result = evaluate(load(), env, episodes=command.episodes, seed=command.seed)
             console.print(f"success {result.success} of {command.episodes} episodes")
         case Serve():
             _serve(command, console)
@@ -539,18 +565,19 @@ def _run(command: object) -> None:
                 console.print(f"{name:<16} {where}")
 
 
-def _policy_of(command: Eval | Serve) -> tuple[str, Any]:
-    """The policy that is asked for, and its adapter's name: told, or what its folder or repository says."""
+def _policy_of(command: Eval | Serve) -> tuple[str, Callable[[], Any]]:
+    """The adapter's name, told or found where the policy is, and what loads the policy."""
     from poco_vla.heads import read_about
     from poco_vla.hub import load_head
     from poco_vla.registry import load_adapter
     from poco_vla.sources import locate
 
-    about = read_about(locate(command.policy).folder)
+    about = {} if command.adapter else read_about(locate(command.policy).folder)
     if about:
-        return about["adapter"], load_head(command.policy, adapter=command.adapter, device=command.device)
+        return about["adapter"], lambda: load_head(command.policy, device=command.device)
     name = command.adapter or _run_of(command.policy, "by which adapter, with --adapter").get("adapter", "flow_mlp")
-    return name, load_adapter(name).from_pretrained(command.policy, device=command.device)
+    adapter = load_adapter(name)
+    return name, lambda: adapter.from_pretrained(command.policy, device=command.device)
 
 
 def _push(command: Push, console: Console) -> None:
@@ -576,7 +603,8 @@ def _serve(command: Serve, console: Console) -> None:
     from poco_vla.rollout import Actor
     from poco_vla.rollout.serving.server import PolicyServer, observations_of
 
-    name, policy = _policy_of(command)
+    name, load = _policy_of(command)
+    policy = load()
     server = PolicyServer(
         Actor(policy, command.seed),
         observations_of(command.policy, policy.input_keys),

@@ -10,7 +10,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from poco_vla.errors import PolicyError
 
-SMALL_FILES = ("*.json", "policy_*.safetensors", "tokenizer*/*", "assets/*")
+SMALL_FILES = ("*.json", "*.txt", "*.model", "policy_*.safetensors", "tokenizer*/*", "assets/*")
 HEADS = ("head.safetensors", "adapter_model.safetensors")
 """Weights that are fetched with the small files: they are a head's, which is of no use without them."""
 

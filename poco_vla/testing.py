@@ -10,8 +10,10 @@ Every adapter passes it, ours and a third party's::
 Each point that is broken is reported in words: what was found, what was expected, the likely cause and its mend.
 """
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,9 +63,13 @@ def check_policy(
 
 @dataclass(frozen=True)
 class _Probe:
-    """A policy, the observations and the numbers it is probed with."""
+    """A policy, the observations and the numbers it is probed with.
+
+    `untouched` is a copy of the policy from before its first call, on the same weights; None where it has no copies.
+    """
 
     policy: FlowPolicy
+    untouched: FlowPolicy | None
     obs: Mapping[str, Any]
     x: Float[Tensor, "B N H A"]
     t: Float[Tensor, "B N"]
@@ -107,10 +113,12 @@ def _broken_points(policy: FlowPolicy, obs: Mapping[str, Any] | None, atol: floa
             return False
         return True
 
+    copies: list[FlowPolicy] = []
+    run("copy", _make_copy, policy, copies)
     run("sample_time", _check_sample_time, policy)
     probes: list[_Probe] = []
-    basics = run("spec", _check_spec, policy) and run("encode", _make_probe, policy, obs, atol, probes)
-    if not (basics and run("velocity", _check_velocity, probes[0])):
+    basics = run("spec", _check_spec, policy) and run("encode", _make_probe, policy, copies, obs, atol, probes)
+    if not (basics and run("velocity", _check_velocity, probes[0]) and run("memory", _check_memory, probes[0])):
         return [*broken, "nothing else could be checked before these points are mended"]
     for title, check in _CHECKS:
         run(title, check, probes[0])
@@ -134,7 +142,28 @@ def _check_spec(policy: FlowPolicy) -> Iterator[str]:
         yield "policy.head is not a submodule of the policy, so its weights would neither move to a device nor be saved"
 
 
-def _make_probe(policy: FlowPolicy, obs: Mapping[str, Any] | None, atol: float, probes: list[_Probe]) -> Iterator[str]:
+def _copy(policy: FlowPolicy) -> FlowPolicy:
+    """A copy on the same parameters and buffers: what it remembers from now on is its own."""
+    return copy.deepcopy(policy, {id(tensor): tensor for tensor in (*policy.parameters(), *policy.buffers())})
+
+
+def _make_copy(policy: FlowPolicy, copies: list[FlowPolicy]) -> Iterator[str]:
+    try:
+        copies.append(_copy(policy))
+    except Exception as error:  # whatever it holds that cannot be copied raises its own
+        yield (
+            f"copy.deepcopy(policy) raises {type(error).__name__}: {error}. Acting beside learning has a copy of the "
+            "policy: keep locks, files and tensors with a gradient history out of it"
+        )
+
+
+def _make_probe(
+    policy: FlowPolicy,
+    copies: list[FlowPolicy],
+    obs: Mapping[str, Any] | None,
+    atol: float,
+    probes: list[_Probe],
+) -> Iterator[str]:
     """Encodes once, to learn B, and checks that what comes out can be worked with at all."""
     device = next((p.device for p in policy.head.parameters()), torch.device("cpu"))
     obs = policy.example_obs(3) if obs is None else obs
@@ -152,13 +181,13 @@ def _make_probe(policy: FlowPolicy, obs: Mapping[str, Any] | None, atol: float, 
     spec = policy.spec
     x = torch.randn(batch, NUM_CANDIDATES, spec.horizon, spec.width).to(device)
     t = torch.linspace(0.05, 0.95, batch * NUM_CANDIDATES).reshape(batch, NUM_CANDIDATES).to(device)
-    probes.append(_Probe(policy, obs, x, t, atol))
+    probes.append(_Probe(policy, copies[0] if copies else None, obs, x, t, atol))
     if not features.isfinite().all():
         yield f"{(~features.isfinite()).sum().item()} of {features.numel()} features are NaN or infinite"
 
 
 def _check_velocity(probe: _Probe) -> Iterator[str]:
-    """Shape, dtype, finiteness, and that the answer depends on what it is asked: else no other check could fail."""
+    """Shape, dtype, finiteness."""
     x, t = probe.x, probe.t
     v = probe.velocity(x, t)
     if not isinstance(v, Tensor) or v.shape != x.shape:
@@ -173,6 +202,70 @@ def _check_velocity(probe: _Probe) -> Iterator[str]:
             f"returns {v.dtype} for x of {x.dtype}; cast the result to x.dtype, so that Euler steps and flow errors "
             "are computed in it"
         )
+
+
+def _check_memory(probe: _Probe) -> Iterator[str]:
+    """An answer depends on the prefix and on what is asked now, never on what was asked before."""
+    if probe.untouched is None:
+        return  # another check's finding
+    x, t = probe.x, probe.t
+    early, late = (t.new_full((1, 1), time).expand(t.shape) for time in (0.1, 0.9))  # as `integrate` gives them
+    pairs = {"time": ((x, t), (x, 1 - t)), "shared time": ((x, early), (x, late)), "chunk": ((x, t), (-x, t))}
+    found: dict[str, list[str]] = {}
+    for what, (before, now) in pairs.items():
+        for where in _remembered(probe, probe.untouched, before, now):
+            found.setdefault(where, []).append(what)
+    for where, remembered in found.items():
+        whats = [what for what in remembered if what != "shared time"] or ["time"]
+        point = (
+            f"velocity remembers the {' and the '.join(whats)} of an earlier call: asked for another, it answers "
+            f"otherwise than a policy on a fresh prefix that was asked nothing before. It is kept in {where}. A prefix "
+            "is encoded once and serves all candidates and Euler steps: keep in it what comes from the observation "
+            "alone, and compute what x or t enter at every call"
+        )
+        if where != _IN_PREFIX:
+            raise _CannotGoOnError(point)  # every other answer may be one to an earlier question
+        yield point
+
+
+_IN_PREFIX = "the prefix, whose next user finds it there"
+_IN_POLICY = "the policy, where a call on any prefix finds it"
+_BY_PREFIX = "the policy, under the prefix it belongs to"
+
+
+@torch.no_grad()
+def _remembered(
+    probe: _Probe, untouched: FlowPolicy, before: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor]
+) -> Iterator[str]:
+    """Where what `before` asked for is kept, if it changes the answer to `now`."""
+
+    def ask(policy: FlowPolicy, prefix: Prefix, question: tuple[Tensor, Tensor]) -> Tensor:
+        # A time that is expanded from one number stays so; a policy that writes into its input is another's finding.
+        x, t = question
+        return policy.velocity(prefix, x.clone(), t if t.stride() == (0, 0) else t.clone()).clone()
+
+    def alone() -> Tensor:
+        policy = _copy(untouched)
+        return ask(policy, policy.encode(probe.obs), now)
+
+    expected, asked = alone(), _copy(untouched)
+    prefix = asked.encode(probe.obs)
+    ask(asked, prefix, before)
+    if not probe.gap(ask(asked, prefix, now), expected) or probe.gap(alone(), expected):
+        return  # all well, or random: another check's finding
+    twice = _copy(untouched)
+    same = twice.encode(probe.obs)
+    if probe.gap(*(ask(twice, same, now) for _ in range(2))):
+        return  # the same question changes the prefix, too: another check's finding
+    if probe.gap(ask(asked, asked.encode(probe.obs), now), expected):
+        yield _IN_POLICY
+    else:
+        yield _IN_PREFIX if probe.gap(ask(_copy(untouched), prefix, now), expected) else _BY_PREFIX
+
+
+def _check_dependence(probe: _Probe) -> Iterator[str]:
+    """The answer depends on what it is asked: else no other check could fail."""
+    x, t = probe.x, probe.t
     early, late = torch.full_like(t, 0.1), torch.full_like(t, 0.9)
     if torch.equal(probe.velocity(x, early), probe.velocity(x, late)):
         yield "is the same at t = 0.1 and at t = 0.9: the flow time does not reach the network"
@@ -218,6 +311,97 @@ def _check_encode(probe: _Probe) -> Iterator[str]:
             f"policy.train() changes the prefix: {gap}. The backbone must run in eval mode: call "
             "self.backbone.eval() inside encode"
         )
+
+
+def _check_stored_prefix(probe: _Probe) -> Iterator[str]:
+    """A prefix may be kept while the head trains: it holds nothing that changes, and no gradient goes through it.
+
+    Keys and values that the head makes may lie in it for sampling, if they are made anew where gradients are recorded.
+    """
+    policy = probe.policy
+    head = {name: p for name, p in policy.head.named_parameters() if p.requires_grad}
+    if names := _stale(probe, head, used=False):
+        in_features = _stale(probe, head, used=False, features=True)
+        yield (
+            f"a prefix that was encoded before the head's {_some(names)} changed is not one that is encoded after: "
+            f"{'its features differ' if in_features else 'the velocity on it differs'}, where gradients are recorded. "
+            "encode uses what trains: move that into velocity, or freeze it and take it out of policy.head"
+        )
+    elif (names := _stale(probe, head, used=True)) and not any(_check_memory(probe)):
+        yield (
+            f"velocity keeps what the head's {_some(names)} made at its first call on a prefix, and goes on with it "
+            "after they have changed, where gradients are recorded; make it anew at every call"
+        )
+    elif _carries_gradient(probe) and not _outside_head(policy) and not probe.encode().features.requires_grad:
+        yield (
+            "the prefix carries gradient beside its features: a velocity requires grad while every parameter is "
+            "frozen. Run all of encode under torch.no_grad(), and keep no tensor that requires grad outside parameters"
+        )
+
+
+def _stale(probe: _Probe, head: Mapping[str, Tensor], *, used: bool, features: bool = False) -> list[str]:
+    """Trained parameters whose change a prefix from before does not notice; empty when there is none.
+
+    Args:
+        probe: of the policy.
+        head: the trained parameters.
+        used: a velocity is asked of the prefix before they change, so that what is made at first use is made.
+        features: look at the features alone.
+    """
+    policy = probe.policy
+
+    @torch.enable_grad()
+    def is_stale(parameters: list[Tensor]) -> bool:
+        stored = probe.encode()
+        if used:
+            policy.velocity(stored, probe.x, probe.t)
+        with _moved(parameters):
+            fresh = probe.encode()
+            gap = probe.gap(stored.features, fresh.features)
+            if gap or features:
+                return bool(gap)
+            return bool(probe.gap(*(policy.velocity(prefix, probe.x, probe.t) for prefix in (stored, fresh))))
+
+    if is_stale([]) or not is_stale(list(head.values())):
+        return []  # random, or changed by its use: another check's finding; or all well
+    return [name for name, p in head.items() if is_stale([p])] or ["parameters"]
+
+
+@contextmanager
+def _moved(parameters: list[Tensor]) -> Iterator[None]:
+    """Parameters a training step away; back where they were afterwards."""
+    before = [p.detach().clone() for p in parameters]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p))
+        yield
+    finally:
+        with torch.no_grad():
+            for p, kept in zip(parameters, before, strict=True):
+                p.copy_(kept)
+
+
+def _carries_gradient(probe: _Probe) -> bool:
+    """Whether a velocity requires grad because of the prefix."""
+    with torch.enable_grad():
+        prefix = probe.encode()
+    trained = [p for p in probe.policy.parameters() if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        with torch.enable_grad():
+            return probe.policy.velocity(prefix, probe.x, probe.t).requires_grad
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+def _outside_head(policy: FlowPolicy) -> dict[str, Tensor]:
+    """Parameters that require grad and are none of the head's."""
+    ids = {id(p) for p in policy.head.parameters()}
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad and id(p) not in ids}
 
 
 def _check_pure(probe: _Probe) -> Iterator[str]:
@@ -337,20 +521,27 @@ def _check_time_convention(probe: _Probe) -> Iterator[str]:
             "noise and predicts noise - action; pass it 1 - t and negate its output": lambda: disagreement(
                 _Field(lambda p, x, t: -policy.velocity(p, x, 1 - t))
             ),
-            "velocity changes the prefix: agreement returns when every Euler step gets a fresh one": lambda: (
-                disagreement(_Field(fresh))
-            ),
+            _FRESH_HELPS: lambda: disagreement(_Field(fresh)),
             "native_sample clips; it must return the chunk as it is": lambda: probe.gap(sample.clamp(*clip), native),
             "velocity reads the padded dimensions of x, which the model's own sampler does not: agreement returns when "
             "their noise is zero. Cut x to action_dim in velocity": lambda: disagreement(policy, noise=bare),
-        } | {
+            "velocity leaves out the padded dimensions of x, which the model's own sampler reads. Pass x whole to the "
+            "network": lambda: "" if _padding_read(probe) == (False, True) else gap,
+        }
+        causes |= {
             f"the step counts differ: agreement returns with {k} steps. Set spec.flow_steps = {k}": (
                 lambda k=k: disagreement(policy, steps=k)
             )
             for k in OTHER_STEP_COUNTS
             if k != steps
         }
+        causes |= {
+            "velocity is zero in the padded dimensions of its result and reads those of x, which the model's own "
+            "sampler integrates. Return the network's whole output": lambda: "" if _padding_zeroed(probe) else gap,
+        }
         cause = next((words for words, still_apart in causes.items() if not still_apart()), None)
+    if cause == _FRESH_HELPS and (any(_check_pure(probe)) or any(_check_memory(probe))):
+        return  # another check's finding
     yield (
         f"integrate(policy, prefix, noise, {steps}) and native_sample(obs, noise) must be one chunk (t = 0 is noise, "
         f"t = 1 is the action, v = action - noise), but {gap}. "
@@ -361,6 +552,9 @@ def _check_time_convention(probe: _Probe) -> Iterator[str]:
             "model's own at t = 0"
         )
     )
+
+
+_FRESH_HELPS = "velocity changes the prefix: agreement returns when every Euler step gets a fresh one"
 
 
 @dataclass(frozen=True)
@@ -375,16 +569,22 @@ class _Field:
 def _check_gradients(probe: _Probe) -> Iterator[str]:
     policy = probe.policy
     head = {name: p for name, p in policy.head.named_parameters() if p.requires_grad}
-    ids = {id(p) for p in policy.head.parameters()}
-    outside = {name: p for name, p in policy.named_parameters() if p.requires_grad and id(p) not in ids}
+    outside = _outside_head(policy)
     if not head:
         yield "no parameter of policy.head requires grad, so nothing would train; call head.requires_grad_(True)"
         return
     with torch.enable_grad():
+        recorded = policy.velocity(probe.encode(), probe.x, probe.t)
         error = flow_errors(policy, probe.encode(), probe.x.clamp(-1, 1), _all_valid(probe), noise=probe.x, t=probe.t)
         reached = error.requires_grad
         grads = (
             torch.autograd.grad(error.sum(), [*head.values(), *outside.values()], allow_unused=True) if reached else ()
+        )
+    plain = probe.velocity(probe.x, probe.t)
+    if (gap := probe.gap(recorded, plain)) and not probe.gap(probe.velocity(probe.x, probe.t), plain):
+        yield (
+            f"velocity is not the same function where gradients are recorded: {gap}. Candidates are sampled without "
+            "and flow errors trained with gradients; both must give the same numbers"
         )
     if not reached or all(g is None for g in grads[: len(head)]):
         yield (
@@ -392,6 +592,8 @@ def _check_gradients(probe: _Probe) -> Iterator[str]:
             "under no_grad, or policy.head another module than the one that computes it?"
         )
     elif missed := [name for name, g in zip(head, grads, strict=False) if g is None]:
+        if set(missed) <= set(_stale(probe, head, used=False)):
+            return  # encode uses them: another check's finding
         yield (
             f"a flow error's gradient does not reach the head parameter {_some(missed)}; a parameter without a use "
             "must not require grad (data-parallel training waits for its gradient): freeze it, or mend the graph"
@@ -440,18 +642,51 @@ def _check_masks(probe: _Probe) -> Iterator[str]:
 
 def _check_padding(probe: _Probe) -> Iterator[str]:
     """A VLA may read the noise in its padded dimensions, as it did in pre-training. Then its own sampler does, too."""
-    policy, real = probe.policy, probe.policy.spec.action_dim
-    if real == policy.spec.width:
-        return
-    other = torch.cat([probe.x[..., :real], 2 - probe.x[..., real:]], dim=-1)
-    gap = probe.gap(probe.velocity(other, probe.t)[..., :real], probe.velocity(probe.x, probe.t)[..., :real])
-    with torch.no_grad():
-        samples = [policy.native_sample(probe.obs, x[:, 0].clone())[..., :real] for x in (probe.x, other)]
-    if gap and not probe.gap(*samples):
+    real = probe.policy.spec.action_dim
+    for narrower in range(real - 1, 0, -1):
+        if not _postprocesses(probe, real) and _postprocesses(probe, narrower):
+            yield (
+                f"spec.action_dim is {real}, but postprocess takes actions of {narrower} dimensions: the others are "
+                f"padding, which would count in every loss and reach the critic. Set spec.action_dim = {narrower}"
+            )
+            return
+    reads = _padding_read(probe)
+    if reads == (True, False):
         yield (
             f"velocity reads the padded dimensions of x (index >= action_dim = {real}), which native_sample does not: "
-            f"{gap} when only they change. Cut x to action_dim in velocity"
+            "it differs when only they change. Cut x to action_dim in velocity"
         )
+    elif reads == (False, True):
+        yield (
+            f"native_sample reads the padded dimensions of the noise (index >= action_dim = {real}), and velocity "
+            "leaves out those of x: the model was trained with noise there. Pass x whole to the network"
+        )
+
+
+def _padding_read(probe: _Probe) -> tuple[bool, bool]:
+    """Whether velocity, and the model's own sampler, read padded dimensions."""
+    policy, real = probe.policy, probe.policy.spec.action_dim
+    if real == policy.spec.width:
+        return False, False
+    other = torch.cat([probe.x[..., :real], 2 - probe.x[..., real:]], dim=-1)
+    velocities = [probe.velocity(x, probe.t)[..., :real] for x in (probe.x, other)]
+    with torch.no_grad():
+        samples = [policy.native_sample(probe.obs, x[:, 0].clone())[..., :real] for x in (probe.x, other)]
+    return bool(probe.gap(*velocities)), bool(probe.gap(*samples))
+
+
+def _padding_zeroed(probe: _Probe) -> bool:
+    """Whether velocity reads padded dimensions of x and gives zeros there."""
+    return _padding_read(probe)[0] and not probe.velocity(probe.x, probe.t)[..., probe.policy.spec.action_dim :].any()
+
+
+def _postprocesses(probe: _Probe, dims: int) -> bool:
+    """Whether actions of that many dimensions go through the post-processor."""
+    actions = probe.x[:, 0, :, :dims].clamp(-1, 1)
+    try:
+        return probe.policy.postprocess(actions).shape == actions.shape
+    except Exception:  # LeRobot's steps raise their own; one that needs an observation first refuses any
+        return False
 
 
 def _check_proposals(probe: _Probe) -> Iterator[str]:
@@ -503,7 +738,9 @@ def _check_save_and_load(probe: _Probe) -> Iterator[str]:
 
 
 _CHECKS: tuple[tuple[str, Callable[[_Probe], Iterator[str]]], ...] = (
+    ("velocity", _check_dependence),
     ("encode", _check_encode),
+    ("stored prefix", _check_stored_prefix),
     ("purity", _check_pure),
     ("candidates", _check_candidates),
     ("candidate times", _check_times),

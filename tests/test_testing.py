@@ -1,6 +1,7 @@
 """check_policy passes what keeps the contract and says in words what does not."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from threading import Lock
 
 import pytest
 import torch
@@ -269,8 +270,220 @@ class NoiseInPadding(PaddingRead):
         return x[:, 0]
 
 
-@pytest.mark.parametrize("adapter", [Padded, NoiseInPadding])
-def test_sound_padded_adapters_pass(adapter):
+class WholeNetwork(PaddingRead):
+    """Reads the noise in its padded dimensions and moves it, as its own sampler does."""
+
+    def network(self, prefix, x, t):
+        moved = F.pad(0.5 * x[..., 3:], (3, 0))
+        return PaddingRead.velocity(self, prefix, x, t) + moved
+
+    velocity = network
+
+    def native_sample(self, obs, noise):
+        x, prefix, steps = noise[:, None], self.encode(obs), self.spec.flow_steps
+        for k in range(steps):
+            x = x + self.network(prefix, x, torch.full(x.shape[:2], k / steps)) / steps
+        return x[:, 0]
+
+
+class PaddingZeroed(WholeNetwork):
+    def velocity(self, prefix, x, t):
+        return F.pad(self.network(prefix, x, t)[..., :3], (0, 2))
+
+
+class PaddingCut(WholeNetwork):
+    """Keeps from the network what it was trained with."""
+
+    def velocity(self, prefix, x, t):
+        return Padded.velocity(self, prefix, x, t)
+
+
+class PaddingCounted(Padded):
+    """Takes the network's width for the robot's."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.spec = replace(self.spec, action_dim=5)
+
+    def native_sample(self, obs, noise):
+        return torch.cat([super().native_sample(obs, noise)[..., :3], noise[..., 3:]], dim=-1)
+
+
+# A memory of an earlier question. Each of these is right at its first call.
+
+
+class ChunkKeptInPrefix(FlowMlp):
+    def velocity(self, prefix, x, t):
+        first = vars(prefix).setdefault("chunk", x)
+        return super().velocity(prefix, first, t)
+
+
+class TimeKeptInPrefix(FlowMlp):
+    def velocity(self, prefix, x, t):
+        first = vars(prefix).setdefault("time", t)
+        return super().velocity(prefix, x, first)
+
+
+class AnswerKeptInPrefix(FlowMlp):
+    def velocity(self, prefix, x, t):
+        if "answer" not in vars(prefix):
+            vars(prefix)["answer"] = super().velocity(prefix, x, t)
+        return vars(prefix)["answer"]
+
+
+class SharedTimeKeptInPrefix(FlowMlp):
+    """Embeds the time that all candidates share once for a prefix: once too few, since it changes with every step."""
+
+    def velocity(self, prefix, x, t):
+        if t.stride() == (0, 0):
+            t = vars(prefix).setdefault("time", t)
+        return super().velocity(prefix, x, t)
+
+
+class MemoOfPolicy(FlowMlp):
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.memo = {}
+
+
+class ChunkKeptInPolicy(MemoOfPolicy):
+    def velocity(self, prefix, x, t):
+        return super().velocity(prefix, self.memo.setdefault(x.shape, x), t)
+
+
+class TimeKeptInPolicy(MemoOfPolicy):
+    def velocity(self, prefix, x, t):
+        return super().velocity(prefix, x, self.memo.setdefault(t.shape, t))
+
+
+class TimeKeptByPrefix(MemoOfPolicy):
+    def velocity(self, prefix, x, t):
+        return super().velocity(prefix, x, self.memo.setdefault(id(prefix), t))
+
+
+class ChunkOfLastPrefix(FlowMlp):
+    last = None, None
+
+    def velocity(self, prefix, x, t):
+        if self.last[0] is not prefix:
+            self.last = prefix, x
+        return super().velocity(prefix, self.last[1], t)
+
+
+class RightMemo(MemoOfPolicy):
+    """Remembers what belongs to a prefix, and times under their own values."""
+
+    def velocity(self, prefix, x, t):
+        vars(prefix).setdefault("doubled", prefix.features * 2)
+        self.memo[prefix.features.data_ptr()] = vars(prefix)["doubled"]
+        times = self.memo.setdefault(tuple(t.flatten().tolist()), t.clone())
+        return super().velocity(MlpPrefix(vars(prefix)["doubled"] / 2), x, times)
+
+
+class CannotBeCopied(FlowMlp):
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.lock = Lock()
+
+
+# A stored prefix, while the head trains.
+
+
+@dataclass(frozen=True)
+class KeysPrefix:
+    features: torch.Tensor
+    keys: torch.Tensor
+
+    def select(self, index):
+        return KeysPrefix(self.features[index], self.keys[index])
+
+    def to(self, device):
+        return KeysPrefix(self.features.to(device), self.keys.to(device))
+
+
+class HeadInFeatures(FlowMlp):
+    """The critic's features go through a weight that trains."""
+
+    @torch.no_grad()
+    def encode(self, obs):
+        features = super().encode(obs).features
+        return MlpPrefix(features + next(self.head.parameters()).mean())
+
+    def native_sample(self, obs, noise):
+        return self.model.sample(self.encode(obs).features, noise)
+
+
+class KeysOfHead(FlowMlp):
+    """Keys that the head makes lie in the prefix, and nowhere else."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.head.to_keys = nn.Parameter(torch.full((6,), 0.5))
+
+    def keys(self, features):
+        return features * self.head.to_keys
+
+    @torch.no_grad()
+    def encode(self, obs):
+        features = super().encode(obs).features
+        return KeysPrefix(features, self.keys(features))
+
+    def velocity(self, prefix, x, t):
+        return super().velocity(MlpPrefix(prefix.features + prefix.keys), x, t)
+
+    def native_sample(self, obs, noise):
+        prefix = self.encode(obs)
+        return self.model.sample(prefix.features + prefix.keys, noise)
+
+    def save_pretrained(self, path):
+        weight, self.head.to_keys = self.head.to_keys, None
+        super().save_pretrained(path)
+        self.head.to_keys = weight
+
+
+class KeysMadeAnew(KeysOfHead):
+    """As GR00T: kept for sampling, made anew where gradients are recorded."""
+
+    def velocity(self, prefix, x, t):
+        if torch.is_grad_enabled():
+            prefix = KeysPrefix(prefix.features, self.keys(prefix.features))
+        return super().velocity(prefix, x, t)
+
+
+class KeysMadeAtFirstUse(KeysOfHead):
+    def velocity(self, prefix, x, t):
+        keys = vars(prefix).setdefault("made", self.keys(prefix.features))
+        return super().velocity(KeysPrefix(prefix.features, keys), x, t)
+
+
+class HiddenGradient(FlowMlp):
+    """A tensor that requires grad and is no parameter: none of the features shows it."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.gain = torch.full((6,), 0.5, requires_grad=True)
+
+    def encode(self, obs):
+        features = super().encode(obs).features
+        return KeysPrefix(features, features * self.gain)
+
+    def velocity(self, prefix, x, t):
+        return super().velocity(MlpPrefix(prefix.features + prefix.keys), x, t)
+
+    def native_sample(self, obs, noise):
+        prefix = self.encode(obs)
+        return self.model.sample((prefix.features + prefix.keys).detach(), noise)
+
+
+class OtherFunctionUnderGradient(FlowMlp):
+    """Two paths, and only the one that samples converts the model's time."""
+
+    def velocity(self, prefix, x, t):
+        return super().velocity(prefix, x, 1 - t if torch.is_grad_enabled() else t)
+
+
+@pytest.mark.parametrize("adapter", [Padded, NoiseInPadding, WholeNetwork, RightMemo, KeysMadeAnew])
+def test_sound_adapters_of_other_kinds_pass(adapter):
     check_policy(adapter.tiny())
 
 
@@ -287,7 +500,7 @@ def test_sound_padded_adapters_pass(adapter):
         (MeanTime, ["candidate times: ", "mean time of a state is used for all"]),
         (NoTime, ["velocity: ", "the flow time does not reach the network"]),
         (MixedCandidates, ["candidates: ", "depends on the candidates beside it", "mask attention"]),
-        (MutatingVelocity, ["purity: ", "changes prefix.features in place", "fresh one"]),
+        (MutatingVelocity, ["purity: ", "changes prefix.features in place", "work on a copy"]),
         (GrowingCache, ["purity: ", "changes the prefix", "KV cache grows"]),
         (OverwritesInput, ["purity: ", "inputs x or t in place"]),
         (RandomVelocity, ["purity: ", "velocity is random"]),
@@ -309,6 +522,26 @@ def test_sound_padded_adapters_pass(adapter):
         (ForgetfulLoad, ["save and load: ", "gives another velocity"]),
         (PaddingRead, ["padding: ", "reads the padded dimensions of x", "Cut x to action_dim",
                        "when their noise is zero"]),
+        (PaddingCut, ["padding: native_sample reads the padded dimensions of the noise", "Pass x whole",
+                      "time convention: ", "velocity leaves out the padded dimensions of x"]),
+        (PaddingZeroed, ["time convention: ", "velocity is zero in the padded dimensions", "network's whole output"]),
+        (PaddingCounted, ["padding: spec.action_dim is 5, but postprocess takes actions of 3", "spec.action_dim = 3"]),
+        (ChunkKeptInPrefix, ["memory: ", "remembers the chunk of an earlier call", "in the prefix, whose next"]),
+        (TimeKeptInPrefix, ["memory: ", "the time of an earlier call", "in the prefix, whose next"]),
+        (AnswerKeptInPrefix, ["memory: ", "the time and the chunk of an earlier call", "in the prefix, whose next"]),
+        (SharedTimeKeptInPrefix, ["memory: ", "the time of an earlier call", "in the prefix, whose next"]),
+        (ChunkKeptInPolicy, ["memory: ", "the chunk of an earlier call", "in the policy, where a call on any prefix"]),
+        (TimeKeptInPolicy, ["memory: ", "the time of an earlier call", "in the policy, where a call on any prefix"]),
+        (TimeKeptByPrefix, ["memory: ", "the time of an earlier call", "kept in the policy, under the prefix"]),
+        (ChunkOfLastPrefix, ["memory: ", "the chunk of an earlier call", "kept in the policy, under the prefix"]),
+        (CannotBeCopied, ["copy: copy.deepcopy(policy) raises TypeError", "keep locks"]),
+        (HeadInFeatures, ["stored prefix: ", "the head's layers.0.weight changed", "its features differ",
+                          "move that into velocity, or freeze it"]),
+        (KeysOfHead, ["stored prefix: ", "the head's to_keys changed", "the velocity on it differs",
+                      "move that into velocity, or freeze it"]),
+        (KeysMadeAtFirstUse, ["stored prefix: velocity keeps what the head's to_keys made", "make it anew"]),
+        (HiddenGradient, ["stored prefix: the prefix carries gradient beside its features", "torch.no_grad()"]),
+        (OtherFunctionUnderGradient, ["gradients: velocity is not the same function where gradients are recorded"]),
     ],
 )  # fmt: skip
 def test_a_broken_adapter_is_told_what_is_wrong(adapter, words):
@@ -330,11 +563,41 @@ def test_a_broken_adapter_is_told_what_is_wrong(adapter, words):
         CannotSave,
         FrozenHead,
         UnusedWeight,
+        GrowingCache,
+        PaddingZeroed,
+        PaddingCounted,
+        ChunkKeptInPrefix,
+        TimeKeptInPrefix,
+        AnswerKeptInPrefix,
+        SharedTimeKeptInPrefix,
+        CannotBeCopied,
+        HeadInFeatures,
+        KeysOfHead,
+        KeysMadeAtFirstUse,
+        HiddenGradient,
+        OtherFunctionUnderGradient,
     ],
 )
 def test_one_mistake_is_one_point(adapter):
     """No avalanche: a candidates' mix-up or a shared time leaves the sampler of one candidate right, for instance."""
     assert "in 1 point:\n1. " in complaint(adapter.tiny())
+
+
+@pytest.mark.parametrize("adapter", [ChunkKeptInPolicy, TimeKeptInPolicy, TimeKeptByPrefix, ChunkOfLastPrefix])
+def test_a_policy_that_answers_earlier_questions_is_asked_no_more(adapter):
+    message = complaint(adapter.tiny())
+    assert [line.split(":")[0] for line in message.splitlines()[1:]] == [
+        "1. memory",
+        "2. nothing else could be checked before these points are mended",
+    ]
+
+
+def test_weights_are_back_even_where_a_stored_prefix_was_found_stale():
+    policy = KeysOfHead.tiny()
+    weights = [p.clone() for p in policy.parameters()]
+    complaint(policy)
+    assert all(torch.equal(p, w) for p, w in zip(policy.parameters(), weights, strict=True))
+    assert all(p.requires_grad for p in policy.head.parameters())
 
 
 def test_all_points_are_listed_at_once():

@@ -1,0 +1,164 @@
+"""A LeRobot ``smolvla`` folder: a complete match of weights and statistics, or an error that names what does not.
+
+LeRobot's own `from_pretrained` logs a warning and returns a half-random model when names differ.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.configs.types import FeatureType, NormalizationMode
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from lerobot.processor import (
+    NewLineTaskProcessorStep,
+    TokenizerProcessorStep,
+    make_default_policy_processor_steps,
+    make_policy_processor_pipelines,
+)
+from torch import Tensor
+
+from poco_vla import DataError, PolicyError, heads
+
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+LANGUAGE_HEAD = "model.vlm_with_expert.vlm.lm_head.weight"
+EMBEDDINGS = "model.vlm_with_expert.vlm.model.text_model.embed_tokens.weight"
+NEEDED = {
+    NormalizationMode.MEAN_STD: ("mean", "std"),
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+}
+"""Statistics of each normalisation; LeRobot leaves a column as it is, without a word, where they are missing."""
+
+type Stats = Mapping[str, Mapping[str, Any]]
+
+
+def read_config(source: heads.Source) -> SmolVLAConfig:
+    """The configuration of a checkpoint.
+
+    Raises:
+        PolicyError: there is none, or it is of another model.
+    """
+    folder = source.folder
+    if not (folder / "config.json").is_file():
+        held = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise PolicyError(f"no policy in {source.name}: config.json is missing (the folder holds {held})")
+    try:
+        config = PreTrainedConfig.from_pretrained(str(folder))
+    except Exception as error:  # draccus raises its own and ValueError, TypeError
+        reason = error if error.__cause__ is None else f"{error} {error.__cause__}"
+        raise PolicyError(f"{folder / 'config.json'} is not understood by LeRobot: {reason}") from error
+    if not isinstance(config, SmolVLAConfig):
+        raise PolicyError(f'{source.name} holds a policy of type "{config.type}", expected "smolvla"')
+    if config.adapt_to_pi_aloha:
+        raise PolicyError(
+            f"{source.name} was trained with adapt_to_pi_aloha, whose actions this adapter does not convert"
+        )
+    return config
+
+
+def load_weights(policy: SmolVLAPolicy, file: Path, *, device: str, dtype: torch.dtype | None) -> None:
+    """Fill an empty policy from LeRobot's ``model.safetensors``.
+
+    Where a file holds one tensor for the language head and the embeddings that it is tied to, both get it.
+
+    Args:
+        policy: from :func:`poco_vla_smolvla.vlm.empty_policy`.
+        file: the weights.
+        device: where they go.
+        dtype: of the VLM; None is the file's. All else is float32.
+
+    Raises:
+        PolicyError: the file is missing or damaged, or names or shapes differ.
+    """
+    wanted = {name: tuple(parameter.shape) for name, parameter in policy.named_parameters()}
+    heads.check_file(file)
+    weights = heads.read_tensors(file)
+    if tied(policy):
+        shared = weights.get(EMBEDDINGS, weights.get(LANGUAGE_HEAD))
+        weights |= {} if shared is None else {EMBEDDINGS: shared, LANGUAGE_HEAD: shared}
+    heads.check_tensors(wanted, {name: tuple(tensor.shape) for name, tensor in weights.items()}, file)
+    for name, tensor in weights.items():
+        of_vlm = name.startswith("model.vlm_with_expert.vlm.")
+        weights[name] = tensor.to(device, (dtype or tensor.dtype) if of_vlm else torch.float32)
+    policy.load_state_dict(weights, assign=True)
+    policy.to(device)  # buffers
+
+
+def tied(policy: SmolVLAPolicy) -> bool:
+    """Whether the VLM's language head, which no action depends on, is its embeddings."""
+    return bool(policy.model.vlm_with_expert.config.tie_word_embeddings)
+
+
+def build_pipelines(config: SmolVLAConfig, stats: Stats, tokenizer: Any) -> tuple[Any, Any]:
+    """New pipelines, step for step those of LeRobot's `make_smolvla_pre_post_processors`, which loads its tokenizer by
+    name."""
+    steps = make_default_policy_processor_steps(config, {key: dict(value) for key, value in stats.items()})
+    words = TokenizerProcessorStep(
+        tokenizer=tokenizer,
+        padding=config.pad_language_to,
+        padding_side="right",
+        max_length=config.tokenizer_max_length,
+    )
+    inputs = [steps.rename_observations, steps.add_batch_dim, NewLineTaskProcessorStep(), words, steps.to_device]
+    return make_policy_processor_pipelines([*inputs, steps.normalize], [steps.unnormalize, steps.to_cpu])
+
+
+def load_pipelines(folder: Path, config: SmolVLAConfig, tokenizer: Any) -> tuple[Any, Any]:
+    """The pipelines saved in `folder`, normalising as `config` says."""
+    mapping = {"norm_map": config.normalization_mapping}
+    overrides = {
+        "tokenizer_processor": {"tokenizer": tokenizer, "tokenizer_name": None},
+        "device_processor": {"device": config.device},
+        "normalizer_processor": mapping,
+    }
+    try:
+        return make_pre_post_processors(
+            config,
+            pretrained_path=str(folder),
+            preprocessor_overrides=overrides,
+            postprocessor_overrides={"unnormalizer_processor": mapping},
+        )
+    except Exception as error:  # LeRobot raises KeyError, ValueError, TypeError, its own ... on what does not fit
+        raise PolicyError(f"the processors in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def saved_stats(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Statistics of the saved normaliser; empty where none are saved."""
+    stats: dict[str, dict[str, Tensor]] = {}
+    for file in sorted(folder.glob("policy_preprocessor*normalizer*.safetensors")):
+        for name, value in heads.read_tensors(file).items():
+            key, kind = name.rsplit(".", 1)
+            stats.setdefault(key, {})[kind] = value
+    return stats
+
+
+def check_stats(config: SmolVLAConfig, stats: Stats, where: str) -> None:
+    """Raise DataError unless state and actions have the statistics that their normalisation needs, with a range."""
+    for key, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
+        mode = config.normalization_mapping.get(feature.type.value)
+        if feature.type is FeatureType.VISUAL or mode is None or mode not in NEEDED:
+            continue
+        low, high = NEEDED[mode]
+        values = stats.get(key, {})
+        if low not in values or high not in values:
+            raise DataError(
+                f'{where} has no {low} and {high} for "{key}" (found: {", ".join(values) or "nothing"}), which '
+                f"{mode.value} normalisation needs. Give a dataset that has them, or another normalization_mapping."
+            )
+        bottom, top = (torch.as_tensor(values[name], dtype=torch.float64).flatten() for name in (low, high))
+        if bottom.numel() != feature.shape[0]:
+            raise DataError(
+                f'{where} has statistics of {bottom.numel()} dimensions for "{key}", which has {feature.shape[0]}'
+            )
+        spread = top if mode is NormalizationMode.MEAN_STD else top - bottom
+        if flat := [i for i, value in enumerate(spread) if not value > 1e-6]:
+            raise DataError(
+                f'"{key}" hardly varies in dimension{"s" * (len(flat) > 1)} {", ".join(map(str, flat))} of {where}, '
+                f"and {mode.value} normalisation would divide by zero. Drop what never moves from the dataset, or give "
+                f'policy_options {{"normalization_mapping": {{"{feature.type.value}": "IDENTITY"}}}}.'
+            )

@@ -1,0 +1,495 @@
+"""smolvla checkpoints: a complete match or an error that names the culprit; what is saved is what LeRobot loads."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from lerobot.policies.smolvla.processor_smolvla import make_smolvla_pre_post_processors
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
+from peft import PeftModel
+from poco_vla_smolvla import checkpoint
+from poco_vla_smolvla.adapter import LORA_TARGETS, SmolVla
+from safetensors.torch import load_file, save_file
+
+from poco_vla import DataError, PocoError, PolicyError, check_policy, export_policy, flow_errors, heads, propose
+
+FRONT, WRIST = "observation.images.front", "observation.images.wrist"
+PROJECTION = "model.action_out_proj.weight"
+FROZEN = "model.vlm_with_expert.vlm.model.text_model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smolvla") / "tiny"
+    SmolVla.tiny().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(saved, tmp_path / "policy")
+
+
+def dataset(state=6, action=4, cameras=(FRONT, WRIST), spread=4.0):
+    """LeRobot features and statistics of a dataset; all deviations are `spread`."""
+    camera = {"dtype": "video", "shape": (64, 64, 3), "names": ["height", "width", "channels"]}
+    sizes = {OBS_STATE: state, ACTION: action}
+    features: dict = dict.fromkeys(cameras, camera)
+    features |= {key: {"dtype": "float32", "shape": (n,), "names": None} for key, n in sizes.items()}
+    stats = {key: {"mean": torch.zeros(n), "std": torch.full((n,), spread)} for key, n in sizes.items()}
+    return {"features": features, "stats": stats}
+
+
+def raw_batch(size=2, seed=0, cameras=(FRONT, WRIST), state=6, action=4, steps=50):
+    """What a dataset gives, in the robot's units."""
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.rand(size, 3, 64, 64, generator=generator) for key in cameras} | {
+        OBS_STATE: torch.rand(size, state, generator=generator) * 2 - 1,
+        ACTION: torch.rand(size, steps, action, generator=generator) * 2 - 1,
+        "task": ["pick up the pen", "hang the keychain on the hook"][:size],
+    }
+
+
+@torch.no_grad()
+def velocity(policy, horizon=10, obs=None):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 3, horizon, 32, generator=generator)
+    obs = SmolVla.tiny().example_obs(2) if obs is None else obs
+    return policy.velocity(policy.encode(obs), x, torch.rand(2, 3, generator=generator))
+
+
+def change_json(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def change_weights(folder, change):
+    """Let `change` work on the table of tensors in a folder."""
+    weights = load_file(folder / heads.POLICY_WEIGHTS)
+    change(weights)
+    save_file(weights, folder / heads.POLICY_WEIGHTS, metadata={"format": "pt"})
+
+
+# -- what cannot be loaded --------------------------------------------------------------------------------------------
+
+
+def drop(name):
+    return lambda folder: change_weights(folder, lambda weights: weights.pop(name))
+
+
+def put(name, *shape):
+    return lambda folder: change_weights(folder, lambda weights: weights.update({name: torch.zeros(shape)}))
+
+
+def cut_short(folder):
+    file = folder / heads.POLICY_WEIGHTS
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+SPOILED = {
+    "missing tensor": (drop(PROJECTION), rf"1 missing: {PROJECTION}"),
+    "missing tensor of the frozen part": (drop(FROZEN), rf"1 missing: {FROZEN}"),
+    "missing language head that is not tied": (drop(checkpoint.LANGUAGE_HEAD), "1 missing: .*lm_head"),
+    "unexpected tensor": (put("model.memory.weight", 2, 2), r"1 unexpected: model\.memory\.weight"),
+    "wrong shape": (put(PROJECTION, 7, 36), rf"of another shape: {PROJECTION} is \[7, 36\], expected \[32, 36\]"),
+    "truncated weights": (cut_short, r"model\.safetensors is damaged, cut short, or no safetensors file"),
+    "no weights": (lambda f: (f / heads.POLICY_WEIGHTS).unlink(), r"model\.safetensors is missing"),
+    "no configuration": (lambda f: (f / "config.json").unlink(), r"config\.json is missing \(the folder holds"),
+    "damaged configuration": (lambda f: (f / "config.json").write_text("{"), r"config\.json is not understood"),
+    "field that LeRobot lacks": (
+        lambda f: change_json(f / "config.json", memory_frames=3),
+        r"(?s)config\.json is not understood by LeRobot: .*memory_frames",
+    ),
+    "another policy": (
+        lambda f: (f / "config.json").write_text('{"type": "act"}'),
+        'policy of type "act", expected "smolvla"',
+    ),
+    "Aloha's actions": (lambda f: change_json(f / "config.json", adapt_to_pi_aloha=True), "adapt_to_pi_aloha"),
+    "damaged VLM": (lambda f: (f / "vlm" / "config.json").write_text("{"), 'of the VLM ".*/vlm" cannot be loaded'),
+    "VLM of another size": (
+        lambda f: change_json(f / "vlm" / "config.json", scale_factor=4),
+        r"of another shape: .*modality_projection\.proj\.weight is \[48, 128\], expected \[48, 512\]",
+    ),
+    "damaged pre-processor": (
+        lambda f: (f / "policy_preprocessor.json").write_text("{"),
+        "processors in .* cannot be loaded",
+    ),
+    "damaged statistics": (
+        lambda f: next(f.glob("policy_preprocessor*normalizer*")).write_bytes(b"1234"),
+        r"normalizer_processor\.safetensors is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), SPOILED.values(), ids=SPOILED)
+def test_a_folder_with_a_fault_is_refused_and_the_fault_named(folder, spoil, words):
+    spoil(folder)
+    with pytest.raises(PolicyError, match=words):
+        SmolVla.from_pretrained(folder)
+
+
+def test_many_wrong_tensors_are_counted_and_some_named(folder):
+    change_weights(folder, lambda weights: [weights.pop(name) for name in list(weights) if "lm_expert" in name])
+    with pytest.raises(PolicyError, match=r"37 missing: .*lm_expert.* \.\.\."):
+        SmolVla.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("path", ["/nowhere/smolvla", "./nowhere", "nowhere", "a/b/c"])
+def test_a_folder_that_is_not_there_is_named(path):
+    with pytest.raises(PolicyError, match=rf"^no policy in {path}: the folder does not exist"):
+        SmolVla.from_pretrained(path)
+
+
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_a_hub_repository_that_cannot_be_had_is_named(monkeypatch, revision):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    at = ' at revision "v1"' if revision else ""
+    with pytest.raises(PolicyError, match=rf'"nobody/nothing"{at} is no local folder and cannot be had from the Hub'):
+        SmolVla.from_pretrained("nobody/nothing", revision=revision)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"hidden_dims": [3], "colour": "red"}, "smolvla has no option colour, hidden_dims"),
+        ({"horizon": 51}, "chunks of 50 steps, asked for 51"),
+        ({"horizon": 0}, "horizon is 0"),
+        ({"dtype": "float16"}, 'dtype is "float16".*bfloat16, float32'),
+        ({"statistics": "mine"}, 'statistics is "mine".*auto, checkpoint, dataset'),
+        ({"statistics": "dataset"}, 'statistics="dataset" without a dataset'),
+        ({"normalization_mapping": {"STATE": "SIGMA"}}, "SIGMA.*MEAN_STD"),
+        ({"normalization_mapping": {"STATES": "MEAN_STD"}}, "STATES.*STATE"),
+        ({"revision": "main"}, 'local folder and has no revisions, but revision "main"'),
+        ({"lora": 0}, "lora.rank is 0"),
+        ({"vlm": "/nowhere"}, 'VLM "/nowhere" cannot be loaded .*policy_options a "vlm"'),
+    ],
+)
+def test_options_that_cannot_work_are_named(saved, options, words):
+    with pytest.raises(PolicyError, match=words):
+        SmolVla.from_pretrained(saved, **options)
+
+
+def test_smolvla_does_not_start_from_nothing():
+    with pytest.raises(PolicyError, match="starts from a pretrained base"):
+        SmolVla.from_dataset({}, {}, horizon=10)
+
+
+# -- what is loaded and saved -----------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_comes_back_even_from_another_place(saved, tmp_path):
+    moved = shutil.copytree(saved, tmp_path / "moved")
+    policy, loaded = SmolVla.tiny(), SmolVla.from_pretrained(moved)
+    assert loaded.spec == policy.spec
+    assert loaded.input_keys == policy.input_keys == (FRONT, WRIST, OBS_STATE)
+    for name, p in policy.policy.state_dict().items():
+        assert torch.equal(loaded.policy.state_dict()[name], p), name
+    found, expected = (p.preprocess(raw_batch()) for p in (loaded, policy))
+    for key, value in expected.items():
+        assert torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value, key
+    assert torch.equal(loaded.postprocess(found[ACTION]), policy.postprocess(expected[ACTION]))
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(velocity(SmolVla.from_pretrained(tmp_path / "again")), velocity(policy))
+
+
+def test_lerobots_own_loader_loads_the_folder_without_a_plug_in_and_acts_alike(tmp_path, monkeypatch):
+    """Offline and strictly, from raw batch to actions in the robot's units, in chunks of ten."""
+    SmolVla.tiny(seed=4).save_pretrained(tmp_path / "base")
+    policy = SmolVla.from_pretrained(tmp_path / "base", horizon=10, statistics="dataset", **dataset())
+    policy.save_pretrained(tmp_path / "policy")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    theirs = SmolVLAPolicy.from_pretrained(tmp_path / "policy", strict=True)
+    assert theirs.config.chunk_size == theirs.config.n_action_steps == 10
+    preprocess, postprocess = make_pre_post_processors(theirs.config, pretrained_path=str(tmp_path / "policy"))
+    obs = preprocess(raw_batch())
+    noise = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(0))
+    expected = theirs.predict_action_chunk(obs, noise=noise)
+    own = policy.preprocess(raw_batch())
+    chunks = propose(policy, policy.encode(own), 1, noise=noise[:, None])[:, 0, :, :4]
+    torch.testing.assert_close(chunks, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(policy.postprocess(chunks), postprocess(chunks))
+    assert theirs.select_action(obs).shape == (2, 4)
+
+
+def test_a_shorter_chunk_is_the_beginning_of_the_long_one(saved):
+    """No step sees one after it."""
+    short, whole = SmolVla.from_pretrained(saved, horizon=10), SmolVla.from_pretrained(saved)
+    torch.testing.assert_close(velocity(short), velocity(whole, horizon=10), rtol=1e-5, atol=1e-5)
+    assert short.spec.horizon == 10
+
+
+def test_new_pipelines_are_lerobots_step_by_step(saved):
+    policy = SmolVla.from_pretrained(saved)
+    config = copy.deepcopy(policy.policy.config)
+    config.vlm_model_name = str(saved / "vlm")
+    stats = dataset()["stats"]
+    ours = checkpoint.build_pipelines(config, stats, policy.vlm.tokenizer)
+    theirs = make_smolvla_pre_post_processors(config, dataset_stats=stats)
+    for own, stocks in zip(ours, theirs, strict=True):
+        assert own.name == stocks.name
+        assert [type(step) for step in own.steps] == [type(step) for step in stocks.steps]
+        for step, stock in zip(own.steps, stocks.steps, strict=True):
+            settings = stock.get_config()
+            settings.pop("tokenizer_name", None)
+            assert step.get_config() == settings
+    found, expected = (pre(raw_batch()) for pre in (ours[0], theirs[0]))
+    for key in (OBS_STATE, ACTION, OBS_LANGUAGE_TOKENS):
+        assert torch.equal(found[key], expected[key])
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full_disk(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    policy = SmolVla.tiny()
+    policy.save_pretrained(tmp_path / "old")
+    held = {p.name: p.read_bytes() for p in (tmp_path / "old").glob("*") if p.is_file()}
+    monkeypatch.setattr("poco_vla_smolvla.adapter.save_file", full_disk)
+    for name in ("old", "new"):
+        with pytest.raises(OSError, match="no space left"):
+            policy.save_pretrained(tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "old").glob("*") if p.is_file()} == held
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("three years")
+    with pytest.raises(PocoError, match="mine holds something else than a policy"):
+        policy.save_pretrained(tmp_path / "mine")
+
+
+def test_the_head_is_float32_on_a_frozen_part_of_another_dtype(saved, tmp_path):
+    """As it is asked for, or as the file has it."""
+    policy = SmolVla.from_pretrained(saved, horizon=10, dtype="bfloat16")
+    dtypes = {name: p.dtype for name, p in policy.policy.named_parameters()}
+    of_vlm = {name for name in dtypes if ".vlm." in name}
+    assert {dtypes[name] for name in of_vlm} == {torch.bfloat16}
+    assert {dtypes[name] for name in dtypes.keys() - of_vlm} == {torch.float32}
+    check_policy(policy, atol=0.05)
+    policy.save_pretrained(tmp_path / "rounded")
+    assert torch.equal(velocity(SmolVla.from_pretrained(tmp_path / "rounded")), velocity(policy))
+    gap = (velocity(policy) - velocity(SmolVla.from_pretrained(saved))).abs().max()
+    assert 0 < gap < 0.1
+
+
+def test_a_tied_language_head_is_one_tensor_in_a_file(folder):
+    """Either name: what LeRobot writes of a tied pair is safetensors' choice."""
+    change_json(folder / "vlm" / "config.json", tie_word_embeddings=True)
+    change_weights(folder, lambda weights: weights.pop(checkpoint.LANGUAGE_HEAD))
+    policy = SmolVla.from_pretrained(folder)
+    assert torch.equal(velocity(policy), velocity(SmolVla.tiny()))
+    policy.save_pretrained(folder)
+    SmolVLAPolicy.from_pretrained(folder, strict=True)
+    change_weights(folder, lambda w: w.update({checkpoint.LANGUAGE_HEAD: w.pop(checkpoint.EMBEDDINGS)}))
+    assert torch.equal(velocity(SmolVla.from_pretrained(folder)), velocity(policy))
+
+
+# -- whose statistics -------------------------------------------------------------------------------------------------
+
+
+def normalised(policy, value):
+    """What a state and an action of `value` in all dimensions become; and the way back."""
+    batch = raw_batch(1, cameras=policy.input_keys[:-1]) | {
+        OBS_STATE: torch.full((1, policy.feature_dim - 48), value),
+        ACTION: torch.full((1, 3, policy.spec.action_dim), value),
+    }
+    processed = policy.preprocess(batch)
+    torch.testing.assert_close(policy.postprocess(processed[ACTION]), batch[ACTION], rtol=1e-5, atol=1e-5)
+    return processed[OBS_STATE].unique().item(), processed[ACTION].unique().item()
+
+
+@pytest.mark.parametrize(("statistics", "spread"), [("auto", 1.0), ("checkpoint", 1.0), ("dataset", 4.0)])
+def test_a_trained_policy_keeps_its_statistics_unless_told(saved, statistics, spread):
+    """The checkpoint's deviation is 1, the dataset's 4."""
+    policy = SmolVla.from_pretrained(saved, statistics=statistics, **dataset())
+    assert normalised(policy, spread) == pytest.approx((1.0, 1.0))
+    assert policy.input_keys == (FRONT, WRIST, OBS_STATE)
+
+
+@pytest.mark.parametrize("statistics", ["auto", "dataset"])
+@pytest.mark.parametrize("kind", ["padded actions", "no statistics"])
+def test_a_base_model_takes_the_datasets(folder, statistics, kind):
+    if kind == "padded actions":
+        wide = {
+            OBS_STATE: {"type": "STATE", "shape": [32]},
+            "observation.images.top": {"type": "VISUAL", "shape": [3, 8, 8]},
+        }
+        change_json(
+            folder / "config.json", input_features=wide, output_features={ACTION: {"type": "ACTION", "shape": [32]}}
+        )
+    else:
+        for file in folder.glob("policy_*"):
+            file.unlink()
+        with pytest.raises(DataError, match=r'has no mean and std for "observation\.state" \(found: nothing\)'):
+            SmolVla.from_pretrained(folder)
+    policy = SmolVla.from_pretrained(folder, statistics=statistics, **dataset())
+    assert policy.input_keys == (FRONT, WRIST, OBS_STATE)
+    assert (policy.spec.action_dim, policy.spec.width) == (4, 32)
+    assert normalised(policy, 4.0) == pytest.approx((1.0, 1.0))
+
+
+def test_a_trained_policy_may_take_on_a_dataset_of_other_sizes(saved, tmp_path):
+    """Cameras, state and action are then the dataset's, and so is what is saved."""
+    policy = SmolVla.from_pretrained(saved, statistics="dataset", **dataset(state=9, action=7, cameras=(WRIST,)))
+    policy.save_pretrained(tmp_path / "taken")
+    for taken in (policy, SmolVla.from_pretrained(tmp_path / "taken")):
+        assert taken.input_keys == (WRIST, OBS_STATE)
+        assert (taken.spec.action_dim, taken.feature_dim) == (7, 48 + 9)
+        assert normalised(taken, 4.0) == pytest.approx((1.0, 1.0))
+        check_policy(taken)
+
+
+@pytest.mark.parametrize("cameras", [[WRIST], [WRIST, FRONT], [FRONT, WRIST]])
+def test_cameras_are_seen_in_the_order_that_is_asked_for(saved, cameras):
+    options = dataset(cameras=(FRONT, "observation.images.side", WRIST)) | {"statistics": "dataset"}
+    policy = SmolVla.from_pretrained(saved, cameras=cameras, **options)
+    assert policy.input_keys == (*cameras, OBS_STATE)
+    in_order = SmolVla.from_pretrained(saved, statistics="dataset", **dataset())
+    found, expected = (p.encode(p.preprocess(raw_batch())).features for p in (policy, in_order))
+    assert torch.allclose(found, expected, atol=1e-5) is (cameras == [FRONT, WRIST])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"cameras": ["observation.images.hand"]}, r"no camera observation\.images\.hand; its cameras: .*front"),
+        (dataset(cameras=()), "no camera at all; its cameras: none"),
+        (dataset(state=33), '"observation.state" has 33 dimensions, the checkpoint knows at most 32'),
+        (dataset(spread=0.0), '"observation.state" hardly varies in dimensions 0, 1, 2, 3, 4, 5 of the dataset'),
+        ({"normalization_mapping": {"STATE": "MIN_MAX"}}, 'has no min and max for "observation.state"'),
+    ],
+)
+def test_a_dataset_that_does_not_fit_is_told(saved, options, words):
+    with pytest.raises(PocoError, match=words):
+        SmolVla.from_pretrained(saved, **(dataset() | {"statistics": "dataset"} | options))
+
+
+def test_a_normalisation_that_is_asked_for_is_used_and_saved(saved, tmp_path):
+    mapping = {"STATE": "IDENTITY"}
+    SmolVla.from_pretrained(saved, normalization_mapping=mapping).save_pretrained(tmp_path / "again")
+    data = dataset()
+    for policy in (
+        SmolVla.from_pretrained(tmp_path / "again"),
+        SmolVla.from_pretrained(saved, statistics="dataset", normalization_mapping=mapping, **data),
+    ):
+        assert normalised(policy, 3.0)[0] == 3.0
+
+
+@pytest.mark.parametrize("key", [WRIST, OBS_STATE, "task"])
+def test_a_batch_that_lacks_something_is_refused(key):
+    batch = raw_batch()
+    del batch[key]
+    with pytest.raises(DataError, match=f"the batch lacks {key}; it holds action, "):
+        SmolVla.tiny().preprocess(batch)
+
+
+def test_a_camera_that_the_saved_pipeline_renames_is_asked_for_by_its_own_name(saved, tmp_path):
+    policy = SmolVla.from_pretrained(saved)
+    policy.preprocessor.steps[0].rename_map = {"observation.images.top": FRONT}
+    policy.save_pretrained(tmp_path / "renaming")
+    renamed = SmolVla.from_pretrained(tmp_path / "renaming")
+    assert renamed.input_keys == ("observation.images.top", WRIST, OBS_STATE)
+    assert FRONT in renamed.preprocess(raw_batch(cameras=renamed.input_keys[:-1]))
+
+
+# -- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lora(saved):
+    """A LoRA whose matrices have all moved."""
+    policy, generator = SmolVla.from_pretrained(saved, lora=2, horizon=10), torch.Generator().manual_seed(0)
+    assert torch.equal(velocity(policy), velocity(SmolVla.from_pretrained(saved))), "at first it changes nothing"
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return policy
+
+
+def test_a_lora_keeps_the_contract(lora):
+    check_policy(lora)
+
+
+def test_only_lora_matrices_train_and_every_target_has_a_pair(lora):
+    """Seven projections in each of four layers, and the four around them: 32 pairs of rank 2."""
+    trained = {name: p for name, p in lora.policy.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * (7 * 4 + 4)
+    assert all(".lora_" in name for name in trained)
+    assert {target for target in LORA_TARGETS if any(f"{target}.lora_A" in name for name in trained)} == {*LORA_TARGETS}
+    valid = torch.ones(2, 10, dtype=torch.bool)
+    flow_errors(lora, lora.encode(lora.example_obs(2)), torch.randn(2, 3, 10, 32), valid).mean().backward()
+    for name, p in lora.policy.named_parameters():
+        assert (p.grad is not None and bool(p.grad.any())) is p.requires_grad, name
+
+
+def test_a_merged_lora_is_a_plain_policy(lora, saved, tmp_path):
+    lora.save_pretrained(tmp_path / "merged")
+    SmolVLAPolicy.from_pretrained(tmp_path / "merged", strict=True)
+    plain = SmolVla.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(velocity(plain), velocity(lora), rtol=1e-4, atol=1e-4)
+    assert (velocity(plain) - velocity(SmolVla.from_pretrained(saved))).abs().max() > 1e-2
+
+
+# -- a head alone -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": 2}, {"dtype": "bfloat16"}], ids=["full", "LoRA", "bfloat16"])
+def test_a_head_is_put_on_its_base_again(saved, tmp_path, options):
+    """Full or LoRA, on a rounded base; statistics and chunk size travel with it."""
+    policy = SmolVla.from_pretrained(saved, horizon=10, statistics="dataset", **dataset(), **options)
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad:
+                p.add_(0.05)
+    policy.save_head(tmp_path / "head")
+    held = load_file(tmp_path / "head" / heads.HEAD_WEIGHTS)
+    assert held.keys() == {name for name, p in policy.policy.named_parameters() if p.requires_grad}
+    loaded = SmolVla.from_pretrained(tmp_path / "head")
+    assert (loaded.spec, loaded.lora, loaded.base) == (policy.spec, policy.lora, str(saved))
+    assert loaded.base_version == policy.base_version
+    assert torch.equal(velocity(loaded), velocity(policy))
+    assert normalised(loaded, 4.0) == pytest.approx((1.0, 1.0))
+
+
+def test_a_head_is_refused_on_another_base_and_follows_one_that_has_moved(folder, tmp_path):
+    policy = SmolVla.from_pretrained(folder)
+    policy.save_head(tmp_path / "head")
+    moved = folder.rename(tmp_path / "moved")
+    with pytest.raises(PolicyError, match="If it has moved, say where it is now"):
+        SmolVla.from_pretrained(tmp_path / "head")
+    assert torch.equal(velocity(SmolVla.from_pretrained(tmp_path / "head", base=moved)), velocity(policy))
+    SmolVla.tiny(seed=9).save_pretrained(folder)
+    with pytest.raises(PolicyError, match="trained on another base model than"):
+        SmolVla.from_pretrained(tmp_path / "head")
+
+
+def test_a_policy_from_nowhere_has_no_head_to_save(tmp_path):
+    with pytest.raises(PolicyError, match="built from no checkpoint"):
+        SmolVla.tiny().save_head(tmp_path / "head")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": 2}], ids=["full", "LoRA"])
+def test_lerobot_puts_an_exported_head_on_its_base_by_itself(saved, tmp_path, options, monkeypatch):
+    """As a peft adapter, with nothing of poco_vla."""
+    policy = SmolVla.from_pretrained(saved, horizon=10, **options)
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad:
+                p.add_(0.05)
+    policy.save_head(tmp_path / "head")
+    export_policy(tmp_path / "head", tmp_path / "peft", form="peft")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = PreTrainedConfig.from_pretrained(tmp_path / "peft")
+    base = SmolVLAPolicy.from_pretrained(saved, config=config)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "peft")
+    obs, noise = policy.example_obs(2), torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(0))
+    expected = policy.native_sample(obs, noise)[..., :4]
+    found = theirs.predict_action_chunk(dict(obs), noise=noise)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (found - SmolVla.tiny().native_sample(obs, noise.repeat(1, 5, 1))[:, :10, :4]).abs().max() > 1e-2
