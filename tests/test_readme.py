@@ -144,9 +144,30 @@ def test_the_mathematics_is_all_in_the_equation_table():
     assert named >= {"flow_errors", "td_target", "posterior_weights", "clipped_distillation"}
 
 
+@pytest.fixture
+def pushed_head(tmp_path_factory):
+    """A Hub with the head on it that the text loads."""
+    sys.path.append(str(ROOT / "tests" / "hub"))
+    from hub_server import HubServer, connected
+    from run_folders import based_run
+
+    from poco_vla import push_head
+
+    root = tmp_path_factory.mktemp("hub")
+    base, run = based_run(root)
+    with HubServer() as hub, connected(hub):
+        hub.add_repo("lerobot/pi05_base", base)
+        push_head(run, "pen", base="lerobot/pi05_base")
+        hub.add_repo("you/pi05-pick-pen-poco")
+        hub.commit("you/pi05-pick-pen-poco", hub.files("someone/pen"))
+        yield
+
+
 @pytest.mark.parametrize(("line", "code"), [pytest.param(n, code, id=f"line{n}") for n, code in blocks(TEXT, "python")])
-def test_its_python_runs(line, code, tmp_path, monkeypatch):
+def test_its_python_runs(line, code, tmp_path, monkeypatch, request):
     """Each block by itself, in an empty folder."""
+    if "load_head(" in code:
+        request.getfixturevalue("pushed_head")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, f"README.md, block at line {line}", "exec"), {"__name__": "__readme__"})
 
