@@ -272,7 +272,7 @@ def test_without_a_terminal_a_robot_that_judges_itself_needs_none(sink, tmp_path
         ({"action_bounds": None}, [], "give --low and --high"),
         ({"spec": {"observation.state": Feature((7,), "float32")}}, [], "the policy takes float32 [7], the robot has"),
         ({"spec": {"observation.images.top": Feature((8, 8, 3), "uint8")}}, [], "the robot has none"),
-        ({"actor": Twitch(actions=4)}, [], "the policy gives 4, the robot takes 5 (delta_x"),
+        ({"actor": Twitch(actions=4)}, [], "the policy gives 4, the robot takes 5 (x.vel"),
         ({"episodes": None}, [], "takes no episodes"),
         ({"token": "secret"}, [], "Api-Key"),
         ({}, ["--show"], "--show needs LeRobot's viewer"),

@@ -19,12 +19,14 @@ from poco_vla.rollout.robots.safety import ActionError
 STATE = (
     *(f"joint_{i}.pos" for i in range(1, 7)),
     *(f"joint_{i}.vel" for i in range(1, 7)),
-    *("effector.x", "effector.y", "effector.z", "effector.cos_yaw", "effector.sin_yaw"),
-    *("gripper.pos", "gripper.contact"),
+    *("effector_x.pos", "effector_y.pos", "effector_z.pos", "effector_cos_yaw.pos", "effector_sin_yaw.pos"),
+    *("gripper.pos", "gripper_contact.pos"),
 )
-"""The robot's own part of OGBench's state, in its order and units: rad, rad/s, 0.1 m, thirds of the opening, 50 N."""
-ACTION = ("delta_x", "delta_y", "delta_z", "delta_yaw", "delta_gripper")
-"""Each in [-1, 1], from where the arm is now: 1 is 0.05 m, 0.3 rad, the whole opening of the gripper (OGBench)."""
+"""The robot's own part of OGBench's state, in its order and units: rad, rad/s, 0.1 m, thirds of the opening, 50 N.
+Every name, here, of the scene and of actions, ends in .pos or .vel: `lerobot-rollout` 0.6.1 leaves out all others."""
+ACTION = ("x.vel", "y.vel", "z.vel", "yaw.vel", "gripper.vel")
+"""Each in [-1, 1], from where the arm is now. In one control step, 1 is 0.05 m, 0.3 rad, the whole opening of the
+gripper (OGBench)."""
 
 
 @RobotConfig.register_subclass("simulated_arm")
@@ -35,8 +37,8 @@ class SimulatedArmConfig(RobotConfig):
     Attributes:
         task: OGBench id of a single task.
         views: cameras, "front", "wrist" or both. With any, the state is what the robot knows of itself; without, it
-            goes on with the objects (`scene_0`, ...). Either is what the environment type "ogbench" gives with these
-            cameras: a policy of that environment drives this robot. (LeRobot keeps the name `cameras` for devices.)
+            goes on with the objects (`scene_0.pos`, ...). Either is what the environment type "ogbench" gives with
+            these cameras: a policy of that environment drives this robot. (LeRobot keeps `cameras` for devices.)
         image_size: height and width of a picture, in pixels.
         realtime: a control step takes 1/20 s of wall time, as it does in the scene; an action that comes earlier
             waits. Otherwise the scene is as fast as it can be.
@@ -78,7 +80,7 @@ class SimulatedArm(Robot):
         size = self.config.image_size
         views = dict.fromkeys(self.config.views, (size, size, 3))
         beyond = 0 if views else dimensions(self.config.task)[0] - PROPRIOCEPTION
-        return {**dict.fromkeys([*STATE, *(f"scene_{i}" for i in range(beyond))], float), **views}
+        return {**dict.fromkeys([*STATE, *(f"scene_{i}.pos" for i in range(beyond))], float), **views}
 
     @property
     def action_features(self) -> dict:

@@ -90,10 +90,20 @@ def test_what_it_observes_and_sends_is_what_its_features_say(arm):
     assert list(sent.values()) == [1.0, -1.0, 0.5, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("views", [(), ("front", "wrist")])
+def test_lerobots_rollout_leaves_none_of_its_numbers_out(views, folder):
+    """`lerobot-rollout` 0.6.1 gives a policy the observations and actions that end in .pos or .vel, and drops the rest
+    without a word."""
+    robot = SimulatedArm(SimulatedArmConfig(views=views, calibration_dir=folder))
+    seen = [name for name, kind in robot.observation_features.items() if kind is float]
+    assert len(seen) == len(set(seen)) == (19 if views else 28)
+    assert all(name.endswith((".pos", ".vel")) for name in [*seen, *robot.action_features])
+
+
 @pytest.mark.parametrize(
     ("action", "said"),
     [
-        ({"delta_x": 0.0}, r"takes \['delta_x', 'delta_y'"),
+        ({"x.vel": 0.0}, r"takes \['x\.vel', 'y\.vel'"),
         (named(np.zeros(5)) | {"joint_1.pos": 0.0}, r"joint_1\.pos"),
         (named([0, 0, np.nan, 0, 0]), "not finite"),
     ],
@@ -211,5 +221,5 @@ def test_an_emergency_stop_leaves_it_where_it_is(arm):
     for _ in range(5):
         arm.send_action(named(np.zeros(5)))
     after = arm.get_observation()
-    moved = [abs(after[f"effector.{axis}"] - before[f"effector.{axis}"]) for axis in "xyz"]
+    moved = [abs(after[f"effector_{axis}.pos"] - before[f"effector_{axis}.pos"]) for axis in "xyz"]
     assert max(moved) < 0.1  # a centimetre: a control step at 0.3 alone would be 1.5
