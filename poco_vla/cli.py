@@ -247,9 +247,13 @@ class Eval:
     """Success rate of an exported policy."""
 
     policy: Annotated[str, tyro.conf.Positional]
-    """LeRobot policy folder or Hub id."""
+    """Folder or Hub id of a policy or a head; a run's folder is its last policy."""
     adapter: str | None = None
-    """Adapter that wraps it. Left out: that of the run that exported the policy."""
+    """Adapter that wraps it. Left out: the one that its folder or repository names."""
+    base: str | None = None
+    """Hub id or folder of a head's base, where it is not where it was."""
+    revision: str | None = None
+    """Hub commit, tag or branch."""
     env: str | None = None
     """Where it acts, as JSON: '{"type": "ogbench", "task": "...", "options": {"episode_length": 120}}'. Left out: the
     environment of the run that exported the policy (result.json beside its folder)."""
@@ -311,6 +315,8 @@ class Export:
     """Where to."""
     form: Literal["policy", "peft"] = "policy"
     """Merged with its base, or as a peft adapter that LeRobot puts on the base itself."""
+    revision: str | None = None
+    """Hub commit, tag or branch."""
     base: str | None = None
     """Hub id or folder of the base, where it is not where it was."""
 
@@ -320,9 +326,13 @@ class Serve:
     """A policy for robots elsewhere, by openpi's websocket protocol."""
 
     policy: Annotated[str, tyro.conf.Positional]
-    """LeRobot policy folder or Hub id."""
+    """Folder or Hub id of a policy or a head; a run's folder is its last policy."""
     adapter: str | None = None
-    """Adapter that wraps it. Left out: that of the run that exported the policy."""
+    """Adapter that wraps it. Left out: the one that its folder or repository names."""
+    base: str | None = None
+    """Hub id or folder of a head's base, where it is not where it was."""
+    revision: str | None = None
+    """Hub commit, tag or branch."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is all of this machine's, for which a token is needed."""
     port: int = 8000
@@ -557,7 +567,8 @@ def _run(command: object) -> None:
         case Export():
             from poco_vla.hub import export_policy
 
-            console.print(export_policy(command.source, command.path, form=command.form, base=command.base))
+            options = {name: value for name, value in vars(command).items() if name not in ("source", "path")}
+            console.print(export_policy(command.source, command.path, **options))
         case Adapters():
             from poco_vla.registry import available_adapters
 
@@ -568,16 +579,19 @@ def _run(command: object) -> None:
 def _policy_of(command: Eval | Serve) -> tuple[str, Callable[[], Any]]:
     """The adapter's name, told or found where the policy is, and what loads the policy."""
     from poco_vla.heads import read_about
-    from poco_vla.hub import load_head
+    from poco_vla.hub import load_head, located
     from poco_vla.registry import load_adapter
-    from poco_vla.sources import locate
 
-    about = {} if command.adapter else read_about(locate(command.policy).folder)
-    if about:
-        return about["adapter"], lambda: load_head(command.policy, device=command.device)
+    options: dict[str, Any] = {"device": command.device} | {
+        name: value for name in ("base", "revision") if (value := getattr(command, name)) is not None
+    }
+    if command.adapter is None:
+        about = read_about(located(command.policy, command.revision).folder)
+        if about:
+            return about["adapter"], lambda: load_head(command.policy, **options)
     name = command.adapter or _run_of(command.policy, "by which adapter, with --adapter").get("adapter", "flow_mlp")
     adapter = load_adapter(name)
-    return name, lambda: adapter.from_pretrained(command.policy, device=command.device)
+    return name, lambda: adapter.from_pretrained(command.policy, **options)
 
 
 def _push(command: Push, console: Console) -> None:
@@ -676,8 +690,8 @@ def _run_of(policy: str, otherwise: str) -> dict[str, Any]:
     """result.json of the run that exported the policy."""
     from poco_vla.report import read_result
 
-    run = Path(policy).parent
-    if not (run / "result.json").is_file():
+    run = next((p for p in (Path(policy), Path(policy).parent) if (p / "result.json").is_file()), None)
+    if run is None:
         raise ConfigError(f"{policy} does not lie in a run's folder: say {otherwise}")
     return read_result(run)
 

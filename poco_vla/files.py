@@ -51,9 +51,10 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         PocoError: at `path` is something that is no policy's folder, which would be lost.
     """
     final = Path(path).resolve()
-    if final.exists() and not (final.is_dir() and (not any(final.iterdir()) or (final / "config.json").is_file())):
+    if final.exists() and not (final.is_dir() and (not any(final.iterdir()) or _is_policy(final))):
         raise PocoError(
-            f"{final} holds something else than a policy (no config.json) and is not replaced; choose another"
+            f"{final} holds something else than a policy (no config.json, or a whole run) and is not replaced; choose "
+            "another"
         )
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -63,6 +64,11 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         replace_folder(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_policy(folder: Path) -> bool:
+    """Whether a folder is a policy's, and not a run's, which has a config.json, too."""
+    return (folder / "config.json").is_file() and not any((folder / n).exists() for n in ("checkpoints", "result.json"))
 
 
 def sync(path: Path) -> None:

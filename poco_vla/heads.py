@@ -9,7 +9,6 @@ adapter_model.safetensors, the same tensors under peft's names (:func:`peft_name
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from poco_vla.errors import PolicyError
 from poco_vla.files import whole_folder, write_json
 from poco_vla.lora import Lora
-from poco_vla.sources import Source, locate
+from poco_vla.sources import Source, check_file, locate, on_hub, read_object
 
 ABOUT = "poco.json"
 FORMAT = 1
@@ -63,6 +62,7 @@ class Head:
         base: Hub id or folder of the model that it belongs on.
         revision: that model's Hub commit; None for a folder.
         fingerprint: :func:`fingerprint` of that model.
+        content: :func:`poco_vla.sources.content_of` its folder; None for a Hub commit, which does not change.
         horizon: H.
         file: the weights, in the same folder.
         sha256: their hash.
@@ -78,6 +78,7 @@ class Head:
     horizon: int
     file: str
     sha256: str
+    content: str | None = None
     lora: Lora | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     peft: PeftLayout | None = None
@@ -88,7 +89,12 @@ class Head:
         return {
             "format": FORMAT,
             "adapter": self.adapter,
-            "base": {"id": self.base, "revision": self.revision, "fingerprint": self.fingerprint},
+            "base": {
+                "id": self.base,
+                "revision": self.revision,
+                "fingerprint": self.fingerprint,
+                "content": self.content,
+            },
             "weights": weights | {"peft": layout},
             "horizon": self.horizon,
             "options": dict(self.options),
@@ -96,15 +102,11 @@ class Head:
 
     @classmethod
     def of(cls, about: Mapping[str, Any], where: Path) -> "Head":
-        """From the content of a poco.json.
+        """From what :func:`read_about` has read.
 
         Raises:
-            PolicyError: it lacks something, or was written by a later version.
+            PolicyError: it lacks something.
         """
-        if about.get("format") != FORMAT:
-            raise PolicyError(
-                f"{where} is of format {about.get('format')!r}, and this version of poco_vla reads {FORMAT}: update it"
-            )
         try:
             base, weights, layout = about["base"], about["weights"], about["weights"].get("peft")
             return cls(
@@ -115,6 +117,7 @@ class Head:
                 horizon=about["horizon"],
                 file=weights["file"],
                 sha256=weights["sha256"],
+                content=base["content"],
                 lora=Lora.of(weights["lora"], ()),
                 options=about["options"],
                 peft=PeftLayout(tuple(layout["modules"]), layout["idle"], tuple(layout["shape"])) if layout else None,
@@ -163,17 +166,25 @@ def read_about(folder: Path) -> dict[str, Any]:
     """poco.json; empty where there is none.
 
     Raises:
-        PolicyError: it is damaged.
+        PolicyError: it is damaged, was written by a later version, or speaks of a file that is none of ours.
     """
     file = folder / ABOUT
     if not file.is_file():
         return {}
-    try:
-        about = json.loads(file.read_text())
-    except ValueError as error:
-        raise PolicyError(f"{file} is damaged: {error}") from error
-    if not isinstance(about, dict):
-        raise PolicyError(f"{file} is damaged: expected a JSON object, found {type(about).__name__}")
+    about = read_object(file)
+    if about.get("format") != FORMAT:
+        raise PolicyError(
+            f"{file} is of format {about.get('format')!r}, and this version of poco_vla reads {FORMAT}: update it"
+        )
+    weights = about.get("weights", {"file": POLICY_WEIGHTS, "sha256": ""})
+    kinds = {"adapter": str, "options": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(about.get(name), kind)]
+    if not isinstance(weights, dict) or not isinstance(weights.get("sha256"), str):
+        wrong.append("weights")
+    elif weights.get("file") not in (HEAD_WEIGHTS, PEFT_WEIGHTS, POLICY_WEIGHTS):
+        wrong.append("weights.file")
+    if wrong:
+        raise PolicyError(f"{file} is damaged: {', '.join(wrong)} is missing or of another kind")
     return about
 
 
@@ -184,8 +195,7 @@ def read_head(folder: Path, adapter: str) -> Head | None:
         PolicyError: poco.json is damaged, or the head is another adapter's.
     """
     about = read_about(folder)
-    file = (about.get("weights") or {}).get("file", POLICY_WEIGHTS)
-    if not about or file == POLICY_WEIGHTS:
+    if about.get("weights", {}).get("file", POLICY_WEIGHTS) == POLICY_WEIGHTS:
         if (folder / HEAD_WEIGHTS).exists():
             raise PolicyError(f"{folder} holds {HEAD_WEIGHTS}, but no {ABOUT} that says what base it belongs on")
         return None
@@ -243,6 +253,7 @@ def write_head(
         base=source.name,
         revision=source.revision,
         fingerprint=fingerprint(module),
+        content=source.content,
         horizon=horizon,
         file=HEAD_WEIGHTS,
         sha256=sha256_of(folder / HEAD_WEIGHTS),
@@ -269,7 +280,9 @@ def base_of(head: Head, moved: str | Path | None = None) -> Source:
         PolicyError: they cannot be had there.
     """
     try:
-        return locate(head.base, head.revision) if moved is None else locate(moved)
+        if moved is not None:
+            return locate(moved)
+        return on_hub(head.base, head.revision) if head.revision else locate(head.base)
     except PolicyError as error:
         raise PolicyError(
             f"the base of the head: {error}. If it has moved, say where it is now (`base`, --policy-options.base)"
@@ -304,16 +317,6 @@ def sha256_of(file: Path) -> str:
     """SHA-256 of a file, in hex; the Hub knows large files by it."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def check_file(file: Path) -> None:
-    """Raise PolicyError unless the file is there. Nothing but safetensors is ever read: a pickle runs code."""
-    if file.is_file():
-        return
-    suffixes = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
-    pickles = sorted(p.name for p in file.parent.glob("*") if p.suffix in suffixes)
-    held = f"; {', '.join(pickles)} may be a pickle, which would run code and is not read" if pickles else ""
-    raise PolicyError(f"no weights in {file.parent}: {file.name} is missing{held}")
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

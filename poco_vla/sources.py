@@ -1,18 +1,28 @@
 """Where a pretrained model lies: a local folder, or a Hub repository at one commit."""
 
+import hashlib
+import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from poco_vla.errors import PolicyError
+
+logger = logging.getLogger(__name__)
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "policy_*.safetensors", "tokenizer*/*", "assets/*")
 HEADS = ("head.safetensors", "adapter_model.safetensors")
 """Weights that are fetched with the small files: they are a head's, which is of no use without them."""
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+"""Files that are never opened: reading a pickle runs its code."""
+STEPS_OF = ("lerobot.processor.", "lerobot.policies.", "lerobot_policy_", "poco_vla")
+"""Where a processor's steps may come from when they are named by their class."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +33,13 @@ class Source:
         name: Hub id, or absolute path of a folder.
         revision: Hub commit; None for a folder.
         folder: where its small files lie on this machine.
+        content: of a folder, what tells its weights from others (:func:`content_of`).
     """
 
     name: str
     revision: str | None
     folder: Path
+    content: str | None = None
 
     def file(self, name: str) -> Path:
         """One of its files, fetched now when it is a Hub repository.
@@ -38,7 +50,13 @@ class Source:
         if self.revision is None:
             return self.folder / name
         with hub_errors(self.name, self.revision):
-            return Path(hf_hub_download(self.name, name, revision=self.revision))
+            try:
+                return Path(hf_hub_download(self.name, name, revision=self.revision))
+            except EntryNotFoundError as error:
+                held = list_repo_files(self.name, revision=self.revision)
+                raise PolicyError(
+                    f"{self.name} holds no {name}{_pickles_among(held)}; it holds {_some(held)}"
+                ) from error
 
 
 def locate(repo_or_path: str | Path, revision: str | None = None) -> Source:
@@ -46,7 +64,7 @@ def locate(repo_or_path: str | Path, revision: str | None = None) -> Source:
     they are fetched.
 
     Raises:
-        PolicyError: neither can be had.
+        PolicyError: neither can be had, or its processors would run something that is no processing step.
     """
     folder = Path(repo_or_path).expanduser()
     if folder.is_dir():
@@ -54,13 +72,76 @@ def locate(repo_or_path: str | Path, revision: str | None = None) -> Source:
             raise PolicyError(
                 f'{folder} is a local folder and has no revisions, but revision "{revision}" was asked for'
             )
-        return Source(str(folder.resolve()), None, folder.resolve())
+        folder = folder.resolve()
+        check_processors(folder)
+        return Source(str(folder), None, folder, content_of(folder))
     name = str(repo_or_path)
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise PolicyError(f"no policy in {name}: the folder does not exist")
+    return on_hub(name, revision)
+
+
+def on_hub(name: str, revision: str | None = None) -> Source:
+    """As :func:`locate`, of a repository: a folder of that name here is not looked at."""
     with hub_errors(name, revision):
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=[*SMALL_FILES, *HEADS]))
+    check_processors(snapshot)
+    logger.info("%s is taken at commit %s", name, snapshot.name)
     return Source(name, snapshot.name, snapshot)
+
+
+def check_processors(folder: Path) -> None:
+    """Raise PolicyError if a processor's file names anything but a registered step or a class of LeRobot's or ours.
+
+    LeRobot imports what it finds there and calls it with what else it finds there, before it looks what it is: a file
+    that somebody else wrote could run any command.
+    """
+    for file in folder.glob("*processor*.json"):
+        for step in read_object(file).get("steps", []):
+            name = step.get("class", "") if isinstance(step, dict) else step
+            if isinstance(step, dict) and "registry_name" in step:
+                continue
+            if not (isinstance(name, str) and name.startswith(STEPS_OF) and name.endswith("Step")):
+                raise PolicyError(
+                    f"{file} names {name!r} as a processing step: only registered steps, and classes of "
+                    f"{', '.join(STEPS_OF)}, are run"
+                )
+
+
+def content_of(folder: Path) -> str:
+    """A hash of the sizes of a folder's weights and of 64 pieces of each: notices that they were replaced, in
+    milliseconds."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size};".encode())
+        with file.open("rb") as opened:
+            for i in range(64):
+                opened.seek(size * i // 64)
+                digest.update(opened.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        PolicyError: the file holds none.
+    """
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise PolicyError(f"{file} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise PolicyError(f"{file} is damaged: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def check_file(file: Path) -> None:
+    """Raise PolicyError unless the file is there. Nothing but safetensors is ever read."""
+    if not file.is_file():
+        held = sorted(p.name for p in file.parent.glob("*"))
+        raise PolicyError(f"no weights in {file.parent}: {file.name} is missing{_pickles_among(held)}")
 
 
 @contextmanager
@@ -68,6 +149,8 @@ def hub_errors(name: str, revision: str | None) -> Iterator[None]:
     """What goes wrong at the Hub within this block, as a PolicyError that says what to do."""
     try:
         yield
+    except PolicyError:
+        raise
     except GatedRepoError as error:
         raise PolicyError(
             f'"{name}" is gated: accept its terms on its page at the Hub, then run `hf auth login` with that account'
@@ -86,3 +169,12 @@ def hub_errors(name: str, revision: str | None) -> Iterator[None]:
             f'the policy "{name}"{at} is no local folder and cannot be had from the Hub '
             f"({type(error).__name__}: {first_line})"
         ) from error
+
+
+def _pickles_among(names: list[str]) -> str:
+    found = [name for name in names if name.endswith(PICKLES)]
+    return f"; {', '.join(found)} may be a pickle, which would run code and is not read" if found else ""
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    return ", ".join(sorted(names)[:most]) + (", ..." if len(names) > most else "")

@@ -43,7 +43,7 @@ DOORS = {
     "tiny": {"config", "registry"},
     "cli": {
         *{"train", "tiny", "evaluate", "report", "hub", "registry", "checkpoint", "config", "errors"},
-        *{"heads", "sources"},  # which adapter a folder or a repository is of
+        "heads",  # which adapter a folder or a repository is of
         *{"rollout", "progress"},  # `poco-vla data` makes datasets and shows how far it is
     },
     "__init__": ALGORITHM | {"registry", "testing", "files", "lora", "lazy", "hub"},

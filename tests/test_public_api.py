@@ -143,7 +143,7 @@ def test_modules_are_imported_from_a_package_as_ever():
         ),
         ("load_head", "repo_or_path, *, revision=None, adapter=None, base=None, device='cpu', **options"),
         ("load_critic", "repo_or_path, *, revision=None, target=False"),
-        ("export_policy", "source, path, *, form='policy', base=None"),
+        ("export_policy", "source, path, *, form='policy', revision=None, base=None"),
         ("available_adapters", ""),
         ("check_policy", "policy, obs=None, *, seed=0, atol=0.0001"),
         ("train.train", "config"),

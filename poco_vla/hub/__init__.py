@@ -2,7 +2,7 @@
 
 from poco_vla.hub.artifact import Artifact, stage
 from poco_vla.hub.export import export_policy
-from poco_vla.hub.fetch import load_critic, load_head
+from poco_vla.hub.fetch import load_critic, load_head, located
 from poco_vla.hub.publish import Pushed, push_head
 
-__all__ = ["Artifact", "Pushed", "export_policy", "load_critic", "load_head", "push_head", "stage"]
+__all__ = ["Artifact", "Pushed", "export_policy", "load_critic", "load_head", "located", "push_head", "stage"]

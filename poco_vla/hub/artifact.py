@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
@@ -39,7 +40,7 @@ from poco_vla.heads import (
     read_tensors,
     sha256_of,
 )
-from poco_vla.hub.peft_form import write_peft
+from poco_vla.hub.peft_form import PEFT_CONFIG, write_peft
 from poco_vla.registry import GROUP, load_adapter
 
 type Form = Literal["head", "peft", "policy"]
@@ -55,32 +56,41 @@ MACHINE = (
 )
 """Fields of a run's configuration that speak of the machine it ran on, or are told elsewhere (the base)."""
 SECRETS = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bAKIA[0-9A-Z]{16}\b|\bsk-[A-Za-z0-9_-]{20,}"
+    r"\bhf_(?:oauth_)?[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bAKIA[0-9A-Z]{16}\b"
+    r"|\bsk-[A-Za-z0-9_-]{20,}|\bxox[abp]-[A-Za-z0-9-]{10,}|\bAIza[\w-]{30,}|://[^/\s:@\"]+:[^/\s@\"]+@"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY|Bearer [A-Za-z0-9._-]{16,}"
 )
-PATHS = re.compile(
-    r"(?<![\w.:/~-])/(?:home|Users|root|mnt|media|tmp|var|opt|data|srv|scratch|workspace|work|private)/[\w.-]+"
-    r"|\b[A-Z]:\\\\?(?:Users|home)"
-)
+"""Tokens and keys by their looks; those of this process's environment are searched as they are."""
+LOCAL = re.compile(r"(?:~?/|~\w*/|[A-Za-z]:[\\/]).")
+"""How a path begins that means something on one machine only."""
+PATH_KEYS = ("tokenizer_name", "vlm_model_name", "base_model_path", "pretrained_path")
+"""Where LeRobot's configurations and processors name a file or folder."""
+OWN_FOLDERS = ("tokenizer", "vlm")
+"""Folders beside the weights that LeRobot's own commands look for by a path."""
 MOST_NUMBERS = 4096
 """A statistic with more numbers than this is left to the processors' own file."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A folder that is ready to be uploaded.
+    """A folder that is ready to be uploaded, but for its model card.
 
     Attributes:
         folder: where it lies.
         form: what its weights are.
         about: its poco.json.
-        base: Hub id of the model that it belongs on or derives from; None for a policy that was trained from nothing.
+        derived: whether it was trained on a base.
     """
 
     folder: Path
     form: Form
     about: dict[str, Any]
-    base: str | None
+    derived: bool
+
+    @property
+    def base(self) -> str | None:
+        """Hub id of the base, where others can get it."""
+        return self.about["base"]["id"] if self.about["base"] else None
 
     def files(self) -> dict[str, int]:
         """Names and sizes in bytes."""
@@ -110,78 +120,88 @@ def stage(
         base: Hub id and commit of the base, where the run had it from a local folder.
 
     Raises:
-        HubError: the run has not what is asked for, or a file would give away a secret or a path of this machine.
+        HubError: the run has not what is asked for.
         DataError: `run` is not the folder of a finished run.
     """
     from poco_vla.report import read_result  # loads pandas
 
     result, config = read_result(run), json.loads((run / "config.json").read_text())
-    source = _source_folder(run, which)
-    about = read_about(source)
-    head = Head.of(about, source / ABOUT) if "weights" in about else None
-    if head is None and form == "head":
-        form = "policy"
-    if head is None and form == "peft":
+    source = source_folder(run, which)
+    head = head_in(source)
+    form = _form_of(form, head, dtype, source)
+    if critic and which == "best":
         raise HubError(
-            f'{source} holds a whole policy without a base: there is no peft form of it; use the form "policy"'
+            "the critic is the one of the run's end, and which=best is an earlier policy: push one or the other"
         )
-    if form == "policy" and dtype != "float32":
-        raise HubError('a whole policy goes as it is: dtype is for the forms "head" and "peft"')
     renames = {}
     if head is not None and base is not None:
         renames = {head.base: base[0]}
-        head = replace(head, base=base[0], revision=base[1])
-    if head is not None and form == "policy" and (source / HEAD_WEIGHTS).is_file():
-        source = _merged(run, source, folder)
-    copy_described(source, folder, renames)
-    if head is not None and form != "policy":
-        head = put_weights(head, source, folder, form, dtype)
-        told = head.to_json()
-    else:
-        file = folder / POLICY_WEIGHTS
-        if not file.exists():
-            _link(source / POLICY_WEIGHTS, file)
-        told = {
-            "format": FORMAT,
-            "adapter": result["adapter"],
-            "base": head.to_json()["base"] if head and head.revision else None,
-            "weights": {"file": file.name, "sha256": sha256_of(file), "lora": None},
-            "horizon": config["horizon"],
-            "options": about.get("options", {}),
-        }
+        head = replace(head, base=base[0], revision=base[1], content=None)
+    with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder.parent) as scratch:
+        if head is not None and form == "policy":
+            source = _merged(run, source, Path(scratch) / "policy")
+        copy_described(source, folder, renames)
+        if head is not None and form != "policy":
+            told = put_weights(head, source, folder, form, dtype).to_json()
+        else:
+            told = _put_policy(source, folder) | {
+                "adapter": result["adapter"],
+                "base": head.to_json()["base"] if head and head.revision else None,
+                "horizon": config["horizon"],
+            }
     if critic:
-        told["critic"] = result["sizes"] | _put_critic(run, config["poco"], folder)
+        told["critic"] = _put_critic(run, result, config["poco"], folder)
     if (run / PLOT).is_file():
         shutil.copyfile(run / PLOT, folder / PLOT)
     told |= _account(result, config, which, folder)
+    artifact = Artifact(folder, form, told, derived=head is not None)
+    told["files"] = [*artifact.files()]
     write_json(folder / ABOUT, told)
-    return Artifact(folder, form, told, told["base"]["id"] if told["base"] else None)
+    return artifact
 
 
-def check_portable(folder: Path) -> None:
+def check_portable(folder: Path, *, token: str | None = None) -> None:
     """Raise HubError if a file names a secret or a path of this machine: what is once on the Hub stays known.
 
-    Texts are searched, and the headers of safetensors files.
+    Texts are searched, and names and metadata in safetensors files.
+
+    Args:
+        folder: what would be uploaded.
+        token: the Hub's, if it is neither in the environment nor the saved one.
     """
-    words = [str(Path.home()), str(Path.cwd()), HF_HOME]
-    words = [word for word in words if len(word) > 1]  # a home that is /
+    words = "|".join(re.escape(word) for word in (str(Path.home()), str(Path.cwd()), HF_HOME) if len(word) > 1)
+    here = re.compile(rf"(?<![\w.:/~-])(?:{words})(?![\w-])[\w./-]*")
     secrets = [v for n, v in os.environ.items() if re.search(r"TOKEN|SECRET|PASSWORD|API_KEY", n)]
-    secrets = [value for value in (*secrets, get_token() or "") if len(value) >= 8]
+    secrets = [value for value in (*secrets, get_token() or "", token or "") if len(value) >= 8]
     for file, text in _texts(folder):
         name = file.relative_to(folder)
         if SECRETS.search(text) or any(value in text for value in secrets):
             raise HubError(f"{name} would publish a secret (a token or a key): take it out of the run's configuration")
-        path = PATHS.search(text) or next(
-            (re.search(re.escape(w) + r"[\w./-]*", text) for w in words if w in text), None
-        )
-        if path:
+        found = [match[0] for match in here.finditer(text)]
+        if file.name in (ABOUT, "config.json", "adapter_config.json") or file.name.startswith("policy_"):
+            found += (
+                [value for value in _strings(json.loads(text)) if LOCAL.match(value)] if file.suffix == ".json" else []
+            )
+        if found:
             raise HubError(
-                f"{name} would publish the path {path[0]} of this machine, which nobody else can use. Give the run Hub "
-                "ids or relative paths there"
+                f"{name} would publish the path {found[0]} of this machine, which nobody else can use: give the run "
+                "Hub ids or relative paths there"
             )
 
 
-def _source_folder(run: Path, which: Which) -> Path:
+def head_in(folder: Path) -> Head | None:
+    """The head that lies in a folder; None where it is a whole policy."""
+    about = read_about(folder)
+    is_head = about.get("weights", {}).get("file", POLICY_WEIGHTS) != POLICY_WEIGHTS
+    return Head.of(about, folder / ABOUT) if is_head else None
+
+
+def source_folder(run: Path, which: Which) -> Path:
+    """Where a run keeps the policy that is asked for.
+
+    Raises:
+        HubError: it has none.
+    """
     folders = [run / "best"] if which == "best" else [run / "head", run / "policy"]
     for folder in folders:
         if (folder / "config.json").is_file():
@@ -192,36 +212,48 @@ def _source_folder(run: Path, which: Which) -> Path:
     )
 
 
-def _merged(run: Path, source: Path, folder: Path) -> Path:
+def _form_of(form: Form, head: Head | None, dtype: Dtype, source: Path) -> Form:
+    """The form that is asked for; whole where there is no base."""
+    if head is None and form == "peft":
+        raise HubError(
+            f'{source} holds a whole policy without a base: there is no peft form of it; use the form "policy"'
+        )
+    form = "policy" if head is None else form
+    if form == "policy" and dtype != "float32":
+        raise HubError('a whole policy goes as it is: dtype is for the forms "head" and "peft"')
+    return form
+
+
+def _merged(run: Path, source: Path, partial: Path) -> Path:
     """The whole policy of a head: the run's own export, or put together now."""
     if source.name == "head":
         return run / "policy"
-    partial = folder.with_name(f"{folder.name}-merged")
-    policy = load_adapter(read_about(source)["adapter"]).from_pretrained(source)
-    policy.save_pretrained(partial)
+    load_adapter(read_about(source)["adapter"]).from_pretrained(source).save_pretrained(partial)
     return partial
 
 
 def copy_described(source: Path, folder: Path, renames: Mapping[str, str], place: str = "") -> None:
-    """Everything that lies beside the weights.
+    """Everything that lies beside the weights, byte for byte but for the paths in LeRobot's configuration and
+    processors.
 
     Args:
         source: a policy's or a head's folder.
         folder: where to.
-        renames: texts in JSON files, and what takes their place.
+        renames: paths, and what takes their place.
         place: before the name of what lies in the folder itself, where a file speaks of it by a path (the folder may
             have been moved since).
     """
-    weights = {HEAD_WEIGHTS, PEFT_WEIGHTS, POLICY_WEIGHTS, ABOUT, CARD}
+    weights = {HEAD_WEIGHTS, PEFT_WEIGHTS, POLICY_WEIGHTS, ABOUT, CARD, PEFT_CONFIG}
 
-    def renamed(value: Any) -> Any:
+    def renamed(key: str, value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: renamed(inner) for key, inner in value.items()}
+            return {inner: renamed(inner, one) for inner, one in value.items()}
         if isinstance(value, list):
-            return [renamed(inner) for inner in value]
-        if isinstance(value, str) and Path(value).is_absolute() and (source / Path(value).name).exists():
-            return f"{place}{Path(value).name}"
-        return renames.get(value, value) if isinstance(value, str) else value
+            return [renamed(key, one) for one in value]
+        if key not in PATH_KEYS or not isinstance(value, str):
+            return value
+        name = Path(value).name
+        return f"{place}{name}" if name in OWN_FOLDERS and (source / name).is_dir() else renames.get(value, value)
 
     for file in sorted(source.rglob("*")):
         name = file.relative_to(source)
@@ -229,18 +261,19 @@ def copy_described(source: Path, folder: Path, renames: Mapping[str, str], place
             continue
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix == ".json":
-            target.write_text(json.dumps(renamed(json.loads(file.read_text())), indent=2) + "\n")
+        if name.parent == Path() and (name.name == "config.json" or name.match("policy_*.json")):
+            target.write_text(json.dumps(renamed("", json.loads(file.read_text())), indent=2) + "\n")
         else:
             shutil.copyfile(file, target)
 
 
 def put_weights(head: Head, source: Path, folder: Path, form: Form, dtype: Dtype) -> Head:
     """The weights of a head in one of its forms, and what they are then."""
+    read = head.read_weights(source)  # checked, whether it is rewritten or not
     if form == "head" and dtype == "float32" and head.file == HEAD_WEIGHTS:
         _link(source / head.file, folder / HEAD_WEIGHTS)
         return head
-    weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in head.read_weights(source).items()}
+    weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in read.items()}
     if form == "peft":
         file = write_peft(head, weights, folder)
     else:
@@ -249,21 +282,31 @@ def put_weights(head: Head, source: Path, folder: Path, form: Form, dtype: Dtype
     return replace(head, file=file.name, sha256=sha256_of(file))
 
 
-def _put_critic(run: Path, poco: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The critic and its target, out of the newest checkpoint; the arguments that build it."""
+def _put_policy(source: Path, folder: Path) -> dict[str, Any]:
+    """The weights of a whole policy, and what poco.json says of them."""
+    file = folder / POLICY_WEIGHTS
+    _link(source / POLICY_WEIGHTS, file)
+    weights = {"file": file.name, "sha256": sha256_of(file), "lora": None}
+    return {"format": FORMAT, "weights": weights, "options": read_about(source).get("options", {})}
+
+
+def _put_critic(run: Path, result: Mapping[str, Any], poco: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The critic and its target, out of the newest checkpoint; their file, its hash, and what builds them."""
     try:
         weights = read_tensors(checkpoint.latest(run / "checkpoints") / "weights.safetensors")
-    except PocoError as error:
+        sizes = result["sizes"]
+    except (PocoError, KeyError) as error:
         raise HubError(f"there is no critic to push: {error}") from error
     tensors = {name: t for name, t in weights.items() if name.split(".")[0] in ("critic", "target_critic")}
     save_file(tensors, folder / CRITIC, metadata={"format": "pt"})
-    return {name: poco[f"critic_{name}"] for name in ("hidden", "members", "activation", "layer_norm_eps")}
+    options = {name: poco[f"critic_{name}"] for name in ("hidden", "members", "activation", "layer_norm_eps")}
+    return {"file": CRITIC, "sha256": sha256_of(folder / CRITIC), "arguments": sizes | options}
 
 
 def _link(file: Path, name: Path) -> None:
     """The same bytes under another name, without a copy where the file system can."""
     try:
-        name.hardlink_to(file)
+        name.hardlink_to(file.resolve(strict=True))  # what a link points to, not the link
     except OSError:
         shutil.copyfile(file, name)
 
@@ -277,13 +320,14 @@ def _account(result: Mapping[str, Any], config: Mapping[str, Any], which: Which,
         "adapter_distribution": _distribution(result["adapter"]),
         "normalization": _statistics(folder),
         "algorithm": config["poco"] | {"zeta": result.get("zeta", config["poco"]["zeta"])},
-        "training": _without(config, MACHINE),
+        "training": _anywhere(config),
         "datasets": [dataset["repo_id"] or demonstrations.get("repo_id")],
         "dataset_revision": dataset["revision"],
         "versions": result.get("versions"),
         "results": {
             "which": which,
-            "env": result["env"],
+            "env": _anywhere(result["env"]) if result["env"] else None,
+            "lerobot_arguments": list(result.get("lerobot_arguments", ())),
             "before": result["before"],
             "after": result["after"] if which == "last" else None,
             "best": result.get("best") if which == "best" else None,
@@ -324,18 +368,29 @@ def _numbers(tensor: Tensor) -> Any:
     return tensor.tolist() if tensor.numel() <= MOST_NUMBERS else f"{list(tensor.shape)} numbers"
 
 
-def _without(config: Mapping[str, Any], names: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
-    return {
-        key: _without(value, names, f"{prefix}{key}.") if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if f"{prefix}{key}" not in names
-    }
+def _anywhere(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A run's configuration without what speaks of its machine; open options that name a local path lose it."""
+    out = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            out[key] = _anywhere(value, f"{name}.")
+        elif name not in MACHINE:
+            out[key] = "a local path" if isinstance(value, str) and LOCAL.match(value) else value
+    return out
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _strings(inner)
 
 
 def _texts(folder: Path) -> Iterator[tuple[Path, str]]:
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as handle:
-                yield file, json.dumps(handle.metadata() or {})
+                yield file, json.dumps([handle.metadata() or {}, *handle.keys()])
         elif file.suffix not in (".png", ".model"):
             yield file, file.read_text(errors="ignore")

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from poco_vla.hub.artifact import CRITIC, PLOT, Artifact
+from poco_vla.hub.artifact import CRITIC, OWN_FOLDERS, PLOT, Artifact
 
 PAPER = "https://arxiv.org/abs/2604.01860"
 HUB = "https://huggingface.co"
@@ -21,17 +21,14 @@ class Licence:
         name: what it is called.
         link: where it stands.
         terms: what must be said beside it.
-        file: whether the base's own text of it lies in the repository.
+        texts: files in the repository with the base's own text of it.
     """
 
     id: str | None
     name: str | None = None
     link: str | None = None
     terms: str | None = None
-    file: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
+    texts: tuple[str, ...] = ()
 
 
 def model_card(artifact: Artifact, repo_id: str, licence: Licence) -> str:
@@ -89,9 +86,14 @@ def _title(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
     if about["weights"].get("lora"):
         what = f"A LoRA of rank {about['weights']['lora']['rank']} on the flow action head"
     what += f" of `{about['adapter']}`"
-    how = f"fine-tuned by [POCO]({PAPER}) with poco_vla: it imitated demonstrations, then practised."
-    if base is None:
-        yield f"{what}, trained from nothing and {how}"
+    if about["results"]["env_steps"]:
+        how = f"trained by [POCO]({PAPER}) with poco_vla: it imitated demonstrations, then practised."
+    else:
+        how = "trained on demonstrations with poco_vla; it has not practised."
+    if base is None and artifact.derived:
+        yield f"{what}, {how} It derives from a base model that is not at the Hub."
+    elif base is None:
+        yield f"{what}, {how} It has no base model: training began with random weights."
     elif artifact.form == "policy":
         yield f"{what}, {how} It derives from [{base['id']}]({HUB}/{base['id']})."
     else:
@@ -113,15 +115,14 @@ def _success(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str
     yield ""
     yield "| Policy | success | 95 % interval | episodes | environment steps |"
     yield "|---|---|---|---|---|"
-    yield _row("before: supervised fine-tuning", results["before"])
-    if results["which"] == "best":
+    practised = bool(results["env_steps"])
+    yield _row("before: supervised fine-tuning" if practised else "supervised fine-tuning", results["before"])
+    if practised and results["which"] == "best":
         yield _row("after: POCO, best evaluation", results["best"])
-    else:
+    elif practised:
         yield _row("after: POCO", results["after"])
     yield ""
-    yield (
-        "Plain samples, chunks executed open loop, Wilson's intervals; one training run, seed " + f"{results['seed']}."
-    )
+    yield f"Plain samples, chunks executed open loop, Wilson's intervals; one training run, seed {results['seed']}."
     if results["which"] == "best":
         yield (
             f"This is the best of {results['evaluations']} evaluations, picked after the fact: expect somewhat less."
@@ -154,15 +155,18 @@ def _use(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
     yield "chunk = policy.postprocess(propose(policy, prefix, 1)[:, 0, :, : policy.spec.action_dim])"
     yield "```"
     yield ""
-    if artifact.form == "head":
-        yield f"`poco-vla export {repo_id} FOLDER` makes a whole LeRobot policy of it, for LeRobot's commands:"
+    if artifact.form == "head" or any((artifact.folder / name).is_dir() for name in OWN_FOLDERS):
+        peft = " --form peft" if artifact.form == "peft" else ""
+        yield f"For LeRobot's commands, `poco-vla export {repo_id} FOLDER{peft}` first:"
         path = "FOLDER"
     else:
         yield "LeRobot's commands take it as it is:"
         path = repo_id
     yield ""
     yield "```bash"
-    yield f"lerobot-eval --policy.path={path} --env.type=... --env.task=..."
+    env = about["results"]["env"] or {"type": "...", "task": "..."}
+    words = [*about["results"]["lerobot_arguments"], f"--env.type={env['type']}", f"--env.task={env['task']}"]
+    yield f"lerobot-eval --policy.path={path} {' '.join(words)}"
     yield "```"
     if artifact.form == "peft":
         yield ""
@@ -221,8 +225,8 @@ def _terms(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
         return
     link = f"[{called}]({licence.link})" if licence.link else called
     yield f"Inherited from the base model [{artifact.base}]({HUB}/{artifact.base}): {link}."
-    if licence.file:
-        yield f"Its text: [{licence.file}]({licence.file})."
+    if licence.texts:
+        yield f"Its text: {', '.join(f'[{name}]({name})' for name in licence.texts)}."
     if licence.terms:
         yield licence.terms
 

@@ -6,21 +6,26 @@ from typing import Literal
 
 from poco_vla.errors import HubError
 from poco_vla.files import write_json
-from poco_vla.heads import ABOUT, Head, base_of, head_folder, read_about
-from poco_vla.hub.artifact import copy_described, put_weights
-from poco_vla.hub.fetch import load_head
-from poco_vla.sources import locate
+from poco_vla.heads import ABOUT, base_of, head_folder, read_about
+from poco_vla.hub.artifact import copy_described, head_in, put_weights
+from poco_vla.hub.fetch import load_head, located
 
 
 def export_policy(
-    source: str | Path, path: str | Path, *, form: Literal["policy", "peft"] = "policy", base: str | Path | None = None
+    source: str | Path,
+    path: str | Path,
+    *,
+    form: Literal["policy", "peft"] = "policy",
+    revision: str | None = None,
+    base: str | Path | None = None,
 ) -> Path:
     """Write a folder that LeRobot's commands take as `--policy.path`; whole or not at all.
 
     Args:
-        source: Hub id or folder of a head (a run's `head` or `best`).
+        source: Hub id or folder of a head (a run, or its `best`).
         path: where to.
         form: "policy" merges head and base; "peft" is the head alone, which LeRobot puts on the base itself.
+        revision: Hub commit, tag or branch of the head.
         base: Hub id or folder of the base, where it is not where it was.
 
     Returns:
@@ -30,20 +35,22 @@ def export_policy(
         HubError: there is no such form of it.
         PolicyError: head or base cannot be had, or do not fit.
     """
-    path = Path(path)
+    path, found = Path(path), located(source, revision)
+    if path.resolve() == found.folder:
+        raise HubError(f"{path} is what is to be exported: choose another folder")
     if form == "policy" or base is not None:
-        policy = load_head(source, base=base)  # with another base, this says whether it is the same model
+        policy = load_head(
+            source, revision=revision, base=base
+        )  # with another base, this says whether it is the same model
         if form == "policy":
             policy.save_pretrained(path)
             return path
-    found = locate(source)
-    about = read_about(found.folder)
-    if "weights" not in about:
+    about, head = read_about(found.folder), head_in(found.folder)
+    if head is None:
         raise HubError(f"{found.name} holds no head that belongs on a base: there is no peft form of it")
-    head = Head.of(about, found.folder / ABOUT)
     if base is not None:
         there = base_of(head, base)
-        head = replace(head, base=there.name, revision=there.revision)
+        head = replace(head, base=there.name, revision=there.revision, content=there.content)
     with head_folder(path) as partial:
         copy_described(found.folder, partial, {}, f"{path.resolve()}/")
         head = put_weights(head, found.folder, partial, "peft", "float32")

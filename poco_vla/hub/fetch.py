@@ -4,18 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from poco_vla.critic import ChunkCritic
 from poco_vla.errors import HubError, UnknownAdapterError
-from poco_vla.heads import ABOUT, HEAD_WEIGHTS, POLICY_WEIGHTS, check_file, read_about, read_tensors, sha256_of
-from poco_vla.hub.artifact import CRITIC
+from poco_vla.heads import ABOUT, HEAD_WEIGHTS, POLICY_WEIGHTS, read_about, read_tensors, sha256_of
+from poco_vla.hub.artifact import CRITIC, source_folder
 from poco_vla.policy import FlowPolicy
 from poco_vla.registry import available_adapters, load_adapter
-from poco_vla.sources import Source, hub_errors, locate
-
-PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"]
-"""Never fetched: reading one runs its code."""
+from poco_vla.sources import Source, check_file, locate
 
 
 def load_head(
@@ -33,7 +28,7 @@ def load_head(
     the base is the same model.
 
     Args:
-        repo_or_path: Hub id, or a folder (a run's `head`, `best` or `policy`, or a fetched repository).
+        repo_or_path: Hub id, a run's folder (its last policy) or a folder in it (`best`), or a fetched repository.
         revision: Hub commit, tag or branch of the head.
         adapter: the one that is expected; None takes what it says.
         base: Hub id or folder of the base, where it is not where it was.
@@ -44,14 +39,18 @@ def load_head(
         HubError: nothing of ours is there, it is another adapter's, or its adapter is not installed.
         PolicyError: head or base cannot be had, or do not fit.
     """
-    source = locate(repo_or_path, revision)
+    source = located(repo_or_path, revision)
     about = _about(source)
     name = about["adapter"]
     if adapter not in (None, name):
         raise HubError(f'{source.name} holds a head of the adapter "{name}", and "{adapter}" was asked for')
+    loaded = _adapter(source, about)
+    _check_policy_file(source, about)
     if base is not None:
         options["base"] = base
-    return _adapter(source, about).from_pretrained(_whole(source, about), device=device, **options)
+    if source.revision is not None:
+        options["revision"] = source.revision
+    return loaded.from_pretrained(source.name, device=device, **options)
 
 
 def load_critic(repo_or_path: str | Path, *, revision: str | None = None, target: bool = False) -> ChunkCritic:
@@ -66,35 +65,43 @@ def load_critic(repo_or_path: str | Path, *, revision: str | None = None, target
         HubError: there is none.
         PolicyError: it cannot be had, or is damaged.
     """
-    source = locate(repo_or_path, revision)
-    shape = _about(source).get("critic")
-    if shape is None:
+    source = located(repo_or_path, revision)
+    told = _about(source).get("critic")
+    if told is None:
         raise HubError(f"{source.name} came without its critic: push it again with critic=True (--critic)")
+    file = source.file(CRITIC)
+    check_file(file)
+    _check_hash(file, told["sha256"], source)
     prefix = "target_critic." if target else "critic."
-    weights = read_tensors(source.file(CRITIC))
-    critic = ChunkCritic(**shape)
-    try:
-        critic.load_state_dict({n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)})
-    except RuntimeError as error:
-        raise HubError(f"{CRITIC} in {source.name} does not fit what {ABOUT} says of it: {error}") from error
+    critic = ChunkCritic(**told["arguments"])
+    critic.load_state_dict({n.removeprefix(prefix): t for n, t in read_tensors(file).items() if n.startswith(prefix)})
     return critic
 
 
-def _whole(source: Source, about: Mapping[str, Any]) -> Path:
-    """The folder with everything that the adapter reads: a head lies there already, a whole policy is fetched now."""
-    weights = about.get("weights") or {"file": POLICY_WEIGHTS, "sha256": None}
-    if source.revision is None or weights["file"] != POLICY_WEIGHTS:
-        return source.folder
-    with hub_errors(source.name, source.revision):
-        folder = Path(snapshot_download(source.name, revision=source.revision, ignore_patterns=PICKLES))
-    check_file(folder / POLICY_WEIGHTS)
-    found = sha256_of(folder / POLICY_WEIGHTS)
-    if found != weights["sha256"]:
+def located(repo_or_path: str | Path, revision: str | None = None) -> Source:
+    """As :func:`poco_vla.sources.locate`; of a run's folder, its last policy's."""
+    folder = Path(repo_or_path)
+    if (folder / "result.json").is_file():
+        repo_or_path = source_folder(folder, "last")
+    return locate(repo_or_path, revision)
+
+
+def _check_policy_file(source: Source, about: Mapping[str, Any]) -> None:
+    """The weights of a whole policy, if their hash is known; a head's are checked where they are put on its base."""
+    weights = about.get("weights")
+    if weights is not None and weights["file"] == POLICY_WEIGHTS:
+        file = source.file(POLICY_WEIGHTS)
+        check_file(file)
+        _check_hash(file, weights["sha256"], source)
+
+
+def _check_hash(file: Path, expected: str, source: Source) -> None:
+    found = sha256_of(file)
+    if found != expected:
         raise HubError(
-            f"{POLICY_WEIGHTS} in {source.name} is not the file that {ABOUT} speaks of (SHA-256 {found[:12]}, expected "
-            f"{weights['sha256'][:12]}): it was changed or damaged; fetch it again"
+            f"{file.name} in {source.name} is not the file that {ABOUT} speaks of (SHA-256 {found[:12]}, expected "
+            f"{expected[:12]}): it was changed or damaged; fetch it again"
         )
-    return folder
 
 
 def _about(source: Source) -> dict[str, Any]:

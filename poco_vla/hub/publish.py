@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from httpx import HTTPError
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from poco_vla.errors import HubError, PocoError
-from poco_vla.heads import ABOUT, HEAD_WEIGHTS, PEFT_WEIGHTS, POLICY_WEIGHTS, Head, read_about, sha256_of
-from poco_vla.hub.artifact import CARD, CRITIC, Artifact, Dtype, Form, Which, check_portable, stage
+from poco_vla.heads import ABOUT, Head, read_about, sha256_of
+from poco_vla.hub.artifact import CARD, Artifact, Dtype, Form, Which, check_portable, head_in, source_folder, stage
 from poco_vla.hub.card import Licence, model_card
-from poco_vla.hub.peft_form import PEFT_CONFIG
 from poco_vla.registry import load_adapter
+from poco_vla.sources import content_of
 
-WEIGHTS = (HEAD_WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG, POLICY_WEIGHTS, CRITIC)
-"""What an update takes away where its form has another."""
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "LICENCE.md", "NOTICE")
 
 
@@ -75,9 +73,9 @@ def push_head(
         critic: with the critic.
         base: Hub id of the base, for a run that had it from a local folder; its files must be the same.
         license: for a policy without a base; any other has its base's.
-        private: whether a new repository is. An existing one stays as it is.
+        private: whether a new repository is. One that holds something stays as it is.
         update: add a commit to a repository that holds such a head already.
-        dry_run: upload nothing, say what would go.
+        dry_run: upload nothing, say what would go; with a token, also whether it may go there.
         token: the Hub's; None takes the one that `hf auth login` left.
 
     Raises:
@@ -89,45 +87,55 @@ def push_head(
 
     run, api = Path(run), HfApi(token=token)
     _check_name(repo_id)
-    read_result(run)  # before anything is written there
-    if not dry_run:
+    result = read_result(run)  # before anything is written there
+    head = head_in(source_folder(run, which))
+    _check_base(run, head, base, whole=form == "policy")
+    knows_us = token is not None or get_token() is not None
+    if not dry_run or knows_us:
         repo_id = _full_name(api, repo_id)
+    place = _Place(None, private)
     with _told(f"nothing was pushed to {repo_id}"), tempfile.TemporaryDirectory(prefix=".push-", dir=run) as scratch:
+        if not dry_run or knows_us:
+            place = _look(api, repo_id, result["adapter"], private=private)
         folder = Path(scratch) / "artifact"
         folder.mkdir()
-        local = _local_base(run, which, base)
-        if local and not base and form != "policy":
-            raise HubError(
-                f"{run} was trained on the local folder {local.base}, which nobody else has: name the Hub repository "
-                "of the same files with --base (`hf upload` puts them there), or push the whole policy: --form policy"
-            )
-        there = _compared(api, run, local, base) if local and base else None
+        there = _compared(api, run, head, base) if head and base and head.revision is None else None
         artifact = stage(run, folder, form=form, which=which, dtype=dtype, critic=critic, base=there)
-        licence = _licence(api, artifact, local is not None or artifact.base is not None, license)
-        card = model_card(artifact, repo_id, licence)
+        if place.weights not in (None, artifact.about["weights"]["sha256"]) and not update:
+            raise HubError(
+                f"{repo_id} exists and holds what was trained already: choose another name, or add a commit to it with "
+                "--update"
+            )
+        card = model_card(artifact, repo_id, _licence(api, artifact, license))
         (folder / CARD).write_text(card)
-        check_portable(folder)
+        check_portable(folder, token=token)
         if dry_run:
-            return Pushed(repo_id, private, artifact.files(), card)
-        place = _look(api, repo_id, artifact, update=update, private=private)
+            return Pushed(repo_id, place.private, artifact.files(), card)
         commit = _commit(api, repo_id, artifact, place)
         return Pushed(repo_id, place.private, artifact.files(), card, commit.oid, str(commit.commit_url))
 
 
 def _commit(api: HfApi, repo_id: str, artifact: Artifact, place: "_Place") -> CommitInfo:
-    """Everything at once; what the repository held of another form goes."""
+    """Everything at once; what an earlier push brought and this one does not, goes."""
     files = artifact.files()
-    stale = [name for name in WEIGHTS if name in place.held and name not in files]
     adds = [CommitOperationAdd(name, artifact.folder / name) for name in files]
+    stale = [CommitOperationDelete(name) for name in place.pushed if name not in files]
     title = f"{'LoRA' if artifact.about['weights']['lora'] else artifact.form.capitalize()} trained by POCO"
     with _told("the same command goes on where it broke off: what arrived is not sent again, and no half is ever seen"):
-        api.create_repo(repo_id, private=place.private, exist_ok=True)
-        return api.create_commit(
-            repo_id,
-            [*adds, *(CommitOperationDelete(name) for name in stale)],
-            commit_message=title,
-            parent_commit=place.commit,
-        )
+        parent = place.commit or _made(api, repo_id, place.private)
+        return api.create_commit(repo_id, [*adds, *stale], commit_message=title, parent_commit=parent)
+
+
+def _made(api: HfApi, repo_id: str, private: bool) -> str:
+    """The commit of a new repository, or of an empty one that an earlier push left, as visible as is asked for now."""
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    info = api.model_info(repo_id)
+    if _held(info):
+        raise HubError(f"somebody has pushed to {repo_id} meanwhile: look at it, then push again")
+    if bool(info.private) != private:
+        api.update_repo_settings(repo_id, private=private)
+    assert info.sha is not None
+    return info.sha
 
 
 def _check_name(repo_id: str) -> None:
@@ -156,61 +164,72 @@ def _full_name(api: HfApi, repo_id: str) -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    """The repository as it is: its newest commit, whether others see it, its files."""
+    """The repository as it is.
+
+    Attributes:
+        commit: what a push would stand on; None where there is no repository, or an empty one, as a broken-off push
+            leaves it.
+        private: whether others will not see it.
+        weights: hash of the weights that are there: a push whose answer got lost has left the very same.
+        pushed: files that an earlier push brought.
+    """
 
     commit: str | None
     private: bool
-    held: frozenset[str] = frozenset()
+    weights: str | None = None
+    pushed: tuple[str, ...] = ()
 
 
-def _look(api: HfApi, repo_id: str, artifact: Artifact, *, update: bool, private: bool) -> _Place:
-    """What a push would stand on. An empty repository, as a broken-off push leaves it, is as good as none; one with the
-    very same weights is what a push leaves whose answer got lost."""
+def _look(api: HfApi, repo_id: str, adapter: str, *, private: bool) -> _Place:
+    """What is there now; HubError where it is somebody's or another adapter's."""
     try:
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
         return _Place(None, private)
-    held = frozenset(file.rfilename for file in info.siblings or []) - {".gitattributes"}
-    place = _Place(info.sha, bool(info.private), held)
+    held = _held(info)
     if not held:
-        return place
+        return _Place(None, private)
     if ABOUT not in held:
         listed = ", ".join(sorted(held)[:4])
         raise HubError(f"{repo_id} exists and holds something else ({listed}; no {ABOUT}): choose another name")
-    theirs, ours = read_about(Path(api.hf_hub_download(repo_id, ABOUT, revision=info.sha)).parent), artifact.about
-    if theirs.get("adapter") != ours["adapter"]:
+    theirs = read_about(Path(api.hf_hub_download(repo_id, ABOUT, revision=info.sha)).parent)
+    if theirs["adapter"] != adapter:
         raise HubError(
-            f'{repo_id} holds what the adapter "{theirs.get("adapter")}" has trained, and this is of '
-            f'"{ours["adapter"]}": choose another name'
+            f'{repo_id} holds what the adapter "{theirs["adapter"]}" has trained, and this is of "{adapter}": choose '
+            "another name"
         )
-    if not update and theirs.get("weights", {}).get("sha256") != ours["weights"]["sha256"]:
+    pushed = tuple(name for name in theirs.get("files", ()) if name in held)
+    return _Place(info.sha, bool(info.private), theirs.get("weights", {}).get("sha256"), pushed)
+
+
+def _held(info: ModelInfo) -> set[str]:
+    """Files of a repository but the Hub's own."""
+    return {file.rfilename for file in info.siblings or []} - {".gitattributes"}
+
+
+def _check_base(run: Path, head: Head | None, base: str | None, *, whole: bool) -> None:
+    """Others must be able to get the base that a head belongs on."""
+    if head is None or head.revision is not None:
+        if base is not None and (head is None or base != head.base):
+            raise HubError(f"{run} was trained on {head.base if head else 'no base'}, not on {base}: leave out --base")
+    elif base is None and not whole:
         raise HubError(
-            f"{repo_id} exists and holds what was trained already: choose another name, or add a commit to it with "
-            "--update"
+            f"{run} was trained on the local folder {head.base}, which nobody else has: name the Hub repository of the "
+            "same files with --base (`hf upload` puts them there), or push the whole policy: --form policy"
         )
-    return place
 
 
-def _local_base(run: Path, which: Which, base: str | None) -> Head | None:
-    """The head of a run whose base is a folder of this machine; None where others can get it, or there is no base."""
-    folder = run / ("best" if which == "best" else "head")
-    about = read_about(folder)
-    head = Head.of(about, folder / ABOUT) if "weights" in about else None
-    if head is not None and head.revision is None:
-        return head
-    if base is not None and (head is None or base != head.base):
-        raise HubError(f"{run} was trained on {head.base if head else 'no base'}, not on {base}: leave out --base")
-    return None
-
-
-def _compared(api: HfApi, run: Path, local: Head, base: str) -> tuple[str, str]:
+def _compared(api: HfApi, run: Path, head: Head, base: str) -> tuple[str, str]:
     """Hub id and commit of `base`, whose weights must be the files that the run had."""
+    folder = Path(head.base)
+    own = [p for p in sorted(folder.glob("*.safetensors")) if not p.name.startswith("policy_")]
+    if not own:
+        raise HubError(f"{folder} is gone, so that it cannot be compared with {base}")
+    if content_of(folder) != head.content:
+        raise HubError(f"{folder} holds other weights than those that {run} was trained on")
     with _told(f"the base {base} cannot be compared"):
         info = api.model_info(base, files_metadata=True)
     theirs = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
-    own = [p for p in sorted(Path(local.base).glob("*.safetensors")) if not p.name.startswith("policy_")]
-    if not own:
-        raise HubError(f"{local.base} is gone, so that it cannot be compared with {base}")
     for file in own:
         if theirs.get(file.name) != sha256_of(file):
             found = "missing" if file.name not in theirs else f"another file than {file}"
@@ -219,11 +238,11 @@ def _compared(api: HfApi, run: Path, local: Head, base: str) -> tuple[str, str]:
     return base, info.sha
 
 
-def _licence(api: HfApi, artifact: Artifact, derived: bool, chosen: str | None) -> Licence:
-    """The base's, with its text where it has one; else what the user chose."""
-    terms = load_adapter(artifact.about["adapter"]).terms if derived else None
+def _licence(api: HfApi, artifact: Artifact, chosen: str | None) -> Licence:
+    """The base's, with its texts where it has some; else what the user chose."""
+    terms = load_adapter(artifact.about["adapter"]).terms if artifact.derived else None
     if artifact.base is None:
-        if derived and chosen is None:
+        if artifact.derived and chosen is None:
             raise HubError("the licence of the base model holds for what derives from it: name it with --license")
         return Licence(chosen, terms=terms)
     if chosen is not None:
@@ -231,18 +250,17 @@ def _licence(api: HfApi, artifact: Artifact, derived: bool, chosen: str | None) 
     revision = artifact.about["base"]["revision"]
     with _told(f"the licence of {artifact.base} cannot be read"):
         info = api.model_info(artifact.base, revision=revision)
-        data: dict[str, Any] = info.card_data.to_dict() if info.card_data else {}
-        held = {file.rfilename for file in info.siblings or []}
-        text = next((name for name in LICENCE_FILES if name in held), None)
-        if text is not None:
-            shutil.copyfile(api.hf_hub_download(artifact.base, text, revision=revision), artifact.folder / text)
+        texts = tuple(name for name in LICENCE_FILES if name in _held(info))
+        for name in texts:
+            shutil.copyfile(api.hf_hub_download(artifact.base, name, revision=revision), artifact.folder / name)
+    data: dict[str, Any] = info.card_data.to_dict() if info.card_data else {}
     page = f"https://huggingface.co/{artifact.base}"
     if not data.get("license"):
-        return Licence("other", f"that of {artifact.base}", page, terms, text)
+        return Licence("other", f"that of {artifact.base}", page, terms, texts)
     link = data.get("license_link")
     if link and "://" not in link:
         link = f"{page}/blob/{revision}/{link}"
-    return Licence(data["license"], data.get("license_name"), link, terms, text)
+    return Licence(data["license"], data.get("license_name"), link, terms, texts)
 
 
 @contextmanager
@@ -262,6 +280,11 @@ def _told(what: str) -> Iterator[None]:
             412: "somebody else has pushed meanwhile: look at it, then push again",
         }.get(status, f"the Hub answered {status}")
         raise HubError(f"{meaning} ({_first_line(error)}); {what}") from error
+    except ValueError as error:  # before anything of a commit is sent
+        raise HubError(
+            f"the Hub does not take the model card ({_first_line(error)}); is the licence one of its names, such as "
+            f"apache-2.0? {what}"
+        ) from error
     # No network; a part that was refused again and again; a full disk.
     except (HTTPError, RuntimeError, OSError) as error:
         raise HubError(f"{type(error).__name__}: {_first_line(error)}; {what}") from error

@@ -1,6 +1,5 @@
 """One run: both stages, what it is made of, and how it is interrupted and taken up again."""
 
-import importlib.util
 import json
 import logging
 import math
@@ -10,11 +9,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -781,9 +780,11 @@ class Trainer:
 
 def _versions() -> dict[str, str]:
     """What this run ran on."""
-    names = ("poco-vla", "lerobot", "torch", "transformers", "accelerate", "peft")
-    found = {name: version(name) for name in names if importlib.util.find_spec(name.replace("-", "_"))}
-    return {"python": platform.python_version()} | found
+    found = {"python": platform.python_version()}
+    for name in ("poco-vla", "lerobot", "torch", "transformers", "accelerate", "peft"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _where_lerobot_finds(env_config: Any) -> list[str]:

@@ -77,6 +77,7 @@ def write_run(run: Path, policy, adapter, **config) -> Path:
         "versions": {"python": "3.12.1", "lerobot": "0.6.1"},
         "device": "cpu",
         "policy": "policy",
+        "lerobot_arguments": ["--env.discover_packages_path=poco_vla.rollout.environments"],
         "demonstrations": {"steps": 1234, "repo_id": settings.dataset.repo_id},
     }
     write_json(run / "result.json", result)

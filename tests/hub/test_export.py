@@ -1,6 +1,7 @@
 """Forms that LeRobot loads by itself: a whole policy, and a peft adapter that it puts on the base."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from peft import PeftModel
 from poco_vla_pi05.architecture import TINY, lerobot_builds
 from run_folders import based_run
 
-from poco_vla import PolicyError, export_policy, heads, load_adapter, load_head, propose, push_head
+from poco_vla import PocoError, PolicyError, export_policy, heads, load_adapter, load_head, propose, push_head
 from poco_vla.errors import HubError
 
 pytest_plugins = ["hub_server"]
@@ -103,6 +104,20 @@ def test_what_has_no_peft_form_is_told(made, tmp_path):
     with pytest.raises(HubError, match='the adapter "groot_n1d6" offers no peft form'):
         export_policy(run / "head", tmp_path / "peft", form="peft")
     assert not (tmp_path / "peft").exists()
+
+
+def test_neither_a_run_nor_the_head_itself_is_written_over(made, tmp_path):
+    run = shutil.copytree(made[1], tmp_path / "run")
+    before = sorted(p.name for p in run.iterdir())
+    for form in ("policy", "peft"):
+        with pytest.raises(
+            PocoError, match=r"run holds something else than a policy \(no config.json, or a whole run\)"
+        ):
+            export_policy(run / "head", run, form=form)
+        with pytest.raises(HubError, match="is what is to be exported: choose another"):
+            export_policy(run, run / "head", form=form)
+    assert sorted(p.name for p in run.iterdir()) == before
+    assert proposals(load_head(run)).shape
 
 
 def test_a_whole_policy_is_not_replaced_by_a_head(made, tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from poco_vla import PolicyError, heads, load_adapter, load_head, propose, push_head
 from poco_vla.errors import HubError
-from poco_vla.hub import fetch
+from poco_vla.sources import PICKLES
 
 pytest_plugins = ["hub_server"]
 BASE, HEAD = "lerobot/pi05_base", "someone/pen"
@@ -153,10 +153,65 @@ def test_a_pickle_in_the_place_of_safetensors_is_never_opened(head, tmp_path, mo
         load_head(head)
 
 
+@pytest.mark.parametrize("adapter", ["pi05", "flow_mlp", "groot_n1d6", "smolvla"])
+def test_a_processor_that_would_run_a_command_is_refused(tmp_path, adapter):
+    """LeRobot calls whatever class a step names, and looks afterwards what it was."""
+    load_adapter(adapter).tiny().save_pretrained(tmp_path / "policy")
+    file = tmp_path / "policy" / "policy_preprocessor.json"
+    mark = tmp_path / "mark"
+    step = {"class": "subprocess.Popen", "config": {"args": ["touch", str(mark)]}}
+    held = json.loads(file.read_text())
+    file.write_text(json.dumps(held | {"steps": [step, *held["steps"]]}))
+    for load in (load_head, load_adapter(adapter).from_pretrained):
+        with pytest.raises(
+            PolicyError, match=r"policy_preprocessor\.json names 'subprocess\.Popen' as a processing step"
+        ):
+            load(tmp_path / "policy")
+    assert not mark.exists()
+
+
+def test_a_folder_of_the_bases_name_here_is_not_the_base(pushed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / BASE).mkdir(parents=True)
+    assert load_head(HEAD).base == BASE
+
+
+def test_a_base_of_other_files_is_told_with_what_it_holds(hub, made):
+    """In shards, or pickled."""
+    sha = hub.add_repo(BASE, made[0])
+    push_head(made[1], HEAD, base=BASE)
+    commit = hub.repos["model", BASE].commits[sha]
+    files = {n: b for n, b in commit.files.items() if n != "model.safetensors"} | {
+        "model.bin": commit.files["config.json"]
+    }
+    hub.repos["model", BASE].commits[sha] = replace(commit, files=files)
+    with pytest.raises(PolicyError, match=r"holds no model\.safetensors; model\.bin may be a pickle.*; it holds "):
+        load_head(HEAD)
+
+
+def test_a_policy_that_was_uploaded_by_hand_is_loaded(hub, made):
+    hub.add_repo("you/policy", made[1] / "policy")
+    loaded = load_head("you/policy")
+    assert loaded.base == "you/policy"
+    assert torch.equal(proposals(loaded), proposals(load_head(made[1])))
+
+
+def test_a_copy_of_a_whole_policy_is_checked_too(hub, tmp_path):
+    run = write_run(tmp_path / "run", move(load_adapter("flow_mlp").tiny()), "flow_mlp")
+    push_head(run, "someone/cube")
+    (tmp_path / "copy").mkdir()
+    for name, data in hub.files("someone/cube").items():
+        (tmp_path / "copy" / name).write_bytes(data)
+    load_head(tmp_path / "copy")
+    shutil.copyfile(run / "best" / "model.safetensors", tmp_path / "copy" / "model.safetensors")
+    with pytest.raises(HubError, match=r"model\.safetensors in .*copy is not the file"):
+        load_head(tmp_path / "copy")
+
+
 def test_pickles_are_not_even_fetched(hub, tmp_path):
     run = write_run(tmp_path / "run", load_adapter("flow_mlp").tiny(), "flow_mlp")
     push_head(run, "someone/cube")
-    hub.commit("someone/cube", {f"weights{suffix[1:]}": b"x" for suffix in fetch.PICKLES})
+    hub.commit("someone/cube", {f"weights{suffix}": b"x" for suffix in PICKLES})
     load_head("someone/cube")
     asked = {r.path.rsplit("/", 1)[-1] for r in hub.requests if "/resolve/" in r.path}
     assert "model.safetensors" in asked
@@ -169,6 +224,9 @@ def test_pickles_are_not_even_fetched(hub, tmp_path):
         (lambda f: (f / heads.ABOUT).unlink(), r"holds head\.safetensors, but no poco\.json|holds no poco\.json"),
         (lambda f: (f / heads.ABOUT).write_text("{"), r"poco\.json is damaged"),
         (lambda f: (f / heads.ABOUT).write_text("[]"), r"expected a JSON object, found list"),
+        (lambda f: change(f, weights=[]), "weights is missing or of another kind"),
+        (lambda f: change(f, options=[], adapter=3), "adapter, options is missing or of another kind"),
+        (lambda f: weights_with(f, file="../base/model.safetensors"), r"weights\.file is missing or of another kind"),
         (lambda f: change(f, format=2), "is of format 2, and this version of poco_vla reads 1: update it"),
         (lambda f: change(f, base={}), r"poco\.json is damaged: it lacks 'id'"),
         (lambda f: (f / heads.HEAD_WEIGHTS).write_bytes(b"12"), r"head\.safetensors is damaged"),
@@ -192,7 +250,8 @@ def test_what_poco_vla_did_not_write_is_told_how_to_be_loaded(hub, tmp_path):
             load_head(source)
 
 
-def test_a_run_that_has_a_checkpoint_of_another_base_is_not_confused(made):
-    """Each folder that a run writes says what it is: head, best, policy."""
-    for name in ("head", "best", "policy"):
-        assert load_head(made[1] / name).spec.horizon == 50
+def test_a_run_is_its_last_policy_and_each_of_its_folders_says_what_it_is(made):
+    expected = proposals(load_head(made[1]))
+    for name in ("head", "policy"):
+        assert torch.equal(proposals(load_head(made[1] / name)), expected)
+    assert not torch.equal(proposals(load_head(made[1] / "best")), expected)

@@ -34,7 +34,7 @@ def test_a_runs_policy_goes_to_the_hub_and_is_evaluated_from_there(hub, run, cap
     about, result = about_of(hub, "someone/cube"), json.loads((run / "result.json").read_text())
     assert about["results"]["after"] == result["after"]
     assert about["versions"]["torch"]
-    assert about["critic"]["feature_dim"] == result["sizes"]["feature_dim"]
+    assert about["critic"]["arguments"]["feature_dim"] == result["sizes"]["feature_dim"]
     env = json.dumps(result["env"])
     main(["eval", "someone/cube", "--env", env, "--episodes", "2"])
     assert "of 2 episodes" in capsys.readouterr().out

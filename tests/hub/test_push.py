@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_what_comes_back_is_the_policy_that_was_pushed(based, run, lora_made, fo
         torch.testing.assert_close(proposals(loaded), expected, rtol=1e-4, atol=1e-4)
     else:
         assert torch.equal(proposals(loaded), expected)
-    assert loaded.base == (BASE if form != "policy" else loaded.base)
+    assert loaded.base == (HEAD if form == "policy" else BASE)
 
 
 def test_it_is_one_commit_in_a_private_repository(based, run):
@@ -113,7 +114,7 @@ def test_a_policy_without_a_base_goes_whole(hub, tmp_path):
     card = ModelCard(pushed.card)
     assert card.data.license == "apache-2.0"
     assert card.data.get("base_model") is None
-    assert "trained from nothing" in pushed.card
+    assert "It has no base model: training began with random weights." in pushed.card
 
 
 def test_the_critic_comes_along_if_asked(based, run):
@@ -128,6 +129,20 @@ def test_the_critic_comes_along_if_asked(based, run):
         prefix = "target_critic." if target else "critic."
         assert all(torch.equal(t, held[prefix + n]) for n, t in critic.state_dict().items())
     assert "`critic.safetensors`" in based.files(HEAD)["README.md"].decode()
+
+
+def test_the_critic_is_not_that_of_an_earlier_policy(based, run):
+    with pytest.raises(HubError, match="the critic is the one of the run's end, and which=best is an earlier policy"):
+        push_head(run, HEAD, base=BASE, which="best", critic=True)
+
+
+def test_a_critic_that_changed_since_is_refused(based, run):
+    push_head(run, HEAD, base=BASE, critic=True)
+    spoilt = bytearray(based.files(HEAD)["critic.safetensors"])
+    spoilt[-1] ^= 1
+    based.commit(HEAD, {"critic.safetensors": bytes(spoilt)})
+    with pytest.raises(HubError, match=r"critic\.safetensors in .* is not the file that poco\.json speaks of"):
+        load_critic(HEAD)
 
 
 def test_without_it_one_is_told(based, run):
@@ -165,6 +180,8 @@ def test_the_card_says_it_all_and_the_hub_accepts_it(based, run):
     assert "| after: POCO | 75% | 60% to 86% | 30 of 40 | 900 |" in card.text
     assert f"at commit `{based.revisions(BASE)[0]}`" in card.text
     assert "![Success against environment steps](curve.png)" in card.text
+    found = "--env.discover_packages_path=poco_vla.rollout.environments --env.type=ogbench --env.task=cube-single-"
+    assert f"lerobot-eval --policy.path=FOLDER {found}" in card.text
     assert any(r.path == "/api/validate-yaml" for r in based.requests)
 
 
@@ -181,6 +198,7 @@ def test_terms_and_text_of_the_bases_licence_are_carried_over(hub, tmp_path):
     """GR00T's are NVIDIA's: non-commercial."""
     base, run = based_run(tmp_path, "groot_n1d6")
     (tmp_path / "base" / "LICENSE").write_text("NVIDIA's terms")
+    (tmp_path / "base" / "NOTICE").write_text("and whose it is")
     front = "license: other\nlicense_name: nvidia-license\nlicense_link: LICENSE"
     hub.add_repo("nvidia/groot", base)
     commit = hub.commit("nvidia/groot", {"README.md": f"---\n{front}\n---\n".encode()})
@@ -190,6 +208,7 @@ def test_terms_and_text_of_the_bases_licence_are_carried_over(hub, tmp_path):
     assert data.license_link == f"https://huggingface.co/nvidia/groot/blob/{commit}/LICENSE"
     assert "non-commercial research and evaluation only" in " ".join(pushed.card.split())
     assert hub.files("someone/groot")["LICENSE"] == b"NVIDIA's terms"
+    assert hub.files("someone/groot")["NOTICE"] == b"and whose it is"
     assert torch.equal(proposals(load_head("someone/groot")), proposals(load_head(run / "head")))
 
 
@@ -200,6 +219,44 @@ def test_a_run_without_an_environment_claims_no_success(based, run):
     pushed = push_head(run, HEAD, base=BASE)
     assert "Not measured: the run had no environment" in pushed.card
     assert "model-index" not in pushed.card
+
+
+def test_a_run_that_did_not_practise_does_not_claim_it(based, run):
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | {"env_steps": 0, "after": result["before"]}))
+    card = push_head(run, HEAD, base=BASE).card
+    assert "trained on demonstrations with poco_vla; it has not practised" in card
+    assert "| supervised fine-tuning | 20% | 10% to 35% |" in card
+    assert "after: POCO" not in card
+
+
+def test_a_tokenizer_goes_as_it_is(based, run):
+    """Its merges hold "/", which is no path."""
+    file = run / "head" / "tokenizer" / "tokenizer.json"
+    held = json.loads(file.read_text())
+    held["model"]["merges"] = [["/", "/"], ["/", "b"]]
+    file.write_text(json.dumps(held))
+    push_head(run, HEAD, base=BASE)
+    assert based.files(HEAD)["tokenizer/tokenizer.json"] == file.read_bytes()
+
+
+def test_weights_behind_a_link_go_whole(based, run, tmp_path):
+    """As DVC and git-annex keep them."""
+    file = run / "head" / "head.safetensors"
+    file.rename(tmp_path / "held")
+    file.symlink_to(Path("..") / ".." / "held")
+    push_head(run, HEAD, base=BASE)
+    assert based.files(HEAD)["head.safetensors"] == (tmp_path / "held").read_bytes()
+
+
+def test_damaged_weights_do_not_go(based, run):
+    file = run / "head" / "head.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(PocoError, match=r"head\.safetensors is not the file that poco\.json speaks of"):
+        push_head(run, HEAD, base=BASE)
+    assert ("model", HEAD) not in based.repos
 
 
 # -- nothing half, nothing twice --------------------------------------------------------------------------------------
@@ -257,6 +314,59 @@ def test_a_name_that_exists_is_not_written_over(based, run):
     assert len(based.revisions(HEAD)) == 3
     old = load_head(HEAD, revision=based.revisions(HEAD)[1])
     assert torch.equal(proposals(old), proposals(load_head(run / "head")))
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_push_that_goes_on_is_as_visible_as_the_second_call_says(based, run, public):
+    based.fail("POST", "/commit/main", status=403)
+    with pytest.raises(HubError):
+        push_head(run, HEAD, base=BASE, private=public)
+    pushed = push_head(run, HEAD, base=BASE, private=not public)
+    assert based.repos["model", HEAD].private is pushed.private is not public
+
+
+def test_two_first_pushes_do_not_mix(based, run, monkeypatch):
+    """Both found no repository; the second to arrive is told."""
+    from poco_vla.hub import publish
+
+    look = publish._look
+
+    def slowly(api, repo_id, *arguments, **options):
+        place = look(api, repo_id, *arguments, **options)
+        monkeypatch.setattr(publish, "_look", look)
+        push_head(run, HEAD, base=BASE, which="best")
+        return place
+
+    monkeypatch.setattr(publish, "_look", slowly)
+    with pytest.raises(HubError, match=f"somebody has pushed to {HEAD} meanwhile"):
+        push_head(run, HEAD, base=BASE)
+    assert about_of(based, HEAD)["results"]["which"] == "best"
+
+
+def test_a_dry_run_says_that_the_name_is_taken(based, run):
+    push_head(run, HEAD, base=BASE)
+    with pytest.raises(HubError, match="holds what was trained already"):
+        push_head(run, "pen", base=BASE, which="best", dry_run=True)
+
+
+def test_a_licence_that_the_hub_does_not_know_is_told(hub, tmp_path):
+    run = write_run(tmp_path / "run", load_adapter("flow_mlp").tiny(), "flow_mlp")
+    with pytest.raises(HubError, match=r"the Hub does not take the model card .*is the licence one of its names"):
+        push_head(run, "someone/cube", license="My Own Licence")
+
+
+def test_an_update_takes_away_what_only_the_earlier_push_brought(based, run):
+    push_head(run, HEAD, base=BASE)
+    based.commit(HEAD, {"mine.mp4": b"a video"})
+    shutil.rmtree(run / "head" / "tokenizer")
+    file = run / "head" / "policy_preprocessor.json"
+    file.write_text(re.sub(r'"/[^"]*/tokenizer"', '"google/paligemma-3b-pt-224"', file.read_text()))
+    (run / "curve.png").unlink()
+    push_head(run, HEAD, base=BASE, update=True)
+    held = based.files(HEAD).keys()
+    assert not any(name.startswith("tokenizer/") for name in held)
+    assert "curve.png" not in held
+    assert "mine.mp4" in held, "what somebody put there by hand stays"
 
 
 def test_an_update_of_another_form_takes_the_old_weights_away(based, run):
@@ -333,6 +443,7 @@ def test_a_base_that_nobody_else_has_is_refused(based, run):
         push_head(run, HEAD, form="policy")
     pushed = push_head(run, HEAD, form="policy", license="gemma")
     assert about_of(based, HEAD)["base"] is None
+    assert "It derives from a base model that is not at the Hub" in pushed.card
     assert torch.equal(proposals(load_head(HEAD)), proposals(load_head(run / "policy")))
     assert pushed.private
 
@@ -344,6 +455,14 @@ def test_a_base_of_other_weights_is_refused(based, run, tmp_path):
         push_head(run, HEAD, base="lerobot/other")
     with pytest.raises(HubError, match="lerobot/nothing cannot be compared"):
         push_head(run, HEAD, base="lerobot/nothing")
+
+
+def test_a_base_that_was_replaced_since_is_refused(hub, tmp_path):
+    base, run = based_run(tmp_path)
+    load_adapter("pi05").tiny(seed=5).save_pretrained(base)
+    hub.add_repo("lerobot/newer", base)
+    with pytest.raises(HubError, match=r"holds other weights than those that .* was trained on"):
+        push_head(run, HEAD, base="lerobot/newer")
 
 
 def test_the_bases_licence_is_not_ours_to_choose(based, run):
@@ -359,26 +478,64 @@ def test_an_adapter_without_a_peft_form_says_so(hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    "words",
     [
-        ("hf_" + "a1B2" * 8, "would publish a secret"),
-        ("-----BEGIN RSA PRIVATE KEY-----", "would publish a secret"),
-        ("/ho" + "me/me/weights", "would publish the path /.*/me"),
-        ("C:\\Users\\me", "would publish the path"),
+        "hf_" + "a1B2" * 8,
+        "hf_oauth_" + "a1B2" * 8,
+        "github_pat_" + "a1B2" * 8,
+        "xoxb-" + "1" * 12,
+        "AIza" + "x" * 35,
+        "https://me:sesame@host/x",
+        "-----BEGIN RSA PRIVATE KEY-----",
     ],
 )
-def test_secrets_and_paths_of_this_machine_stay_here(based, run, words, told):
+def test_a_secret_in_a_runs_configuration_stays_here(based, run, words):
     config = json.loads((run / "config.json").read_text())
     config["policy_options"] = {"note": words}
     (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(HubError, match=f"poco.json {told}"):
+    with pytest.raises(HubError, match=r"poco\.json would publish a secret"):
         push_head(run, HEAD, base=BASE)
     assert ("model", HEAD) not in based.repos
 
 
-def test_a_secret_of_the_environment_is_known(tmp_path, monkeypatch):
-    monkeypatch.setenv("POCO_VLA_TOKEN", "sesame-open")
+PATHS = ["/ho" + "me/me/weights", "/lustre/alice/x.model", "/fsx/x", "C:\\data\\me", "D:/data", "~/x", "~me/x"]
+
+
+@pytest.mark.parametrize("words", PATHS)
+def test_a_local_path_among_the_options_is_left_out(based, run, words):
+    """A tokenizer of one's own, say: it travels with the head, the place where it was does not."""
+    config = json.loads((run / "config.json").read_text())
+    config["policy_options"] = {"tokenizer": words, "dtype": "bfloat16"}
+    (run / "config.json").write_text(json.dumps(config))
+    push_head(run, HEAD, base=BASE)
+    assert about_of(based, HEAD)["training"]["policy_options"] == {"tokenizer": "a local path", "dtype": "bfloat16"}
+    assert all(words.encode() not in data for data in based.files(HEAD).values())
+
+
+@pytest.mark.parametrize("words", PATHS)
+def test_a_local_path_anywhere_else_is_refused(tmp_path, words):
+    (tmp_path / "config.json").write_text(json.dumps({"nested": [{"note": words}]}))
+    with pytest.raises(HubError, match=r"config\.json would publish the path .* of this machine"):
+        check_portable(tmp_path)
+
+
+def test_folders_of_ones_own_are_found_in_any_text(tmp_path, monkeypatch):
+    """And by whole names only: a dataset that begins like the working folder is another word."""
+    (tmp_path / "app").mkdir()
+    monkeypatch.chdir(tmp_path / "app")
+    (tmp_path / "README.md").write_text(f"trained in {tmp_path}/app/runs")
+    with pytest.raises(HubError, match=r"README\.md would publish the path .*/app/runs"):
+        check_portable(tmp_path)
+    (tmp_path / "README.md").write_text(f"you/app_picking {tmp_path}/apple")
+    check_portable(tmp_path)
+
+
+def test_a_secret_of_the_environment_or_the_call_is_known(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text('{"a": "sesame-open"}')
+    check_portable(tmp_path)
+    with pytest.raises(HubError, match=r"a\.json would publish a secret"):
+        check_portable(tmp_path, token="sesame-open")
+    monkeypatch.setenv("POCO_VLA_TOKEN", "sesame-open")
     with pytest.raises(HubError, match=r"a\.json would publish a secret"):
         check_portable(tmp_path)
 

@@ -72,6 +72,7 @@ class FlowMlp(FlowPolicy):
         stats: Mapping[str, Any] | None = None,
         statistics: Literal["auto", "dataset", "checkpoint"] = "auto",
         dataset_meta: Any = None,
+        revision: str | None = None,
         **options: Any,
     ) -> Self:
         if statistics == "dataset":
@@ -80,8 +81,9 @@ class FlowMlp(FlowPolicy):
             raise PolicyError(
                 f"a pretrained flow_mlp takes no options, got {sorted(options)}: its config.json fixes them"
             )
+        source = heads.locate(repo_or_path, revision)
         try:
-            config = PreTrainedConfig.from_pretrained(str(repo_or_path))
+            config = PreTrainedConfig.from_pretrained(str(source.folder))
         except (OSError, ValueError) as error:
             raise PolicyError(f"no LeRobot policy in {repo_or_path}: {error}") from error
         if not isinstance(config, FlowMlpConfig):
@@ -91,8 +93,9 @@ class FlowMlp(FlowPolicy):
                 f"{repo_or_path} was trained with chunks of {config.chunk_size} steps, asked for {horizon}"
             )
         config.device = device
+        folder = str(source.file(heads.POLICY_WEIGHTS).parent)
         try:
-            model = FlowMlpPolicy.from_pretrained(str(repo_or_path), config=config, strict=True)
+            model = FlowMlpPolicy.from_pretrained(folder, config=config, strict=True)
         except FileNotFoundError as error:
             raise PolicyError(f"{repo_or_path} holds no weights: {error}") from error
         except RuntimeError as error:
@@ -101,7 +104,7 @@ class FlowMlp(FlowPolicy):
         overrides = {"device_processor": {"device": device}}
         return cls(
             model,
-            *make_pre_post_processors(config, pretrained_path=str(repo_or_path), preprocessor_overrides=overrides),
+            *make_pre_post_processors(config, pretrained_path=folder, preprocessor_overrides=overrides),
         )
 
     @classmethod

@@ -478,7 +478,7 @@ def _saved_tokenizer(folder: Path) -> str | Path | None:
         return folder / TOKENIZER_FOLDER
     if not file.is_file():
         return None
-    steps = checkpoint.read_json(file).get("steps", [])
+    steps = heads.read_object(file).get("steps", [])
     return next((s["config"]["tokenizer_name"] for s in steps if "tokenizer_name" in s.get("config", {})), None)
 
 

@@ -4,7 +4,6 @@ LeRobot's own `from_pretrained` prints a line and returns a half-random model wh
 (spec A10).
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def read_config(source: heads.Source) -> tuple[PI05Config, bool]:
     if not file.is_file():
         held = ", ".join(sorted(p.name for p in source.folder.iterdir())) or "nothing"
         raise PolicyError(f"no policy in {source.name}: config.json is missing (the folder holds {held})")
-    values = read_json(file)
+    values = heads.read_object(file)
     if "type" not in values and "action_horizon" in values:
         return _openpi_config(values, Architecture.of_folder(source.folder).image_size), True
     if values.get("type") != "pi05":
@@ -97,7 +96,7 @@ def openpi_stats(folder: Path, asset: str | None) -> dict[str, dict[str, Tensor]
     if asset is not None and asset not in files:
         raise PolicyError(f'{folder} has no statistics for the asset "{asset}". Known: {", ".join(sorted(files))}.')
     file = files[asset or next(iter(files))]
-    stats = read_json(file).get("norm_stats")
+    stats = heads.read_object(file).get("norm_stats")
     if not isinstance(stats, dict):
         raise PolicyError(f'{file} is damaged: it has no table "norm_stats"')
     names = {"state": OBS_STATE, "actions": ACTION}
@@ -174,21 +173,6 @@ def full_weights(policy: PI05Policy, weights: Mapping[str, Tensor]) -> dict[str,
     if EXPERT_HEAD not in out:
         out[EXPERT_HEAD] = torch.zeros(expert.config.vocab_size, expert.config.hidden_size, dtype=out[EMBEDDINGS].dtype)
     return out
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        PolicyError: the file holds none.
-    """
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise PolicyError(f"{file} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise PolicyError(f"{file} is damaged: expected a JSON object, found {type(values).__name__}")
-    return values
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:

@@ -26,7 +26,6 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK
 from torch import Tensor
 
 from poco_vla import DataError, PolicyError, heads
-from poco_vla_pi05.checkpoint import read_json
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 NEEDED = {
@@ -88,7 +87,7 @@ def load(
         max_length: tokens of the longest prompt.
     """
     for name in (PREPROCESSOR, POSTPROCESSOR):
-        read_json(folder / name)  # LeRobot's error would not say which file is damaged
+        heads.read_object(folder / name)  # LeRobot's error would not say which file is damaged
     overrides: dict[str, Any] = {
         "tokenizer_processor": {"tokenizer": tokenizer, "tokenizer_name": None},
         "device_processor": {"device": config.device},

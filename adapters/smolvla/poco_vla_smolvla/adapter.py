@@ -214,6 +214,7 @@ class SmolVla(FlowPolicy):
         if vlm is not None:
             config.vlm_model_name = str(Path(vlm).resolve()) if Path(vlm).is_dir() else str(vlm)
         about_vlm = Vlm.load(frozen.folder / VLM_FOLDER if beside else config.vlm_model_name)
+        kept_vlm = about_vlm if beside or Path(config.vlm_model_name).is_dir() else None
         policy = empty_policy(config, about_vlm)
         dtype = dtype or heads.read_about(source.folder).get("options", {}).get("dtype")
         kept = getattr(torch, dtype) if dtype else None
@@ -222,7 +223,7 @@ class SmolVla(FlowPolicy):
             pipelines = checkpoint.build_pipelines(config, used, about_vlm.tokenizer)
         else:
             pipelines = checkpoint.load_pipelines(source.folder, config, about_vlm.tokenizer)
-        adapter = cls(policy.eval(), pipelines, source=frozen, vlm=about_vlm if beside else None, lora=lora)
+        adapter = cls(policy.eval(), pipelines, source=frozen, vlm=kept_vlm, lora=lora)
         if head is not None:
             head.put_on(policy, source.folder)
         return adapter
