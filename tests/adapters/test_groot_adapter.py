@@ -374,7 +374,10 @@ FAULTS = {
     "unknown field": (lambda f: change_json(f / "config.json", memory=3), r"(?s)policy cannot be loaded: .*memory"),
     "field of the wrong kind": (lambda f: change_json(f / "config.json", dtype="float8"), r"(?s)float8"),
     "another policy": (lambda f: change_json(f / "config.json", type="act"), r"expected \"Gr00tN1d6\""),
-    "damaged pre-processor": (lambda f: (f / "policy_preprocessor.json").write_text("{"), r"policy cannot be loaded"),
+    "damaged pre-processor": (
+        lambda f: (f / "policy_preprocessor.json").write_text("{"),
+        r"policy_preprocessor.json is damaged",
+    ),
     "no pre-processor": (lambda f: (f / "policy_preprocessor.json").unlink(), r"policy_preprocessor\.json"),
     "lost statistics": (lambda f: next(f.glob("policy_pre*.safetensors")).unlink(), r"encode\.safetensors"),
 }

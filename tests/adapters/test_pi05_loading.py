@@ -153,7 +153,7 @@ def test_a_folder_that_is_not_there_is_named(path):
 @pytest.mark.parametrize("revision", [None, "v1"])
 def test_a_hub_repository_that_cannot_be_had_is_named(monkeypatch, revision):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    at = r" at revision \'v1\'" if revision else ""
+    at = r' at revision "v1"' if revision else ""
     with pytest.raises(
         PolicyError, match=rf'"nobody/pi05_nothing"{at} is no local folder and cannot be had from the Hub'
     ):
@@ -177,7 +177,7 @@ def test_a_repository_in_the_hubs_cache_is_loaded_offline_with_its_commit(saved,
 
 
 def test_a_local_folder_has_no_revisions(saved):
-    with pytest.raises(PolicyError, match="local folder and has no revisions, but revision 'main'"):
+    with pytest.raises(PolicyError, match='local folder and has no revisions, but revision "main"'):
         Pi05.from_pretrained(saved, revision="main")
 
 

@@ -117,7 +117,7 @@ SPOILED = {
     ),
     "damaged pre-processor": (
         lambda f: (f / "policy_preprocessor.json").write_text("{"),
-        "processors in .* cannot be loaded",
+        r"policy_preprocessor\.json is damaged",
     ),
     "damaged statistics": (
         lambda f: next(f.glob("policy_preprocessor*normalizer*")).write_bytes(b"1234"),
