@@ -108,11 +108,16 @@ def check_processors(folder: Path) -> None:
                 )
 
 
+def weights_in(folder: Path) -> list[Path]:
+    """A model's weights, whole or in shards; processors keep their statistics in files of the same kind."""
+    return [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("policy_")]
+
+
 def content_of(folder: Path) -> str:
     """A hash of the sizes of a folder's weights and of 64 pieces of each: notices that they were replaced, in
     milliseconds."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weights_in(folder):
         size = file.stat().st_size
         digest.update(f"{file.name} {size};".encode())
         with file.open("rb") as opened:

@@ -17,7 +17,7 @@ from poco_vla.heads import ABOUT, Head, read_about, sha256_of
 from poco_vla.hub.artifact import CARD, Artifact, Dtype, Form, Which, check_portable, head_in, source_folder, stage
 from poco_vla.hub.card import Licence, model_card
 from poco_vla.registry import load_adapter
-from poco_vla.sources import content_of
+from poco_vla.sources import content_of, weights_in
 
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "LICENCE.md", "NOTICE")
 
@@ -222,7 +222,7 @@ def _check_base(run: Path, head: Head | None, base: str | None, *, whole: bool) 
 def _compared(api: HfApi, run: Path, head: Head, base: str) -> tuple[str, str]:
     """Hub id and commit of `base`, whose weights must be the files that the run had."""
     folder = Path(head.base)
-    own = [p for p in sorted(folder.glob("*.safetensors")) if not p.name.startswith("policy_")]
+    own = weights_in(folder)
     if not own:
         raise HubError(f"{folder} is gone, so that it cannot be compared with {base}")
     if content_of(folder) != head.content:

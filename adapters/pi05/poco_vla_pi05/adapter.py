@@ -17,7 +17,17 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_LANGUAGE_ATTENTION_M
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor, nn
 
-from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, heads, inject_lora, merge_lora, whole_folder
+from poco_vla import (
+    ActionSpec,
+    FlowPolicy,
+    Lora,
+    PolicyError,
+    heads,
+    inject_lora,
+    merge_lora,
+    normalization,
+    whole_folder,
+)
 from poco_vla_pi05 import checkpoint, expert, processors
 from poco_vla_pi05.architecture import (
     ARCHITECTURE_FILE,
@@ -466,7 +476,7 @@ def _configure(
         _adopt(config, features, cameras)
     used = stats if use_dataset and stats is not None else own
     where = "the dataset" if use_dataset else source.name
-    processors.check_stats(config, used, where)
+    normalization.check_stats(config, used, where)
     logger.info("pi05: features and statistics of %s", where)
     return config, used, use_dataset
 
@@ -488,7 +498,7 @@ def _own_stats(
     """The checkpoint's statistics. openpi's base models have those of many datasets; they matter only where none is
     given."""
     if not from_openpi:
-        return processors.saved_stats(folder)
+        return normalization.saved_stats(folder)
     several = asset is None and checkpoint.num_assets(folder) > 1
     if given and (statistics == "dataset" or (statistics == "auto" and several)):
         return {}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.configs.types import FeatureType, NormalizationMode
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
@@ -28,14 +27,6 @@ from torch import Tensor
 from poco_vla import DataError, PolicyError, heads
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
-NEEDED = {
-    NormalizationMode.QUANTILES: ("q01", "q99"),
-    NormalizationMode.QUANTILE10: ("q10", "q90"),
-    NormalizationMode.MIN_MAX: ("min", "max"),
-    NormalizationMode.MEAN_STD: ("mean", "std"),
-}
-"""Statistics of each normalisation; LeRobot leaves a column as it is, without a word, where they are missing."""
-
 type Stats = Mapping[str, Mapping[str, Any]]
 
 
@@ -114,47 +105,6 @@ def load(
 def are_saved(folder: Path) -> bool:
     """Whether a folder holds both pipelines."""
     return all((folder / name).is_file() for name in (PREPROCESSOR, POSTPROCESSOR))
-
-
-def saved_stats(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Statistics of the saved normaliser; empty where none are saved."""
-    stats: dict[str, dict[str, Tensor]] = {}
-    for file in sorted(folder.glob("policy_preprocessor*normalizer*.safetensors")):
-        for name, value in heads.read_tensors(file).items():
-            key, kind = name.rsplit(".", 1)
-            stats.setdefault(key, {})[kind] = value
-    return stats
-
-
-def check_stats(config: PI05Config, stats: Stats, where: str) -> None:
-    """Raise DataError unless state and actions have the statistics that their normalisation needs, with a range."""
-    for key, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
-        mode = config.normalization_mapping.get(feature.type.value)
-        if feature.type is FeatureType.VISUAL or mode is None or mode not in NEEDED:
-            continue
-        low, high = NEEDED[mode]
-        values = stats.get(key, {})
-        if low not in values or high not in values:
-            raise DataError(
-                f'{where} has no {low} and {high} for "{key}" (found: {", ".join(values) or "nothing"}), which '
-                f"{mode.value} normalisation needs. Add them with LeRobot's augment_dataset_quantile_stats script, or "
-                'give policy_options {"normalization_mapping": {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}}.'
-            )
-        bottom, top = (torch.as_tensor(values[name], dtype=torch.float64).flatten() for name in (low, high))
-        if bottom.numel() != feature.shape[0]:
-            raise DataError(
-                f'{where} has statistics of {bottom.numel()} dimensions for "{key}", which has {feature.shape[0]}'
-            )
-        by_deviation = mode is NormalizationMode.MEAN_STD
-        spreads, sizes = (top, bottom.abs()) if by_deviation else (top - bottom, top.abs())
-        flat = [i for i, spread in enumerate(spreads) if not spread > 1e-6 * sizes[i].clamp_min(1)]
-        if flat:
-            raise DataError(
-                f'"{key}" hardly varies in dimension{"s" * (len(flat) > 1)} {", ".join(map(str, flat))} of {where}: '
-                f"{'std = 0' if by_deviation else f'{low} = {high}'}, and {mode.value} normalisation would divide by "
-                'zero. Drop what never moves from the dataset, or give policy_options {"normalization_mapping": '
-                f'{{"{feature.type.value}": "{"IDENTITY" if by_deviation else "MEAN_STD"}"}}}}.'
-            )
 
 
 def step_of[T: ProcessorStep](pipeline: Any, kind: type[T]) -> T:

@@ -17,7 +17,18 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from poco_vla import ActionSpec, DataError, FlowPolicy, Lora, PolicyError, heads, inject_lora, merge_lora, whole_folder
+from poco_vla import (
+    ActionSpec,
+    DataError,
+    FlowPolicy,
+    Lora,
+    PolicyError,
+    heads,
+    inject_lora,
+    merge_lora,
+    normalization,
+    whole_folder,
+)
 from poco_vla_smolvla import checkpoint, network
 from poco_vla_smolvla.network import SmolVlaPrefix
 from poco_vla_smolvla.vlm import Vlm, empty_policy, random_weights, tiny_vlm
@@ -203,12 +214,12 @@ class SmolVla(FlowPolicy):
         changed = {kind: NormalizationMode(mode) for kind, mode in (normalization_mapping or {}).items()}
         config.normalization_mapping |= changed
 
-        own = checkpoint.saved_stats(source.folder)
+        own = normalization.saved_stats(source.folder)
         adopted = _adopts(statistics, config, own, given=features is not None and stats is not None)
         if adopted:
             _adopt(config, features or {}, cameras)
         used = stats or {} if adopted else own
-        checkpoint.check_stats(config, used, "the dataset" if adopted else source.name)
+        normalization.check_stats(config, used, "the dataset" if adopted else source.name)
 
         beside = (frozen.folder / VLM_FOLDER).is_dir() and vlm is None
         if vlm is not None:

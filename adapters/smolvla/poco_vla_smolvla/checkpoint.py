@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lerobot.configs.policies import PreTrainedConfig
-from lerobot.configs.types import FeatureType, NormalizationMode
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -19,21 +18,12 @@ from lerobot.processor import (
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
-from torch import Tensor
 
-from poco_vla import DataError, PolicyError, heads
+from poco_vla import PolicyError, heads
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 LANGUAGE_HEAD = "model.vlm_with_expert.vlm.lm_head.weight"
 EMBEDDINGS = "model.vlm_with_expert.vlm.model.text_model.embed_tokens.weight"
-NEEDED = {
-    NormalizationMode.MEAN_STD: ("mean", "std"),
-    NormalizationMode.MIN_MAX: ("min", "max"),
-    NormalizationMode.QUANTILES: ("q01", "q99"),
-    NormalizationMode.QUANTILE10: ("q10", "q90"),
-}
-"""Statistics of each normalisation; LeRobot leaves a column as it is, without a word, where they are missing."""
-
 type Stats = Mapping[str, Mapping[str, Any]]
 
 
@@ -125,40 +115,3 @@ def load_pipelines(folder: Path, config: SmolVLAConfig, tokenizer: Any) -> tuple
         )
     except Exception as error:  # LeRobot raises KeyError, ValueError, TypeError, its own ... on what does not fit
         raise PolicyError(f"the processors in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def saved_stats(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Statistics of the saved normaliser; empty where none are saved."""
-    stats: dict[str, dict[str, Tensor]] = {}
-    for file in sorted(folder.glob("policy_preprocessor*normalizer*.safetensors")):
-        for name, value in heads.read_tensors(file).items():
-            key, kind = name.rsplit(".", 1)
-            stats.setdefault(key, {})[kind] = value
-    return stats
-
-
-def check_stats(config: SmolVLAConfig, stats: Stats, where: str) -> None:
-    """Raise DataError unless state and actions have the statistics that their normalisation needs, with a range."""
-    for key, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
-        mode = config.normalization_mapping.get(feature.type.value)
-        if feature.type is FeatureType.VISUAL or mode is None or mode not in NEEDED:
-            continue
-        low, high = NEEDED[mode]
-        values = stats.get(key, {})
-        if low not in values or high not in values:
-            raise DataError(
-                f'{where} has no {low} and {high} for "{key}" (found: {", ".join(values) or "nothing"}), which '
-                f"{mode.value} normalisation needs. Give a dataset that has them, or another normalization_mapping."
-            )
-        bottom, top = (torch.as_tensor(values[name], dtype=torch.float64).flatten() for name in (low, high))
-        if bottom.numel() != feature.shape[0]:
-            raise DataError(
-                f'{where} has statistics of {bottom.numel()} dimensions for "{key}", which has {feature.shape[0]}'
-            )
-        spread = top if mode is NormalizationMode.MEAN_STD else top - bottom
-        if flat := [i for i, value in enumerate(spread) if not value > 1e-6]:
-            raise DataError(
-                f'"{key}" hardly varies in dimension{"s" * (len(flat) > 1)} {", ".join(map(str, flat))} of {where}, '
-                f"and {mode.value} normalisation would divide by zero. Drop what never moves from the dataset, or give "
-                f'policy_options {{"normalization_mapping": {{"{feature.type.value}": "IDENTITY"}}}}.'
-            )
