@@ -1,10 +1,11 @@
 """A trained head of groot_n1d6 without its base: on NVIDIA's checkpoint, on a LeRobot folder, as a LoRA."""
 
+import json
 import shutil
 
 import pytest
 import torch
-from groot_folders import OPTIONS, dataset, nvidia_folder, raw_batch
+from groot_folders import FRONT, OPTIONS, dataset, nvidia_folder, raw_batch
 from lerobot_policy_groot_n1d6.adapter import GrootN1d6Adapter
 from safetensors.torch import load_file
 
@@ -62,6 +63,18 @@ def test_a_head_on_a_lerobot_folder_is_put_on_it_again(saved, tmp_path):
     loaded = GrootN1d6Adapter.from_pretrained(tmp_path / "head")
     assert loaded.spec == policy.spec
     assert torch.equal(proposals(loaded), proposals(policy))
+
+
+def test_an_embodiment_from_a_file_travels_with_the_head(nvidia, tmp_path):
+    table = {"state": {"all": [0, 6]}, "action": {"all": [0, 4]}, "views": {"front": FRONT}, "horizon": 8}
+    (tmp_path / "arm.json").write_text(json.dumps(table))
+    policy = train(on_nvidia(nvidia, embodiment=str(tmp_path / "arm.json")))
+    for name, save in {"head": policy.save_head, "policy": policy.save_pretrained}.items():
+        save(tmp_path / name)
+        (tmp_path / "arm.json").unlink(missing_ok=True)
+        loaded = GrootN1d6Adapter.from_pretrained(tmp_path / name)
+        assert loaded.embodiment == policy.embodiment
+        assert torch.equal(proposals(loaded), proposals(policy))
 
 
 def test_a_base_that_has_moved_or_changed_is_told(saved, tmp_path):

@@ -28,6 +28,7 @@ from lerobot_policy_groot_n1d6.model import (
     sort_tokens,
 )
 from lerobot_policy_groot_n1d6.modeling_groot_n1d6 import GrootN1d6Policy
+from lerobot_policy_groot_n1d6.processing.embodiment import read_table
 from lerobot_policy_groot_n1d6.processing.steps import (
     ATTENTION_MASK,
     EMBODIMENT_ID,
@@ -412,6 +413,8 @@ def _set(config: GrootN1d6Config, options: Mapping[str, Any]) -> None:
         raise PolicyError(f"groot_n1d6 has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     for name, value in options.items():
         setattr(config, name, value)
+    if config.embodiment is not None:  # a file's content, which goes where the policy goes
+        config.embodiment = read_table(config.embodiment)
     config.__post_init__()
     if config.tune_top_llm_layers:
         raise PolicyError(
