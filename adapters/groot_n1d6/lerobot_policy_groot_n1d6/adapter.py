@@ -212,7 +212,7 @@ class GrootN1d6Adapter(FlowPolicy):
             raise PolicyError(f"horizon is {horizon}: expected at least 1 step")
         if statistics not in ("auto", "dataset", "checkpoint"):
             raise PolicyError(f'statistics is "{statistics}": expected auto, dataset or checkpoint')
-        data, source = _Data(features, stats, dataset_meta), heads.locate(repo_or_path, revision)
+        data, source = _Data(features, stats, dataset_meta), _located(repo_or_path, revision)
         head = heads.read_head(source.folder, ADAPTER)
         frozen = source if head is None else heads.base_of(head, base)
         lora = heads.chosen_lora(Lora.of(lora, LORA_TARGETS), head)
@@ -313,6 +313,17 @@ class _Data:
     features: Mapping[str, Any] | None
     stats: Mapping[str, Any] | None
     meta: Any
+
+
+def _located(repo_or_path: str | Path, revision: str | None) -> heads.Source:
+    try:
+        return heads.locate(repo_or_path, revision)
+    except PolicyError as error:
+        if "the Hub" not in str(error):
+            raise
+        raise PolicyError(
+            f"{error}. NVIDIA's N1.6 weights are gated: accept their licence on the model's page and run `hf auth login`"
+        ) from error
 
 
 def _type(source: heads.Source) -> str | None:
