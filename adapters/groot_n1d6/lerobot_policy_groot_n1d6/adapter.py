@@ -322,7 +322,8 @@ def _located(repo_or_path: str | Path, revision: str | None) -> heads.Source:
         if "the Hub" not in str(error):
             raise
         raise PolicyError(
-            f"{error}. NVIDIA's N1.6 weights are gated: accept their licence on the model's page and run `hf auth login`"
+            f"{error}. NVIDIA's N1.6 weights are gated: accept their licence on the model's page, then run `hf auth "
+            "login`"
         ) from error
 
 
