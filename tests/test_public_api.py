@@ -23,6 +23,7 @@ PUBLIC = [
     "EvalConfig",
     "FlowPolicy",
     "GuardConfig",
+    "InteractionConfig",
     "Lora",
     "Metrics",
     "OptimConfig",
