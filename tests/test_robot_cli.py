@@ -275,7 +275,6 @@ def test_without_a_terminal_a_robot_that_judges_itself_needs_none(sink, tmp_path
         ({"actor": Twitch(actions=4)}, [], "the policy gives 4, the robot takes 5 (x.vel"),
         ({"episodes": None}, [], "takes no episodes"),
         ({"token": "secret"}, [], "Api-Key"),
-        ({}, ["--show"], "--show needs LeRobot's viewer"),
         ({}, ["--low", "-1", "-1"], "--low has 2 numbers"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
@@ -287,6 +286,14 @@ def test_what_cannot_be_run_is_one_error_before_anything_moves(
         assert words in refused(capsys, running.url, tmp_path, *options).replace("\n", " ")
     assert not sink.asked
     assert not running.actor.asked
+
+
+def test_a_viewer_that_cannot_be_started_is_told(sink, tmp_path, capsys, no_terminal, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with serve(sink) as running:
+        shown = refused(capsys, running.url, tmp_path, "--show").replace("\n", " ")
+    assert "--show needs LeRobot's viewer (lerobot[viz])" in shown
+    assert not sink.asked
 
 
 @pytest.mark.parametrize(("rewards", "kept"), [("keys", "sfd "), ("robot", "d "), ("keys+robot", "sfd ")])

@@ -183,8 +183,9 @@ def _looking_on(view: View, show: bool, stack: ExitStack) -> Callable[[Sent], No
         return view.step
     try:
         init_visualization("rerun", session_name="poco-vla robot")
-    except ImportError as error:
-        raise ConfigError(f"--show needs LeRobot's viewer: {error}") from error
+    except (ImportError, RuntimeError) as error:  # not installed, or its program is not on the PATH
+        first_line = str(error).strip().split("\n")[0]
+        raise ConfigError(f"--show needs LeRobot's viewer (lerobot[viz]): {first_line}") from error
     stack.callback(shutdown_visualization, "rerun")
 
     def step(sent: Sent) -> None:
