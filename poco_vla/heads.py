@@ -142,21 +142,22 @@ class Head:
         check_tensors(_shapes(own), _shapes(weights), folder / self.file)
         module.load_state_dict(weights, strict=False)
 
+    def check(self, folder: Path) -> None:
+        """Raise PolicyError unless the weights are there, and the file that poco.json speaks of."""
+        file = folder / self.file
+        check_file(file)
+        if words := another_file(file, self.sha256):
+            raise PolicyError(f"{file} {words}")
+
     def read_weights(self, folder: Path) -> dict[str, Tensor]:
         """The trained tensors by their names in the adapter's model.
 
         Raises:
             PolicyError: the file is missing, damaged, or not the one that poco.json speaks of.
         """
-        file = folder / self.file
-        check_file(file)
-        tensors = read_tensors(file)
-        found = sha256_of(file)
-        if found != self.sha256:
-            raise PolicyError(
-                f"{file} is not the file that {ABOUT} speaks of (SHA-256 {found[:12]}, expected "
-                f"{self.sha256[:12]}): it was changed or damaged; fetch it again"
-            )
+        check_file(folder / self.file)
+        tensors = read_tensors(folder / self.file)
+        self.check(folder)
         if self.file != PEFT_WEIGHTS:
             return tensors
         return {own: tensors[key] for own, key in peft_names(tensors, self.lora is not None).items()}
@@ -317,6 +318,17 @@ def sha256_of(file: Path) -> str:
     """SHA-256 of a file, in hex; the Hub knows large files by it."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def another_file(file: Path, expected: str) -> str:
+    """What is wrong with a file whose SHA-256 poco.json says, in words; empty where it is the one."""
+    found = sha256_of(file)
+    if found == expected:
+        return ""
+    return (
+        f"is not the file that {ABOUT} speaks of (SHA-256 {found[:12]}, expected {expected[:12]}): it was changed or "
+        "damaged; fetch it again"
+    )
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

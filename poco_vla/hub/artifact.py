@@ -269,11 +269,11 @@ def copy_described(source: Path, folder: Path, renames: Mapping[str, str], place
 
 def put_weights(head: Head, source: Path, folder: Path, form: Form, dtype: Dtype) -> Head:
     """The weights of a head in one of its forms, and what they are then."""
-    read = head.read_weights(source)  # checked, whether it is rewritten or not
     if form == "head" and dtype == "float32" and head.file == HEAD_WEIGHTS:
+        head.check(source)
         _link(source / head.file, folder / HEAD_WEIGHTS)
         return head
-    weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in read.items()}
+    weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in head.read_weights(source).items()}
     if form == "peft":
         file = write_peft(head, weights, folder)
     else:

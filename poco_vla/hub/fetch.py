@@ -6,7 +6,7 @@ from typing import Any
 
 from poco_vla.critic import ChunkCritic
 from poco_vla.errors import HubError, UnknownAdapterError
-from poco_vla.heads import ABOUT, HEAD_WEIGHTS, POLICY_WEIGHTS, read_about, read_tensors, sha256_of
+from poco_vla.heads import ABOUT, HEAD_WEIGHTS, POLICY_WEIGHTS, another_file, read_about, read_tensors
 from poco_vla.hub.artifact import CRITIC, source_folder
 from poco_vla.policy import FlowPolicy
 from poco_vla.registry import available_adapters, load_adapter
@@ -96,12 +96,8 @@ def _check_policy_file(source: Source, about: Mapping[str, Any]) -> None:
 
 
 def _check_hash(file: Path, expected: str, source: Source) -> None:
-    found = sha256_of(file)
-    if found != expected:
-        raise HubError(
-            f"{file.name} in {source.name} is not the file that {ABOUT} speaks of (SHA-256 {found[:12]}, expected "
-            f"{expected[:12]}): it was changed or damaged; fetch it again"
-        )
+    if words := another_file(file, expected):
+        raise HubError(f"{file.name} in {source.name} {words}")
 
 
 def _about(source: Source) -> dict[str, Any]:
