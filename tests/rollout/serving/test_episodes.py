@@ -508,7 +508,8 @@ def test_an_episode_that_comes_again_while_it_is_taken_is_taken_once():
         time.sleep(1.0)
         assert sending.is_alive()
         assert server._taker._work_queue.qsize() == 0
-    assert sink.calls == ["a"]
+        assert not sink.kept
+    # Should its acknowledgement come too late as well, it is sent once more, and is then for the sink to know.
     assert same(sink.kept["a"], episode())
 
 
