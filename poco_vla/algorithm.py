@@ -65,14 +65,14 @@ class Poco(nn.Module):
 
     def imitate(self, batch: ChunkBatch) -> tuple[Tensor, Metrics]:
         """Stage 1, supervised fine-tuning: L_BC on the demonstrations (Eq. 24)."""
-        prefix = self.policy.encode(batch.obs)
+        prefix = self._prefix(batch)
         loss = self._flow_errors(prefix, batch, batch.actions[:, None])[:, 0].mean()
         return loss, {"bc_loss": loss.detach()}
 
     def warm_up(self, batch: ChunkBatch) -> tuple[Tensor, Metrics]:
         """Stage 2a: the critic learns the frozen policy's values (SARSA style); with `warmup_bc` the actor goes on
         imitating, as the authors' code does."""
-        prefix = self.policy.encode(batch.obs)
+        prefix = self._prefix(batch)
         loss, metrics = self.critic_loss(prefix, batch)
         if self.config.warmup_bc:
             bc_loss, bc_metrics = self._anchor(self._flow_errors(prefix, batch, batch.actions[:, None])[:, 0], batch)
@@ -82,7 +82,7 @@ class Poco(nn.Module):
     def update(self, batch: ChunkBatch) -> tuple[Tensor, Metrics]:
         """Stage 2b, one update of Algorithm 1: critic, E-step, M-step."""
         cfg = self.config
-        prefix = self.policy.encode(batch.obs)
+        prefix = self._prefix(batch)
 
         # Critic (Eq. 14)
         critic_loss, metrics = self.critic_loss(prefix, batch)
@@ -111,7 +111,7 @@ class Poco(nn.Module):
     def critic_loss(self, prefix: Prefix, batch: ChunkBatch) -> tuple[Tensor, Metrics]:
         """Mean over critics and batch of (Q_e - y)^2, y from one plain sample at the bootstrap state (Eq. 14)."""
         cfg = self.config
-        next_prefix = self.policy.encode(batch.next_obs)
+        next_prefix = batch.next_prefix if batch.next_prefix is not None else self.policy.encode(batch.next_obs)
         next_chunk = self._propose(next_prefix, 1)
         with torch.no_grad():
             next_q = aggregate(self.target_critic(next_prefix.features, next_chunk), cfg.aggregation)[:, 0]
@@ -135,13 +135,16 @@ class Poco(nn.Module):
     @torch.no_grad()
     def data_errors(self, batch: ChunkBatch, draws: Draws) -> Float[Tensor, " B"]:
         """Flow error of each data chunk, with random numbers of one's own."""
-        return self._flow_errors(self.policy.encode(batch.obs), batch, batch.actions[:, None], draws)[:, 0]
+        return self._flow_errors(self._prefix(batch), batch, batch.actions[:, None], draws)[:, 0]
 
     @torch.no_grad()
     def calibrate_zeta(self, errors: Float[Tensor, " M"]) -> float:
         """`zeta="auto"`: the clip becomes the `zeta_quantile` of the demonstrations' flow errors after SFT."""
         self.zeta.fill_(torch.quantile(errors.float(), self.config.zeta_quantile))
         return self.zeta.item()
+
+    def _prefix(self, batch: ChunkBatch) -> Prefix:
+        return batch.prefix if batch.prefix is not None else self.policy.encode(batch.obs)
 
     def _zeta(self) -> Tensor:
         if self.config.zeta == "auto" and torch.isnan(self.zeta):

@@ -183,8 +183,10 @@ def save_batch(folder: Path, batch: ChunkBatch, rank: int) -> Path:
         value = getattr(batch, field.name)
         if isinstance(value, Mapping):
             tensors |= {f"{field.name}.{key}": one for key, one in value.items()}
-        else:
+        elif isinstance(value, Tensor):
             tensors[field.name] = value
+        elif value is not None:
+            tensors[f"{field.name}.features"] = value.features
     with suppress(OSError):
         save_file(_contiguous(tensors), path)
     return path

@@ -8,8 +8,9 @@ Shape legend, used in signatures, docstrings and tests::
     K  flow (Euler) steps          t  flow time: 0 is noise, 1 is the action
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -56,6 +57,8 @@ class ChunkBatch:
         discount: gamma^n * not_terminal, n the number of those steps. The only word about episode ends.
         is_demo: the chunk comes from the offline demonstrations.
         is_success: the chunk's episode ended in success.
+        prefix: `obs`, encoded already; None where the policy is to encode it. `obs` may then be empty.
+        next_prefix: likewise for `next_obs`.
     """
 
     obs: Mapping[str, Tensor]
@@ -66,14 +69,24 @@ class ChunkBatch:
     discount: Float[Tensor, " B"]
     is_demo: Bool[Tensor, " B"]
     is_success: Bool[Tensor, " B"]
+    prefix: Any = None  # a poco_vla.policy.Prefix
+    next_prefix: Any = None
 
     def __len__(self) -> int:
         return self.actions.shape[0]
 
     def to(self, device: object) -> "ChunkBatch":
         """The same batch on another device."""
-        moved = {
-            name: {k: v.to(device) for k, v in value.items()} if isinstance(value, Mapping) else value.to(device)
+        return self._each(lambda value: value.to(device))
+
+    def rows(self, rows: slice) -> "ChunkBatch":
+        """Some of the transitions."""
+        return self._each(lambda value: value[rows] if isinstance(value, Tensor) else value.select(rows))
+
+    def _each(self, change: Callable[[Any], Any]) -> "ChunkBatch":
+        changed = {
+            name: {k: change(v) for k, v in value.items()} if isinstance(value, Mapping) else change(value)
             for name, value in vars(self).items()
+            if value is not None
         }
-        return replace(self, **moved)
+        return replace(self, **changed)

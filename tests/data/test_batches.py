@@ -114,7 +114,7 @@ def test_images_become_channels_first_floats_in_the_unit_range():
 def columns_of(batch):
     for field in fields(batch):
         value = getattr(batch, field.name)
-        for key, column in value.items() if isinstance(value, dict) else [("", value)]:
+        for key, column in value.items() if isinstance(value, dict) else [("", value)] if value is not None else []:
             yield f"{field.name}{key}", column
 
 
