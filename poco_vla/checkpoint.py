@@ -40,6 +40,8 @@ FREE_TO_CHANGE = {
     "log_every",
     "trackers",
     "num_threads",
+    "memory",
+    "optim.micro_batch",
     "output_dir",
     "eval.videos",
     "demonstrations.workers",
@@ -49,7 +51,7 @@ FREE_TO_CHANGE = {
     "interaction.key",
     "interaction.insecure",
 }
-"""Configuration fields that do not change what the next update computes."""
+"""Configuration fields that do not change what the next update computes, but for rounding."""
 
 
 def save(

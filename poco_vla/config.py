@@ -5,6 +5,7 @@ released simulation code; "ours": measured by this library).
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -43,6 +44,9 @@ class PocoConfig:
     """What the BC term of Eq. 23 imitates: all of D (paper), the demonstrations, or those and own successes (ours)."""
     flow_steps: int | None = None
     """K, Euler steps when sampling candidates; None is the model's own number (paper: 10)."""
+    sampling_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the E-step's candidates are sampled. bfloat16 rounds what is proposed, not what is learned of
+    it; where a CPU or GPU has it, an MLP's update takes about half the time (ours). A VLA samples in its own."""
     warmup_bc: bool = False
     """Go on imitating during critic warm-up (code's default; paper: the actor is frozen)."""
     drop_crossing: bool = False
@@ -304,6 +308,9 @@ class OptimConfig:
     (paper). A policy that is judged where it ends is steadier for it (ours)."""
     sft_lr: float | None = None
     """Learning rate of the flow head during SFT; None is `actor_lr`."""
+    micro_batch: int | None = None
+    """Transitions of a batch, per process, that are computed at once; their gradients add up to those of the batch (but
+    for rounding). None: as many as fit `memory` (ours)."""
     max_grad_norm: float | None = None
     """Clips actor and critic gradients, each group by itself; None only measures them (code: no clipping)."""
 
@@ -314,6 +321,7 @@ class OptimConfig:
         for name in ("actor_lr_end", "sft_lr"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} is {value}; it must be above 0, or None")
+        _require(self.micro_batch is None or self.micro_batch >= 1, f"micro_batch is {self.micro_batch}; at least 1")
         _require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm must be above 0, or None")
 
 
@@ -378,6 +386,9 @@ class TrainConfig:
     """Updates between log lines."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Accelerate's mixed precision for the policy; the critic stays in float32."""
+    memory: str | None = None
+    """Most memory that the learner takes on its device, such as "24GB" or "22.5GiB": an update is computed in parts
+    that fit, whose size is measured at the first one. None: at once, on a CPU in parts that suit its caches (ours)."""
     trackers: tuple[str, ...] = ()
     """Accelerate trackers that get the same scalars: "tensorboard", "wandb", "trackio", ..."""
     num_threads: int | None = None
@@ -390,6 +401,8 @@ class TrainConfig:
         _require(self.log_every >= 1, f"log_every is {self.log_every}; at least 1")
         _require(self.best_of_n >= 1, f"best_of_n is {self.best_of_n}; at least 1")
         _require(self.updates_per_step > 0, f"updates_per_step is {self.updates_per_step}; it must be above 0")
+        if self.memory is not None:
+            num_bytes(self.memory)
         ahead = self.interaction.ahead * self.updates_per_step
         _require(
             self.interaction.mode == "synchronous" or ahead >= 1,
@@ -405,6 +418,15 @@ class TrainConfig:
             self.demonstrations is None or self.env is not None,
             "demonstrations are made by the environment's scripted expert, but env is None",
         )
+
+
+def num_bytes(text: str) -> int:
+    """Bytes that a text such as "24GB", "22.5 GiB" or "500 MB" stands for. Raises ConfigError for any other."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2].upper() not in units or float(found[1]) == 0:
+        raise ConfigError(f'"{text}" is no amount of memory; write it like 24GB, 22.5GiB or 500MB')
+    return int(float(found[1]) * units[found[2].upper()])
 
 
 def to_json(config: Any) -> dict[str, Any]:

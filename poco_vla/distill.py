@@ -82,14 +82,19 @@ def clipped_distillation(
     return loss, metrics
 
 
-def masked_mean(x: Float[Tensor, " B"], mask: Bool[Tensor, " B"]) -> Float[Tensor, ""]:
-    """Mean of `x` where `mask`, over the global batch when several processes share it; 0 where nothing is selected.
+def row_weights(mask: Bool[Tensor, " B"], like: Tensor) -> Float[Tensor, " B"]:
+    """How much each row counts, so that the mean of x * weights is that of `x` where `mask`, over the global batch when
+    several processes share it; 0 where nothing is selected.
 
-    Under data-parallel training gradients are averaged over processes, so each process divides its own sum by the
-    *mean* number of selected rows per process: the average is then the mean over all selected rows.
+    Under data-parallel training gradients are averaged over processes, so each process divides by the *mean* number of
+    selected rows per process: the average is then the mean over all selected rows.
+
+    Args:
+        mask: rows that count.
+        like: gives the dtype.
     """
-    count = mask.sum().to(x.dtype)
+    count = mask.sum().to(like.dtype)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(count)
         count = count / torch.distributed.get_world_size()
-    return (x * mask).sum() / count.clamp_min(torch.finfo(x.dtype).tiny)
+    return mask * torch.where(count > 0, mask.shape[0] / count, 0)

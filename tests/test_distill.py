@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 from toy_policies import ClosedForm, ToyPolicy, ToyPrefix
 
 from poco_vla import ActionSpec, clipped_distillation, flow_errors
-from poco_vla.distill import masked_mean
+from poco_vla.distill import row_weights
 
 
 def test_flow_error_by_hand():
@@ -155,10 +155,10 @@ def test_no_gradient_reaches_the_weights_nor_leaves_through_the_scalars():
 @pytest.mark.parametrize(
     ("mask", "mean"), [([True, False, True], 4.0), ([True, True, True], 3.0), ([False, False, False], 0.0)]
 )
-def test_masked_mean_by_hand(mask, mean):
+def test_rows_that_count_by_hand(mask, mean):
     """Of 1, 1, 7: the first and last average 4, all 3, none 0 with a finite, zero gradient."""
     x = torch.tensor([1.0, 1.0, 7.0], requires_grad=True)
-    result = masked_mean(x, torch.tensor(mask))
+    result = (x * row_weights(torch.tensor(mask), x)).mean()
     result.backward()
     assert result.item() == pytest.approx(mean)
     assert x.grad.tolist() == pytest.approx([m / max(sum(mask), 1) for m in mask])
@@ -168,14 +168,14 @@ def _share(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     x, mask = torch.tensor([[1.0, 2.0], [30.0, 40.0]])[rank], torch.tensor([[True, True], [False, True]])[rank]
     x.requires_grad_()
-    loss = masked_mean(x, mask)
+    loss = (x * row_weights(mask, x)).mean()
     loss.backward()
     torch.save((loss.detach(), x.grad), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_masked_mean_over_two_processes_is_the_global_mean(tmp_path):
+def test_rows_that_count_over_two_processes_give_the_global_mean(tmp_path):
     """1, 2 | (30), 40: the mean of the three selected is 43 / 3, which averaging per-process means (1.5 and 40) would
     miss. The average over processes, as data-parallel training takes it, gives every selected row gradient 1/3."""
     mp.spawn(_share, (str(tmp_path),), nprocs=2)

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
 from poco_vla import checkpoint, report
-from poco_vla.algorithm import Poco, Stage
+from poco_vla.algorithm import Plan, Poco, Stage, parts
 from poco_vla.config import DatasetConfig, TrainConfig, to_json, to_scalars
 from poco_vla.data import BatchSource, Episode, Replay, chunk_batch, network_obs, open_dataset, read_episodes
 from poco_vla.data.dataset import info_of
@@ -44,9 +44,12 @@ from poco_vla.rollout.fit import check_fit, check_inputs, check_pictures
 from poco_vla.rollout.interaction import Interaction
 from poco_vla.rollout.video import write_episode_video
 from poco_vla.train.acting import Acting, open_recorder, picture_shapes, picture_shapes_of
+from poco_vla.train.finite import FiniteWatch
 from poco_vla.train.logbook import Logbook
+from poco_vla.train.memory import Budget
 from poco_vla.train.progress import Progress
 from poco_vla.train.sharing import EpisodeSharing, shared
+from poco_vla.types import ChunkBatch, Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -268,15 +271,8 @@ class Trainer:
     def _update(self, stage: Stage, bar: Bar) -> None:
         """One update of a stage: loss, backward, step, target."""
         batch = self.batches.draw(bootstrap=stage != "sft")
-        loss, metrics = self.module(batch, stage)
-        if self._on_any_process(not torch.isfinite(loss)):
-            path = checkpoint.save_batch(self.config.output_dir, batch, self.accelerator.process_index)
-            raise NonFiniteError(
-                f"{stage} update {self.progress.stage_update}: the loss is {loss.item()} "
-                f"({', '.join(f'{k} {v.item():.3g}' for k, v in metrics.items())}); nothing was changed by it. "
-                f"The batch is kept in {path}."
-            )
-        self.accelerator.backward(loss)
+        loss, metrics = self._backward(batch, stage)
+        self.finite.see(loss, partial(self._not_finite, stage, self.progress.stage_update, batch, loss, metrics))
         metrics |= self._clip_gradients()
         self.progress.update += 1
         with self.weights.change(self.progress.update):
@@ -286,6 +282,32 @@ class Trainer:
         self.optimizer.zero_grad()
         self.progress.stage_update += 1
         self.logbook.updated(stage, metrics, bar)
+
+    def _backward(self, batch: ChunkBatch, stage: Stage) -> tuple[Tensor, Metrics]:
+        """Gradients of a batch, in parts that suit the memory; its loss and metrics."""
+        plan = self.poco.plan(batch, stage)
+        pieces = list(parts(batch, plan, self.budget.part(batch, plan, stage)))
+        loss, metrics = torch.zeros((), device=batch.actions.device), dict[str, Tensor]()
+        for i, (rows, its_plan, share) in enumerate(pieces, start=1):
+            with nullcontext() if i == len(pieces) else self.accelerator.no_sync(self.module):
+                its_loss, figures = self.module(rows, stage, its_plan)
+                self.accelerator.backward(its_loss * share)
+            loss = loss + its_loss.detach() * share
+            metrics = {name: metrics.get(name, 0) + value * share for name, value in figures.items()}
+        return loss, metrics
+
+    def _rehearse_update(self, batch: ChunkBatch, plan: Plan, stage: Stage) -> None:
+        """Loss and gradients of a batch, for their memory alone."""
+        with self.accelerator.no_sync(self.module):
+            self.accelerator.backward(self.module(batch, stage, plan)[0])
+
+    def _not_finite(self, stage: Stage, update: int, batch: ChunkBatch, loss: Tensor, metrics: Metrics) -> Exception:
+        path = checkpoint.save_batch(self.config.output_dir, batch, self.accelerator.process_index)
+        return NonFiniteError(
+            f"{stage} update {update}: the loss is {loss.item()} "
+            f"({', '.join(f'{k} {v.item():.3g}' for k, v in metrics.items())}); nothing was changed by it. "
+            f"The batch is kept in {path}."
+        )
 
     def _calibrate(self) -> None:
         if self.config.poco.zeta != "auto":
@@ -387,7 +409,9 @@ class Trainer:
         self.replay.extend(demos, is_demo=True)
         self.sharing = EpisodeSharing(self.accelerator, demos[0])
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.draws = Draws(torch.Generator().manual_seed(config.seed), rank, world_size)
+        # Drawn where they are used: a copy from the host would make it wait for a GPU.
+        place = self.accelerator.device if self.accelerator.device.type == "cuda" else "cpu"
+        self.draws = Draws(torch.Generator(place).manual_seed(config.seed), rank, world_size)
         self.poco = Poco(self.policy, config.poco, self.draws)
         self.actor_parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.critic_parameters = list(self.poco.critic.parameters())
@@ -400,6 +424,11 @@ class Trainer:
             fused=True,
         )
         self.module, self.optimizer = self.accelerator.prepare(self.poco, optimizer)
+        # Looking at a loss makes the host wait for a GPU.
+        late = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
+        late = late and self.accelerator.device.type == "cuda"
+        self.finite = FiniteWatch(self.optimizer.optimizer, self._processes, late=late)
+        self.budget = Budget(config, self.poco, self.optimizer, self.accelerator, self._rehearse_update)
         self.batches = BatchSource(
             self.replay, self.policy, config.optim.batch_size, seed=config.seed, rank=rank, world_size=world_size
         )
@@ -631,13 +660,18 @@ class Trainer:
         """Whether it is so on one of the processes: they go on together or not at all."""
         if self.accelerator.num_processes == 1:
             return flag
-        total = self.accelerator.reduce(torch.tensor([float(flag)], device=self.accelerator.device), "sum")
+        return bool(self._processes(torch.tensor(float(flag), device=self.accelerator.device)).item() > 0)
+
+    def _processes(self, flag: Tensor) -> Tensor:
+        """On how many processes a flag is up."""
+        total = self.accelerator.reduce(flag, "sum") if self.accelerator.num_processes > 1 else flag
         assert isinstance(total, Tensor)
-        return bool(total.item() > 0)
+        return total
 
     def _save(self) -> Path:
         """Everything that the next update depends on. Called where a synchronous interaction has no chunk in flight."""
         config, now = self.config, self.progress
+        self.finite.look()
         self._saved = now.update
         root = config.output_dir / "checkpoints"
         path = root / f"{now.update:08d}"
@@ -691,7 +725,7 @@ class Trainer:
         self._saved = self.progress.update
         self.guard.load(state["guard"])
         self._good_head = checkpoint.load_good_head(path)
-        self.draws.generator.set_state(tensors["draws"])
+        self._set_draws(tensors["draws"])
         self.actor.generator.set_state(tensors["actor"])
         self.batches.rng.bit_generator.state = state["batches"]
         self.logbook.load(state["logbook"])
@@ -699,6 +733,15 @@ class Trainer:
         if self.progress.stage == "online":
             self._resume_acting(state["acting"], tensors)
         self.display.say(f"resumed from {path}: stage {self.progress.stage}, update {self.progress.update}")
+
+    def _set_draws(self, state: Tensor) -> None:
+        """The random numbers go on where they were; on another kind of device than before they begin anew."""
+        generator = self.draws.generator
+        if len(state) == len(generator.get_state()):
+            generator.set_state(state)
+            return
+        generator.manual_seed(self.config.seed + self.progress.update)
+        self.display.say("the run was on another kind of device: its random numbers begin anew")
 
     def _resume_acting(self, acting: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Episodes back into the pool, and on from there. In step with learning, those that a checkpoint does not cover

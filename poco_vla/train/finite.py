@@ -1,0 +1,51 @@
+"""What happens at a loss that is not finite: no weight is changed by it, and the run ends."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class FiniteWatch:
+    """Looks whether losses are finite, without making the host wait for the device where that would cost time.
+
+    On a CPU each loss is looked at before the optimizer's step. `late`, the device itself keeps the optimizer from
+    changing anything from the first such loss on (torch's fused optimizers have that for gradient scalers), and the
+    host looks when the next update is under way: the device never idles for it.
+
+    Args:
+        optimizer: torch's own, `fused` where `late`.
+        anywhere: of a flag [] on this process, how many processes have it; called on all of them together.
+        late: see above.
+    """
+
+    def __init__(self, optimizer: Optimizer, anywhere: Callable[[Tensor], Tensor], *, late: bool) -> None:
+        self._optimizer, self._anywhere, self._late = optimizer, anywhere, late
+        self._bad: Tensor | None = None
+        self._failed: Callable[[], Exception] | None = None
+
+    def see(self, loss: Tensor, error: Callable[[], Exception]) -> None:
+        """The loss of an update whose step is yet to come.
+
+        Raises:
+            Exception: what `error` of the first loss that is not finite gives, be it of this update or, `late`, of the
+                one before.
+        """
+        bad = self._anywhere((~torch.isfinite(loss.detach())).float())
+        if self._late:
+            self.look()
+            bad = bad if self._bad is None else torch.maximum(self._bad, bad)
+            self._optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
+        self._bad, self._failed = bad, error
+        if not self._late:
+            self.look()
+
+    def look(self) -> None:
+        """Wait for the newest loss that was seen.
+
+        Raises:
+            Exception: as `see`.
+        """
+        if self._bad is not None and self._failed is not None and self._bad.item() > 0:
+            raise self._failed()

@@ -1,0 +1,133 @@
+"""How many transitions of a batch are computed at once: as many as the memory that a user gives allows."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from poco_vla.algorithm import Plan, Stage
+from poco_vla.config import TrainConfig, num_bytes
+from poco_vla.errors import ConfigError
+from poco_vla.types import ChunkBatch
+
+logger = logging.getLogger(__name__)
+
+CPU_ROWS = 2048
+"""Chunks, candidates and data, that a CPU takes through a network at once: with 4 x 512 their activations stay in its
+caches; in one go of 8,448 an update takes a quarter longer (tests/benchmarks/bench_update.py)."""
+MARGIN = 0.95
+"""Share of the memory that is planned with; an allocator's rounding and a matrix library's scratch take the rest."""
+
+type Run = Callable[[ChunkBatch, Plan, Stage], None]
+
+
+class Budget:
+    """The size of a part of each stage, found at the first update of that stage.
+
+    Args:
+        config: ``optim.micro_batch`` says it outright; else it is what fits ``memory``; else the whole batch, or, on a
+            CPU, what suits its caches.
+        module: what is trained, its frozen parts included.
+        optimizer: Adam, two moments for each trained parameter; they may not be there yet.
+        accelerator: its device and processes: all of them get the same size.
+        run: loss and gradients of a batch, no step. The gradients are dropped afterwards.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        run: Run,
+    ) -> None:
+        self.config, self.module, self.optimizer = config, module, optimizer
+        self.accelerator, self.run = accelerator, run
+        self._sizes: dict[Stage, int] = {}
+
+    def part(self, batch: ChunkBatch, plan: Plan, stage: Stage) -> int:
+        """Transitions of `batch` that are computed at once.
+
+        Raises:
+            ConfigError: not even one fits the memory; the message says what takes it.
+        """
+        if stage not in self._sizes:
+            self._sizes[stage] = self._find(batch, plan, stage)
+        return self._sizes[stage]
+
+    def _find(self, batch: ChunkBatch, plan: Plan, stage: Stage) -> int:
+        config = self.config
+        if config.optim.micro_batch is not None:
+            return config.optim.micro_batch
+        if config.memory is not None:
+            return self._fitting(batch, plan, stage, num_bytes(config.memory))
+        if self.accelerator.device.type == "cpu" and plan.noise is not None:
+            return max(1, CPU_ROWS // plan.noise.shape[1])
+        return len(batch)
+
+    def _fitting(self, batch: ChunkBatch, plan: Plan, stage: Stage, memory: int) -> int:
+        """Parts are measured, each twice as large as the one before, until one does not fit. Between the last two the
+        peak is taken for linear: as the largest of several that are, it lies below."""
+        room = int(memory * MARGIN) - self._held()
+        sizes, peaks = [0], [0]
+        while sizes[-1] < len(batch) and peaks[-1] <= room:
+            sizes.append(min(max(1, 2 * sizes[-1]), len(batch)))
+            peaks.append(self._peak(batch, plan, stage, sizes[-1]))
+        size = sizes[-1]
+        if peaks[-1] > room:
+            size = sizes[-2] + int((sizes[-1] - sizes[-2]) * (room - peaks[-2]) / (peaks[-1] - peaks[-2]))
+        size = int(self.accelerator.gather(torch.tensor([size], device=self.accelerator.device)).min())  # pyright: ignore[reportAttributeAccessIssue]
+        if size < 1:
+            raise ConfigError(
+                f"memory is {self.config.memory}, but weights and optimizer take {self._held() / 1e9:.2f} GB and one "
+                f"transition {peaks[1] / 1e9:.2f} GB beside them, gradients included. Give more, train less (a LoRA), "
+                "or keep the frozen part in bfloat16."
+            )
+        logger.info("%s: %d of %d transitions at once fit %s", stage, size, len(batch), self.config.memory)
+        return size
+
+    def _held(self) -> int:
+        """Bytes of what is there whatever the batch: weights, and the optimizer's moments, be they there yet or not."""
+        trained = sum(_bytes(p) for p in self.module.parameters() if p.requires_grad)
+        if self.accelerator.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.accelerator.device) + (0 if self.optimizer.state else 2 * trained)
+        return sum(map(_bytes, [*self.module.parameters(), *self.module.buffers()])) + 2 * trained
+
+    def _peak(self, batch: ChunkBatch, plan: Plan, stage: Stage, size: int) -> int:
+        """Most bytes that a part of this size takes beside what is there, gradients included."""
+        rows = slice(0, size)
+        part, its_plan = batch.rows(rows), plan.rows(rows)
+        try:
+            return peak_bytes(lambda: self.run(part, its_plan, stage), self.accelerator.device)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return torch.iinfo(torch.int64).max
+        finally:
+            self.optimizer.zero_grad()
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """Most bytes of tensors that were there at once while `work` ran, over those that were there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    assert seen.profiler is not None
+    assert seen.profiler.kineto_results is not None
+    events: list[Any] = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
