@@ -1,7 +1,7 @@
 """How many transitions of a batch are computed at once: as many as the memory that a user gives allows."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,10 +72,11 @@ class Budget:
     def _fitting(self, batch: ChunkBatch, plan: Plan, stage: Stage, memory: int) -> int:
         """Parts are measured, each twice as large as the one before, until one does not fit. Between the last two the
         peak is taken for linear: as the largest of several that are, it lies below."""
-        room = int(memory * MARGIN) - self._held()
-        sizes, peaks = [0], [0]
+        held = self._held(batch, plan)
+        room = int(memory * MARGIN) - held
+        sizes, peaks = [0, 1], [0, self._peak(batch, plan, stage, 1)]
         while sizes[-1] < len(batch) and peaks[-1] <= room:
-            sizes.append(min(max(1, 2 * sizes[-1]), len(batch)))
+            sizes.append(min(2 * sizes[-1], len(batch)))
             peaks.append(self._peak(batch, plan, stage, sizes[-1]))
         size = sizes[-1]
         if peaks[-1] > room:
@@ -83,19 +84,21 @@ class Budget:
         size = int(self.accelerator.gather(torch.tensor([size], device=self.accelerator.device)).min())  # pyright: ignore[reportAttributeAccessIssue]
         if size < 1:
             raise ConfigError(
-                f"memory is {self.config.memory}, but weights and optimizer take {self._held() / 1e9:.2f} GB and one "
+                f"memory is {self.config.memory}, but weights, optimizer and batch take {held / 1e9:.2f} GB and one "
                 f"transition {peaks[1] / 1e9:.2f} GB beside them, gradients included. Give more, train less (a LoRA), "
                 "or keep the frozen part in bfloat16."
             )
         logger.info("%s: %d of %d transitions at once fit %s", stage, size, len(batch), self.config.memory)
         return size
 
-    def _held(self) -> int:
-        """Bytes of what is there whatever the batch: weights, and the optimizer's moments, be they there yet or not."""
+    def _held(self, batch: ChunkBatch, plan: Plan) -> int:
+        """Bytes of what is there however it is cut: weights, batch and plan, and the optimizer's moments, be they there
+        yet or not."""
         trained = sum(_bytes(p) for p in self.module.parameters() if p.requires_grad)
         if self.accelerator.device.type == "cuda":
             return torch.cuda.memory_allocated(self.accelerator.device) + (0 if self.optimizer.state else 2 * trained)
-        return sum(map(_bytes, [*self.module.parameters(), *self.module.buffers()])) + 2 * trained
+        weights = sum(map(_bytes, [*self.module.parameters(), *self.module.buffers()]))
+        return weights + 2 * trained + sum(map(_bytes, _tensors(vars(batch)) + _tensors(vars(plan))))
 
     def _peak(self, batch: ChunkBatch, plan: Plan, stage: Stage, size: int) -> int:
         """Most bytes that a part of this size takes beside what is there, gradients included."""
@@ -127,6 +130,12 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+def _tensors(values: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of a batch or a plan."""
+    nested = [_tensors(value) if isinstance(value, Mapping) else [value] for value in values.values()]
+    return [value for some in nested for value in some if isinstance(value, Tensor)]
 
 
 def _bytes(tensor: Tensor) -> int:
