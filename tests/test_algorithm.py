@@ -1,7 +1,10 @@
 """Poco: the losses of the three stages, their stop-gradients and options, and a task whose answer is known."""
 
 import math
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -294,6 +297,12 @@ def test_the_parts_of_an_update_add_up_to_the_whole(stage, options, size):
     torch.testing.assert_close(total, whole.detach())
     torch.testing.assert_close(sums, figures)
     torch.testing.assert_close([p.grad for p in poco.parameters()], expected)
+
+
+def test_an_update_is_one_graph():
+    """A process of its own: the machine-checked signatures of the test run cannot be traced."""
+    script = Path(__file__).parent / "compiled_update.py"
+    subprocess.run([sys.executable, script], check=True)
 
 
 def test_a_plan_that_is_given_is_the_one_that_would_be_drawn():

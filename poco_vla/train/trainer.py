@@ -271,7 +271,13 @@ class Trainer:
     def _update(self, stage: Stage, bar: Bar) -> None:
         """One update of a stage: loss, backward, step, target."""
         batch = self.batches.draw(bootstrap=stage != "sft")
-        loss, metrics = self._backward(batch, stage)
+        try:
+            loss, metrics = self._backward(batch, stage)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"an update of {len(batch)} transitions does not fit {self.accelerator.device}: {error}. Give `memory` "
+                "what the device has (such as --memory 22GB), and it is computed in parts that fit."
+            ) from error
         self.finite.see(loss, partial(self._not_finite, stage, self.progress.stage_update, batch, loss, metrics))
         metrics |= self._clip_gradients()
         self.progress.update += 1

@@ -23,11 +23,13 @@ from lerobot_policy_flow_mlp.adapter import FlowMlp
 from rich.console import Console
 from rich.table import Table
 
-from poco_vla import ChunkBatch, Poco, PocoConfig
+from poco_vla import ChunkBatch, Draws, Poco, PocoConfig
+from poco_vla.algorithm import parts
 from poco_vla.config import DemonstrationConfig, ReplayConfig, TrainConfig
 from poco_vla.data import Episode, Replay, chunk_batch
 from poco_vla.rollout import EnvPool
 from poco_vla.train import Trainer
+from poco_vla.train.memory import CPU_ROWS
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parents[1] / "recipes" / "mlp_cube.py"
@@ -76,6 +78,19 @@ class Size:
             "online": critic_step + propose_and_weigh + distill,
         }[stage]
 
+    def bytes(self, stage: str) -> int:
+        """What an update of a stage cannot but move through memory, everything in float32: each weight is read forward
+        and backward, its gradient written and read, weight and two moments read and written; each target weight is
+        read and written, its critic's read. Activations are not counted: they may stay in a cache."""
+        actor, critic = self.actor_flops(1, 1) // 2, self.critic_flops(1, 1) // 2  # a product and a sum per weight
+        trained = {"sft": actor, "warmup": critic, "online": actor + critic}[stage]
+        sampled = {"sft": 0, "warmup": actor, "online": 0}[stage]
+        return 4 * (trained * (2 + 2 + 6) + sampled + (0 if stage == "sft" else 3 * critic))
+
+    def sampling_flops(self) -> int:
+        """The E-step's share of an online update: what `sampling_dtype` is about."""
+        return self.flow_steps * self.actor_flops(self.batch * self.candidates, self.batch)
+
 
 @dataclass
 class Args:
@@ -89,6 +104,8 @@ class Args:
     """CPU threads of the update: numbers, or "all"."""
     size: Size = field(default_factory=Size)
     """Sizes of the update."""
+    compiled: bool = False
+    """Measure the POCO update through torch.compile as well: a minute of compiling per setting."""
     replay_steps: tuple[int, ...] = (1_000_000, 10_000_000)
     """Control steps in the pool; each is measured."""
     output: Path = HERE / "results"
@@ -119,33 +136,64 @@ def main(argv: Sequence[str] | None = None) -> Path:
 # -- one update -------------------------------------------------------------------------------------------------------
 
 
-STAGES = {"sft": "BC", "warmup": "critic (warm-up)", "online": "POCO"}
+@dataclass(frozen=True)
+class Way:
+    """How an update is computed.
+
+    Attributes:
+        stage: of the three.
+        part: transitions at once; None is the batch.
+        sampling: precision of the E-step's candidates.
+        compiled: through torch.compile.
+    """
+
+    stage: Any
+    part: int | None = None
+    sampling: Literal["float32", "bfloat16"] = "float32"
+    compiled: bool = False
+
+
+def ways(args: Args, device: str) -> dict[str, Way]:
+    """The plain path of each stage, and the fast ones of the online update."""
+    part = max(1, CPU_ROWS // (1 + args.size.candidates)) if device == "cpu" else None
+    found = {
+        "BC": Way("sft"),
+        "critic (warm-up)": Way("warmup"),
+        "POCO, batch at once": Way("online"),
+        **({f"POCO, {part} at once": Way("online", part)} if part else {}),
+        "POCO, candidates in bfloat16": Way("online", part, "bfloat16"),
+    }
+    if args.compiled:
+        found["POCO, torch.compile"] = Way("online", part, compiled=True)
+    return found
 
 
 def bench_updates(args: Args) -> Rows:
-    """Best of a few repetitions in turns, updates and matrix products alike: what else runs here only adds time."""
+    """Best of a few repetitions in turns, updates and what they stand against alike: what else runs here only adds
+    time. The floor is the longer of the time that the FLOPs take at the rate of a large float32 product, and that
+    which the bytes take at the rate of a copy."""
     rows = []
     for label, device, setting in settings(args.threads):
         with setting():
-            work = {what: update_of(args.size, stage, device) for stage, what in STAGES.items()}
-            flops = {what: args.size.flops(stage) for stage, what in STAGES.items()}
-            for name, shape in matmul_shapes(args.size, device, args.quick).items():
-                work[name], flops[name] = matmul_of(shape, device), 2 * shape[0] * shape[1] * shape[2]
+            found, size = ways(args, device), args.size
+            work = {what: update_of(size, way, device) for what, way in found.items()}
+            shapes = matmul_shapes(size, device, args.quick)
+            work |= {name: matmul_of(shape, device, dtype) for name, (shape, dtype) in shapes.items()}
+            copied = 2**20 if args.quick else 2**26
+            work["copy"] = copy_of(copied, device)
             seconds = best_seconds(work, 1 if args.quick else 3, device)
-        square, own = (flops[name] / seconds[name] for name in list(work)[-2:])
-        for what in work:
-            rate = flops[what] / seconds[what]
-            rows.append(
-                {
-                    "device": label,
-                    "what": what,
-                    "GFLOP": flops[what] / 1e9,
-                    "ms": seconds[what] * 1e3,
-                    "GFLOP/s": rate / 1e9,
-                    "x square": square / rate,
-                    "x own shape": own / rate,
-                }
-            )
+        flops = {name: 2 * math.prod(shape) for name, (shape, _) in shapes.items()}
+        rates = {name: count / seconds[name] for name, count in flops.items()}
+        square, per_byte = next(iter(rates.values())), 2 * copied / seconds["copy"]
+        for what, way in found.items():
+            count, moved = size.flops(way.stage), size.bytes(way.stage)
+            floor = max(count / square, moved / per_byte)
+            row = {"device": label, "what": what, "GFLOP": count / 1e9, "MB": moved / 1e6}
+            rows.append(row | {"floor ms": floor * 1e3, "ms": seconds[what] * 1e3, "x floor": seconds[what] / floor})
+        for name, count in flops.items():
+            row = {"device": label, "what": name, "GFLOP": count / 1e9, "ms": seconds[name] * 1e3}
+            rows.append(row | {"x floor": seconds[name] * square / count})
+        rows.append({"device": label, "what": "copy", "MB": 2 * copied / 1e6, "ms": seconds["copy"] * 1e3})
     return rows
 
 
@@ -182,41 +230,52 @@ def tf32(allowed: bool) -> Any:
         torch.set_float32_matmul_precision(before)
 
 
-def matmul_shapes(size: Size, device: str, quick: bool) -> dict[str, tuple[int, int, int]]:
-    """Float32 matrix products: a large square one, and a hidden layer over all candidates of a batch."""
+def matmul_shapes(size: Size, device: str, quick: bool) -> dict[str, tuple[tuple[int, int, int], torch.dtype]]:
+    """Matrix products: a large square one, which is the floor's, and a hidden layer over all candidates of a batch."""
     large = 8192 if device == "cuda" else 512 if quick else 2048
+    rows = size.batch * size.candidates
+    own = (rows, size.width, size.width)
     return {
-        f"square matmul, {large}": (large, large, large),
-        f"own-shape matmul, {size.batch * size.candidates} x {size.width}": (
-            size.batch * size.candidates,
-            size.width,
-            size.width,
-        ),
+        f"matmul, {large} x {large}": ((large,) * 3, torch.float32),
+        f"matmul, {rows} x {size.width}": (own, torch.float32),
+        f"matmul, {rows} x {size.width}, bfloat16": (own, torch.bfloat16),
     }
 
 
-def matmul_of(shape: tuple[int, int, int], device: str) -> Callable[[], Any]:
+def matmul_of(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> Callable[[], Any]:
     m, k, n = shape
-    a, b, out = (torch.randn(rows, columns, device=device) for rows, columns in ((m, k), (k, n), (m, n)))
+    a, b, out = (torch.randn(rows, columns, device=device).to(dtype) for rows, columns in ((m, k), (k, n), (m, n)))
     return lambda: torch.mm(a, b, out=out)
 
 
-def update_of(size: Size, stage: Any, device: str) -> Callable[[], None]:
-    """Loss, backward, optimizer step and target of one update on a batch that lies ready."""
+def copy_of(count: int, device: str) -> Callable[[], Any]:
+    """A copy of so many bytes, which reads and writes them."""
+    a, b = (torch.zeros(count, dtype=torch.uint8, device=device) for _ in range(2))
+    return lambda: b.copy_(a)
+
+
+def update_of(size: Size, way: Way, device: str) -> Callable[[], None]:
+    """Plan, loss, backward, optimizer step and target of one update on a batch that lies ready."""
     policy = mlp(size, device)
     config = PocoConfig(
-        num_candidates=size.candidates, critic_hidden=(size.width,) * size.layers, critic_members=size.critics
+        num_candidates=size.candidates,
+        critic_hidden=(size.width,) * size.layers,
+        critic_members=size.critics,
+        sampling_dtype=way.sampling,
     )
-    poco = Poco(policy, config).to(device)
+    poco = Poco(policy, config, Draws(torch.Generator(device))).to(device)
+    module = torch.compile(poco, mode="reduce-overhead", dynamic=False) if way.compiled else poco
     optimizer = torch.optim.Adam([p for p in poco.parameters() if p.requires_grad], lr=3e-4, fused=True)
     batch = random_batch(size, device)
 
     def update() -> None:
-        loss, _ = poco(batch, stage)
-        loss.backward()
+        plan = poco.plan(batch, way.stage)
+        for rows, its_plan, share in parts(batch, plan, way.part or len(batch)):
+            loss, _ = module(rows, way.stage, its_plan)
+            (loss * share).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if stage != "sft":
+        if way.stage != "sft":
             poco.update_target()
 
     return update

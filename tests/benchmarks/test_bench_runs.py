@@ -33,7 +33,7 @@ def test_every_section_runs_and_is_kept(tmp_path, capsys):
         figures = [v for row in kept[section]["rows"] for v in row.values() if not isinstance(v, str)]
         assert figures
         assert all(math.isfinite(v) and v > 0 for v in figures)
-    assert [row["what"] for row in kept["update"]["rows"]][:3] == ["BC", "critic (warm-up)", "POCO"]
+    assert [row["what"] for row in kept["update"]["rows"]][:3] == ["BC", "critic (warm-up)", "POCO, batch at once"]
     assert "x slower half alone" in kept["loop"]["rows"][-1]
     assert "POCO" in capsys.readouterr().out
 
@@ -57,8 +57,17 @@ def test_the_papers_size_costs_what_it_is_known_to_cost():
     """About 213 GFLOP for critic and actor, 136 of them for sampling the candidates (by an independent count)."""
     size = Size()
     assert size.flops("online") / 1e9 == pytest.approx(213, rel=0.03)
-    sampling = size.flow_steps * size.actor_flops(size.batch * size.candidates, size.batch)
-    assert sampling / 1e9 == pytest.approx(136, rel=0.03)
+    assert size.sampling_flops() / 1e9 == pytest.approx(136, rel=0.03)
+
+
+@pytest.mark.parametrize("stage", ["sft", "warmup", "online"])
+def test_bytes_are_those_of_the_weights(stage):
+    """Counted by hand from the layer sizes; here from the parameters, biases and norms too, which are few."""
+    size = Size()
+    poco = Poco(measure.mlp(size), PocoConfig(critic_hidden=(512,) * 4))
+    actor, critic = (sum(p.numel() for p in part.parameters()) for part in (poco.policy.head, poco.critic))
+    expected = {"sft": 10 * actor, "warmup": 10 * critic + actor + 3 * critic, "online": 10 * actor + 13 * critic}
+    assert size.bytes(stage) == pytest.approx(4 * expected[stage], rel=0.01)
 
 
 def test_the_loop_over_samples_gives_what_the_replay_gives():
