@@ -40,16 +40,18 @@ class Logbook:
     ) -> None:
         self.folder, self.accelerator, self.progress, self.every = folder, accelerator, progress, every
         self.written = written
-        self._sums: dict[str, Tensor] = {}
+        self._names: list[str] = []
+        self._sums = torch.zeros(0)
         self._num_summed = 0
         self._ages = (0, 0)
         self._logged = (time.monotonic(), 0, 0)
 
     def updated(self, stage: Stage, metrics: Mapping[str, Tensor], bar: Bar) -> None:
         """An update was made; `metrics` are scalars on its device, fetched only when a line is due."""
-        if self._sums.keys() != metrics.keys():
-            self._sums, self._num_summed = {}, 0
-        self._sums = {name: self._sums[name] + value if self._sums else value for name, value in metrics.items()}
+        values = torch.stack(list(metrics.values()))  # one sum on a GPU instead of one for each name
+        if self._names != list(metrics):
+            self._names, self._num_summed = list(metrics), 0
+        self._sums = self._sums + values if self._num_summed else values
         self._num_summed += 1
         if self._num_summed == self.every:
             self._log(stage, bar)
@@ -75,13 +77,13 @@ class Logbook:
 
     def state(self) -> dict[str, Any]:
         """The window that is not full yet, for a checkpoint; `load` takes it back."""
-        sums = {name: value.item() for name, value in self._sums.items()}
+        sums = dict(zip(self._names, self._sums.tolist(), strict=True))
         return {"sums": sums, "num_summed": self._num_summed, "ages": self._ages}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`; lines from after it are dropped, since their updates are run again."""
-        device = self.accelerator.device
-        self._sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
+        self._names = list(state["sums"])
+        self._sums = torch.tensor(list(state["sums"].values()), device=self.accelerator.device)
         self._num_summed = state["num_summed"]
         self._ages = tuple(state["ages"])
         now = self.progress
@@ -93,11 +95,10 @@ class Logbook:
             self._rewrite("evaluations.jsonl", now.evaluations)
 
     def _log(self, stage: Stage, bar: Bar) -> None:
-        means = torch.stack([value.float() for value in self._sums.values()]) / self._num_summed
-        means = self.accelerator.reduce(means, "mean")
+        means = self.accelerator.reduce(self._sums.float() / self._num_summed, "mean")
         assert isinstance(means, Tensor)
-        scalars = dict(zip(self._sums, means.tolist(), strict=True))
-        self._sums, self._num_summed = {}, 0
+        scalars = dict(zip(self._names, means.tolist(), strict=True))
+        self._num_summed = 0
         now = self.progress
         if stage != "sft":
             scalars |= self._acting()

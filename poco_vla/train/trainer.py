@@ -293,14 +293,16 @@ class Trainer:
         """Gradients of a batch, in parts that suit the memory; its loss and metrics."""
         plan = self.poco.plan(batch, stage)
         pieces = list(parts(batch, plan, self.budget.part(batch, plan, stage)))
-        loss, metrics = torch.zeros((), device=batch.actions.device), dict[str, Tensor]()
+        total, means, names = 0.0, 0.0, []
         for i, (rows, its_plan, share) in enumerate(pieces, start=1):
             with nullcontext() if i == len(pieces) else self.accelerator.no_sync(self.module):
-                its_loss, figures = self.module(rows, stage, its_plan)
-                self.accelerator.backward(its_loss * share)
-            loss = loss + its_loss.detach() * share
-            metrics = {name: metrics.get(name, 0) + value * share for name, value in figures.items()}
-        return loss, metrics
+                loss, metrics = self.module(rows, stage, its_plan)
+                self.accelerator.backward(loss * share)
+            total = total + loss.detach() * share
+            names, means = list(metrics), means + torch.stack(list(metrics.values())) * share
+        assert isinstance(total, Tensor)
+        assert isinstance(means, Tensor)
+        return total, dict(zip(names, means, strict=True))
 
     def _rehearse_update(self, batch: ChunkBatch, plan: Plan, stage: Stage) -> None:
         """Loss and gradients of a batch, for their memory alone."""
