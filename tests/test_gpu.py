@@ -10,18 +10,24 @@ from poco_vla_pi05.adapter import Pi05
 from pointmass_run import small
 
 from poco_vla import Poco, PocoConfig, check_policy, flow_errors, propose
+from poco_vla.config import OptimConfig
 from poco_vla.data import network_obs
-from poco_vla.train import train
+from poco_vla.errors import NonFiniteError
+from poco_vla.train import Trainer, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
+def _reset():
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    _reset()
+    yield
+    _reset()
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -35,6 +41,59 @@ def test_a_run_trains_resumes_and_exports_a_policy_that_a_cpu_loads(precision, t
     assert policy.encode(state).features.device.type == "cpu"
     again = FlowMlp.from_pretrained(result.policy_dir, device="cuda")
     assert next(again.parameters()).device.type == "cuda"
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """Builds trainers of the small run, and closes them."""
+    made = []
+
+    def build(**changes):
+        _reset()
+        made.append(Trainer(small(tmp_path / f"run{len(made)}", tmp_path / "data", **changes)))
+        return made[-1]
+
+    yield build
+    for one in made:
+        one.close()
+
+
+def updated(trainer, stages=("sft", "warmup", "online", "online")):
+    """Weights after some updates."""
+    with trainer.display.stage("by hand", len(stages)) as bar:
+        for stage in stages:
+            trainer._update(stage, bar)
+    return [p.detach().clone() for p in trainer.poco.parameters()]
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_though_the_host_looks_late(trainer):
+    one = trainer()
+    updated(one)
+    with torch.no_grad():
+        one.actor_parameters[0].fill_(float("nan"))
+    before = [p.detach().clone() for p in one.actor_parameters[1:]]
+    with pytest.raises(NonFiniteError, match=r"sft update 4: the loss is nan"):
+        updated(one, ("sft", "sft"))
+    for p, old in zip(one.actor_parameters[1:], before, strict=True):
+        assert torch.equal(p, old)
+
+
+def test_an_update_keeps_to_the_memory_it_is_given(trainer):
+    """`--memory` is about all that torch holds; parts give the weights of an update in one go, but for rounding."""
+    whole = updated(trainer(optim=OptimConfig(batch_size=256, micro_batch=256)))
+    one = trainer(optim=OptimConfig(batch_size=256), memory="60MB")
+    torch.cuda.reset_peak_memory_stats()
+    weights = updated(one)
+    assert torch.cuda.max_memory_allocated() <= 60e6
+    torch.testing.assert_close(weights, whole, rtol=0, atol=1e-5)
+
+
+def test_a_compiled_update_is_the_plain_one(trainer, monkeypatch):
+    """CUDA graphs through Accelerate, as `accelerate launch --dynamo_backend inductor` has it."""
+    plain = updated(trainer())
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "reduce-overhead")
+    torch.testing.assert_close(updated(trainer()), plain, rtol=0, atol=1e-5)
 
 
 def test_the_contract_holds_on_the_gpu():
