@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from poco_vla.critic import ChunkCritic, polyak_update, td_target
+    from poco_vla.dense import linear
     from poco_vla.distill import clipped_distillation, flow_errors
     from poco_vla.errors import DataError, PocoError, PolicyError
     from poco_vla.files import whole_folder
@@ -50,6 +51,7 @@ __getattr__, __dir__ = load_on_demand(
             "TrainConfig",
         ],
         "critic": ["ChunkCritic", "polyak_update", "td_target"],
+        "dense": ["linear"],
         "distill": ["clipped_distillation", "flow_errors"],
         "errors": ["DataError", "PocoError", "PolicyError"],
         "files": ["whole_folder"],
@@ -99,6 +101,7 @@ __all__ = [
     "inject_lora",
     "integrate",
     "interpolate",
+    "linear",
     "load_adapter",
     "load_critic",
     "load_head",

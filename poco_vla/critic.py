@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from poco_vla.dense import batched_linear, suits_onednn
+
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": partial(F.gelu, approximate="tanh"),  # flax's nn.gelu, which the authors' code uses
@@ -71,25 +73,29 @@ class ChunkCritic(nn.Module):
         Always in the precision of its own weights: eta is finer than what bfloat16 keeps of a value.
         """
         dtype = self.weights[0].dtype
-        with torch.autocast(features.device.type, enabled=False):
-            return self._values(features.to(dtype), chunk.to(dtype))
-
-    def _values(self, features: Float[Tensor, "B D"], chunk: Float[Tensor, "B N H A"]) -> Float[Tensor, "E B N"]:
-        batch, num, _, _ = chunk.shape
+        features, actions = features.to(dtype), chunk[..., : self.action_dim].flatten(2).to(dtype)
         members = self.weights[0].shape[0]
-        actions = chunk[..., : self.action_dim].reshape(1, batch * num, -1).expand(members, -1, -1)
-        state_weight, action_weight = self.weights[0].split([self.feature_dim, actions.shape[-1]], dim=1)
-        of_state = torch.baddbmm(self.biases[0], features.expand(members, -1, -1), state_weight)
-        of_action = torch.bmm(actions, action_weight).unflatten(1, (batch, num))
-        h = self._normalise(0, (of_state.unsqueeze(2) + of_action).flatten(1, 2))
-        for layer in range(1, len(self.gains)):
-            h = self._normalise(layer, torch.baddbmm(self.biases[layer], h, self.weights[layer]))
-        q = torch.baddbmm(self.biases[-1], h, self.weights[-1])
-        return q.reshape(members, batch, num)
+        with torch.autocast(features.device.type, enabled=False):
+            if suits_onednn(actions):  # one after another, so that nothing is stacked but the values
+                return torch.cat([self._values(features, actions, slice(e, e + 1)) for e in range(members)])
+            return self._values(features, actions, slice(members))
 
-    def _normalise(self, layer: int, h: Float[Tensor, "E M W"]) -> Float[Tensor, "E M W"]:
-        h = F.layer_norm(self.activation(h), h.shape[-1:], eps=self.layer_norm_eps)
-        return torch.addcmul(self.shifts[layer], h, self.gains[layer])
+    def _values(
+        self, features: Float[Tensor, "B D"], actions: Float[Tensor, "B N HA"], of: slice
+    ) -> Float[Tensor, "E B N"]:
+        batch, num, chunk_dim = actions.shape
+        weights, biases, gains, shifts = (
+            [p[of] for p in group] for group in (self.weights, self.biases, self.gains, self.shifts)
+        )
+        members = len(weights[0])
+        state_weight, action_weight = weights[0].split([self.feature_dim, chunk_dim], dim=1)
+        of_state = batched_linear(features.expand(members, -1, -1), state_weight, biases[0])
+        of_action = batched_linear(actions.flatten(0, 1).expand(members, -1, -1), action_weight)
+        h = (of_state.unsqueeze(2) + of_action.unflatten(1, (batch, num))).flatten(1, 2)
+        for weight, bias, gain, shift in zip(weights[1:], biases[1:], gains, shifts, strict=True):
+            h = F.layer_norm(self.activation(h), h.shape[-1:], eps=self.layer_norm_eps)
+            h = batched_linear(torch.addcmul(shift, h, gain), weight, bias)
+        return h.reshape(members, batch, num)
 
 
 def aggregate(q: Float[Tensor, "E B N"], how: Literal["mean", "min"] = "mean") -> Float[Tensor, "B N"]:

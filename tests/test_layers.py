@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "poco_vla"
 
-MATHS = {"flow", "posterior", "distill", "critic", "policy"}
+MATHS = {"flow", "posterior", "distill", "dense", "critic", "policy"}
 BASE = {"errors", "types"}
 ALGORITHM = MATHS | BASE | {"config", "algorithm"}
 ACTING = MATHS | BASE | {"config", "data", "rollout", "lazy"}
@@ -20,6 +20,7 @@ DOORS = {
     "errors": set(),
     "types": set(),
     **dict.fromkeys(MATHS, BASE | {"flow"}),
+    "critic": {"dense"},
     "config": {"errors"},
     "algorithm": ALGORITHM,
     "registry": {"policy", *BASE},

@@ -44,6 +44,7 @@ PUBLIC = [
     "inject_lora",
     "integrate",
     "interpolate",
+    "linear",
     "load_adapter",
     "load_critic",
     "load_head",

@@ -16,7 +16,7 @@ from torch import Tensor
 from lerobot_policy_flow_mlp.configuration_flow_mlp import FlowMlpConfig
 from lerobot_policy_flow_mlp.modeling_flow_mlp import STATE_KEYS, FlowMlpPolicy
 from lerobot_policy_flow_mlp.processor_flow_mlp import make_flow_mlp_pre_post_processors
-from poco_vla import ActionSpec, FlowPolicy, PolicyError, heads, whole_folder
+from poco_vla import ActionSpec, FlowPolicy, PolicyError, heads, linear, whole_folder
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class FlowMlp(FlowPolicy):
         config = model.config
         self.model = model.requires_grad_(False)
         self.head = model.net.requires_grad_(True)
+        self.head.linear = linear
         self.preprocess, self.postprocess = preprocess, postprocess
         self.feature_dim = model.feature_dim
         self.input_keys = tuple(config.input_features or {})

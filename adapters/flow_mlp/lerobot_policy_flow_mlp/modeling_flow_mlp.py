@@ -5,6 +5,7 @@ Time runs from noise (t = 0) to action (t = 1); the network learns v = action - 
 
 import builtins
 from collections import deque
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -25,23 +26,38 @@ class VectorField(nn.Module):
     """v(features, chunk, t): Linear -> activation, no normalisation (POCO's actor), over [features, flat chunk, t].
 
     The first layer's share of the features is computed once per state and added to every candidate's.
+
+    Attributes:
+        linear: what computes a dense layer from its input, weight, bias and activation, the last two of which may be
+            left out or None; poco_vla puts a faster one here.
     """
+
+    linear: Callable[..., Tensor]
 
     def __init__(self, feature_dim: int, chunk_dim: int, hidden: list[int], activation: str) -> None:
         super().__init__()
         widths = [feature_dim + chunk_dim + 1, *hidden, chunk_dim]
         self.feature_dim = feature_dim
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
+        self.linear = _linear
         self.activation = nn.SiLU() if activation == "silu" else nn.GELU(approximate="tanh")
 
     def forward(self, features: Tensor, chunk: Tensor, t: Tensor) -> Tensor:
         """Velocity [B, N, chunk_dim] from features [B, D], chunks [B, N, chunk_dim] and times [B, N]."""
-        first, *rest = (cast("nn.Linear", layer) for layer in self.layers)
-        of_state = F.linear(features, first.weight[:, : self.feature_dim], first.bias)
-        h = of_state[:, None] + F.linear(torch.cat([chunk, t[..., None]], dim=-1), first.weight[:, self.feature_dim :])
-        for layer in rest:
-            h = layer(self.activation(h))
-        return h
+        first, *inner, last = (cast("nn.Linear", layer) for layer in self.layers)
+        of_state, of_chunk = first.weight.split([self.feature_dim, chunk.shape[-1] + 1], dim=1)
+        noisy = torch.cat([chunk, t[..., None]], dim=-1)
+        h = self.activation(self.linear(features, of_state, first.bias)[:, None] + self.linear(noisy, of_chunk))
+        for layer in inner:
+            h = self.linear(h, layer.weight, layer.bias, self.activation)
+        return self.linear(h, last.weight, last.bias)
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    y = F.linear(x, weight, bias)
+    return y if activation is None else activation(y)
 
 
 class FlowMlpPolicy(PreTrainedPolicy):

@@ -1,0 +1,104 @@
+"""Dense layers at the rate of the processor, on CPUs too where torch's own float32 products are not.
+
+torch's x86 builds multiply float32 matrices by MKL, which takes a slower path on processors that are not Intel's.
+oneDNN, which torch holds as well, does not: on an AMD EPYC with AVX-512 it is 2.2 times as fast, in the same precision
+(tests/benchmarks/bench_update.py). torch uses it for float32 in convolutions and in compiled graphs only.
+"""
+
+import platform
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+FEWEST_ROWS = 64
+"""Below this, a call costs more than the product."""
+
+
+def linear(
+    x: Float[Tensor, "*batch I"],
+    weight: Float[Tensor, "O I"],
+    bias: Float[Tensor, " O"] | None = None,
+    activation: Callable[[Tensor], Tensor] | None = None,
+) -> Float[Tensor, "*batch O"]:
+    """activation(x W^T + b), as torch.nn.functional.linear and the activation give it, but for rounding.
+
+    Without gradients a torch.nn.SiLU is applied while the product is in the cache.
+    """
+    if not suits_onednn(x):
+        y = F.linear(x, weight, bias)
+    elif isinstance(activation, nn.SiLU) and not torch.is_grad_enabled():
+        return _product(x, weight, bias, "swish")
+    else:
+        y = _OneDnn.apply(x, weight, bias)
+    return y if activation is None else activation(y)
+
+
+def batched_linear(
+    x: Float[Tensor, "E M I"], weight: Float[Tensor, "E I O"], bias: Float[Tensor, "E 1 O"] | None = None
+) -> Float[Tensor, "E M O"]:
+    """x_e W_e + b_e for each member of an ensemble: one batched product, or one of oneDNN's for each."""
+    if suits_onednn(x[0]):
+        biases = [None] * len(x) if bias is None else bias[:, 0]
+        return torch.stack([_OneDnn.apply(*one) for one in zip(x, weight.mT, biases, strict=True)])
+    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+
+
+def suits_onednn(x: Float[Tensor, "*batch I"]) -> bool:
+    """Whether oneDNN takes the product of `x` with a float32 weight, and is faster."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() >= FEWEST_ROWS * x.shape[-1]
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()  # which chooses by itself
+        and _slow_mkl()
+    )
+
+
+@cache
+def _slow_mkl() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    vendor = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and "GenuineIntel" not in vendor
+    )
+
+
+class _OneDnn(torch.autograd.Function):
+    """The products of a dense layer and of its gradients by oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        grad = grad.reshape(-1, weight.shape[0])
+        return (
+            _product(grad, weight.T).view_as(x) if of_x else None,
+            _product(grad.T, x.reshape(-1, x.shape[-1]).T) if of_weight else None,
+            grad.sum(dim=0) if of_bias else None,
+        )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, activation, [], "")
+
+
+def _dense(x: Tensor) -> Tensor:
+    """`x` without gaps, be it transposed: with gaps oneDNN is a thousand times slower."""
+    return x if x.is_contiguous() or (x.ndim == 2 and x.mT.is_contiguous()) else x.contiguous()

@@ -1,0 +1,104 @@
+"""Dense layers by oneDNN give what torch's give, forward and backward, and are left to torch where not theirs."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from poco_vla import ChunkCritic, dense, linear
+from poco_vla.dense import batched_linear
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "torch"])
+def slow_mkl(request, monkeypatch):
+    """Whether the processor is one that MKL is slow on."""
+    monkeypatch.setattr(dense, "_slow_mkl", lambda: request.param)
+    return request.param
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, size):
+    """Sums of `size` products of order 1, in another order: a few float32 roundings of the largest."""
+    torch.testing.assert_close(a, b, rtol=0, atol=2e-6 * size**0.5)
+
+
+@pytest.mark.parametrize("shape", [(100, 30), (4, 25, 30), (2, 3, 40, 30)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", [None, nn.SiLU(), nn.GELU()])
+def test_a_layer_and_its_gradients_are_torchs(slow_mkl, shape, bias, activation):
+    inputs = [normal(*shape), normal(20, 30, seed=1), normal(20, seed=2) if bias else None]
+    grads, outputs = [], []
+    for of in (linear, lambda x, w, b, act: F.linear(x, w, b) if act is None else act(F.linear(x, w, b))):
+        x, w, b = (None if t is None else t.clone().requires_grad_() for t in inputs)
+        y = of(x, w, b, activation)
+        y.backward(normal(*y.shape, seed=3))
+        outputs.append(y.detach())
+        grads.append([t.grad for t in (x, w, b) if t is not None])
+    close(outputs[0], outputs[1], 30)
+    for one, other in zip(*grads, strict=True):
+        close(one, other, 120)
+
+
+def test_without_gradients_silu_is_fused_and_the_same(slow_mkl):
+    x, w, b = normal(200, 64), normal(32, 64, seed=1), normal(32, seed=2)
+    with torch.no_grad():
+        close(linear(x, w, b, nn.SiLU()), F.silu(F.linear(x, w, b)), 64)
+
+
+def test_weights_with_gaps_are_closed_up_first(slow_mkl):
+    """A first layer's share of the chunk is a slice of its weight."""
+    x, w = normal(100, 26), normal(32, 54, seed=1)
+    close(linear(x, w[:, 28:]), F.linear(x, w[:, 28:]), 26)
+
+
+def test_gradients_that_nobody_wants_are_not_formed():
+    x, w = normal(100, 30), normal(20, 30, seed=1).requires_grad_()
+    y = dense._OneDnn.apply(x, w, None)
+    y.sum().backward()
+    close(w.grad, x.sum(0).expand(20, -1), 100)
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("members", [1, 2, 5])
+def test_an_ensembles_layer_is_that_of_each_member(slow_mkl, members):
+    x, w, b = normal(members, 90, 16), normal(members, 16, 8, seed=1), normal(members, 1, 8, seed=2)
+    for bias in (b, None):
+        y = batched_linear(x, w, bias)
+        for e in range(members):
+            close(y[e], F.linear(x[e], w[e].T, None if bias is None else b[e, 0]), 16)
+
+
+def test_a_critic_is_the_same_by_either(monkeypatch):
+    """Values and gradients of 3 members, 6 states and 20 chunks each; the gradients to 1e-5 of their largest."""
+    torch.manual_seed(0)
+    critic = ChunkCritic(7, 4, 3, hidden=(32, 32), members=3)
+    features, chunk = normal(6, 7), normal(6, 20, 4, 3, seed=1)
+    found = []
+    for slow in (True, False):
+        monkeypatch.setattr(dense, "_slow_mkl", lambda slow=slow: slow)
+        critic.zero_grad()
+        values = critic(features, chunk)
+        values.square().sum().backward()
+        found.append((values.detach(), [p.grad.clone() for p in critic.parameters()]))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-5)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+@pytest.mark.parametrize("x", [normal(100, 8).double(), normal(100, 8).bfloat16(), normal(3, 8)])
+def test_other_precisions_and_few_rows_are_torchs(monkeypatch, x):
+    monkeypatch.setattr(dense, "_slow_mkl", lambda: True)
+    assert not dense.suits_onednn(x)
+    assert torch.equal(linear(x, torch.ones(4, 8, dtype=x.dtype)), F.linear(x, torch.ones(4, 8, dtype=x.dtype)))
+
+
+def test_autocast_is_torchs(monkeypatch):
+    monkeypatch.setattr(dense, "_slow_mkl", lambda: True)
+    x, w = normal(100, 8), normal(4, 8, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, w).dtype == torch.bfloat16
