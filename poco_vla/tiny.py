@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from poco_vla.config import DatasetConfig, DemonstrationConfig, EnvSpec, EvalConfig, TrainConfig
-from poco_vla.registry import load_adapter
 
 
 def tiny_pick_task(config: TrainConfig) -> TrainConfig:
     """`config` with a tiny base model, made here, and the simulated pick task in the place of the robot's."""
+    from poco_vla.registry import load_adapter  # loads torch, for which no recipe's --help waits
+
     root = Path("runs/tiny")
     base = root / f"{config.adapter}_base"
     if not base.is_dir():
