@@ -6,11 +6,13 @@ ARGS   ?=
 
 # One process, and every choice spelled out, so that it runs alike with and without a GPU and warns of no default.
 LAUNCH := .venv/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
-# One thread in each of a few workers: small tensors gain nothing from more.
-PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadgroup
+# One thread in each of a few workers: small tensors gain nothing from more. The order is tests/conftest.py's.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 # A sourced ROS puts the packages of another Python on this path.
 unexport PYTHONPATH
+# Where no bytecode may be kept, every process compiles torch and LeRobot anew: twice the start-up of some hundred tests.
+unexport PYTHONDONTWRITEBYTECODE
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 # The stamp holds the folder it was made in: an environment that was moved or copied is made anew.

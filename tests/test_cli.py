@@ -49,13 +49,13 @@ def field_names(kind, prefix=""):
             yield name
 
 
-def test_help_of_a_recipe_says_what_each_value_means_and_loads_no_robotics_library():
+def test_help_of_a_recipe_says_what_each_value_means_and_loads_neither_torch_nor_robotics():
     """Every field's name and docstring, without paying for imports that only training needs."""
     code = (
         "import runpy, sys\n"
         "sys.argv = ['recipe', '--help']\n"
         "try:\n    runpy.run_path('recipes/mlp_cube.py', run_name='__main__')\n"
-        "finally:\n    print('LOADED', sorted({'lerobot', 'accelerate', 'mujoco'} & sys.modules.keys()))\n"
+        "finally:\n    print('LOADED', sorted({'torch', 'lerobot', 'accelerate', 'mujoco'} & sys.modules.keys()))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -6,6 +6,7 @@ import pkgutil
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import entry_points
 
 import pytest
 
@@ -217,6 +218,7 @@ def loaded_by(statement):
     return set(out.split("loaded:")[1].split())
 
 
+ADAPTERS = {point.value.split(".")[0] for point in entry_points(group="poco_vla.adapters")}
 HEAVY = {
     *{"lerobot", "accelerate", "transformers", "gymnasium", "matplotlib", "mujoco", "datasets", "pandas"},
 }
@@ -248,8 +250,13 @@ def test_a_recipe_describes_a_run_before_torch_is_there():
 
 
 def test_the_command_line_answers_before_anything_heavy_is_loaded():
-    """`poco-vla --help` and a mistyped option do not wait for torch, LeRobot or a simulator."""
-    assert not loaded_by("import poco_vla.cli") & {*HEAVY, "torch", "jaxtyping"}
+    """`poco-vla train --help` and a mistyped option do not wait for torch, LeRobot, a simulator or an adapter."""
+    asked = (
+        'import contextlib, poco_vla.cli\nwith contextlib.suppress(SystemExit): poco_vla.cli.main(["train", "--help"])'
+    )
+    loaded = loaded_by(asked)
+    assert "tyro" in loaded
+    assert not loaded & {*HEAVY, "torch", "jaxtyping", *ADAPTERS}
 
 
 def test_errors_that_users_can_mend_are_value_errors():

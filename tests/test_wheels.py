@@ -11,7 +11,8 @@ import pytest
 from clean_environment import ROOT, built, clean_environment, distributions, project, run, sources, wheel
 from packaging.requirements import Requirement
 
-pytestmark = pytest.mark.slow
+# One worker runs them all: the others would only wait for the wheels.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheels")]
 DISTRIBUTIONS = distributions()
 PLUGINS = [name for name in DISTRIBUTIONS if name.startswith("lerobot_policy_")]
 ADAPTERS = {

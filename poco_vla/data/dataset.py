@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -247,8 +248,8 @@ def _images(
     logger.info("decoding %d frames of %s", num_frames, ", ".join(keys))
     out = {key: np.empty((num_frames, *shape), dtype=np.uint8) for key, shape in shapes.items()}
     videos = [key for key in keys if key in dataset.meta.video_keys and key not in dataset.meta.depth_keys]
-    for key in videos:
-        _decode(dataset, key, columns, out[key], shrink)
+    with ThreadPoolExecutor() as pool:  # a camera each: they share no file, and decoders leave Python's lock
+        list(pool.map(lambda key: _decode(dataset, key, columns, out[key], shrink), videos))
     others = [key for key in keys if key not in videos]
     for i in range(num_frames if others else 0):
         item = dataset[i]

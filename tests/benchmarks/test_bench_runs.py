@@ -14,6 +14,7 @@ from poco_vla import Poco, PocoConfig
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_groot
 import bench_pi05
+import bench_startup
 import measure
 from measure import Size
 
@@ -95,6 +96,37 @@ def test_settings_are_put_back():
     with measure.thread_count(1), measure.tf32(True):
         assert torch.get_num_threads() == 1
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
+
+
+@pytest.mark.slow
+def test_start_and_data_are_measured(tmp_path, monkeypatch):
+    starts = {"import torch": ("-c", "pass"), "poco-vla --help": bench_startup.STARTS["poco-vla --help"]}
+    monkeypatch.setattr(bench_startup, "STARTS", starts)
+    kept = json.loads(bench_startup.main(["--quick", f"--output={tmp_path}"]).read_text())
+    assert {"device", "startup start", "startup data", "startup video"} == set(kept)
+    for section in kept.keys() - {"device"}:
+        figures = [v for row in kept[section]["rows"] for v in row.values() if not isinstance(v, str)]
+        assert all(math.isfinite(v) and v > 0 for v in figures)
+
+
+def test_a_dataset_that_is_repeated_holds_its_episodes_again_and_again(tmp_path):
+    """And LeRobot's own reading of a frame agrees."""
+    from poco_vla.config import DatasetConfig
+    from poco_vla.data import open_dataset, read_episodes
+    from poco_vla.rollout.recorder import write_dataset
+
+    wrote = [bench_startup.episode(seed, 4) for seed in range(2)]
+    root = write_dataset(wrote, tmp_path / "data", fps=10, repo_id="local/x")
+    bench_startup.repeat(root, 3)
+    config = DatasetConfig(repo_id="local/x", root=root)
+    dataset = open_dataset(config)
+    found = read_episodes(dataset, config, (bench_startup.STATE,))
+    assert (len(dataset), dataset.num_episodes, len(found)) == (24, 6, 6)
+    for episode, expected in zip(found, wrote * 3, strict=True):
+        assert (episode.action == expected.action).all()
+        assert (episode.obs[bench_startup.STATE] == expected.obs[bench_startup.STATE]).all()
+    assert (dataset[23]["action"].numpy() == wrote[1].action[3]).all()
+    assert dataset[23]["episode_index"] == 5
 
 
 PI05 = ["--tiny", "--depth=1", "--states=1", "--candidates=2", "--horizon=3", "--cameras=1", "--rows=1", "--rounds=1"]

@@ -15,6 +15,8 @@ from poco_vla.train import train
 
 pytest_plugins = ["hub_server"]
 BASE = "lerobot/pi05_base"
+# One worker runs them all: they share a run.
+pytestmark = pytest.mark.xdist_group("hub_commands")
 
 
 @pytest.fixture(scope="module")
