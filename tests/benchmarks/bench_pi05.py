@@ -1,12 +1,15 @@
 """What pi0.5 costs behind one shared prefix, against LeRobot's own code on the same weights. `make benchpi` runs it.
 
-    python tests/benchmarks/bench_pi05.py [gradient] [sampling] [update] [memory] [--depth 2] [--candidates 16]
-        [--horizon 10] [--states 2] [--cameras 2] [--threads 2] [--device cuda] [--dtype bfloat16] [--json FILE]
+    python tests/benchmarks/bench_pi05.py [gradient] [sampling] [update] [trainer] [memory] [--quick] [--depth 2]
+        [--candidates 16] [--horizon 10] [--states 2] [--cameras 2] [--threads 2] [--device cuda] [--dtype bfloat16]
+        [--json FILE]
 
 - gradient: forward and backward of the flow loss of N candidates per state. Baselines: LeRobot's joint training forward
   with the VLM frozen, prefix and all once per candidate; and its cached path with the cache repeated per candidate.
 - sampling: N chunks per state by Euler steps. Baseline: LeRobot's cached sampler, the cache repeated per candidate.
 - update: one update of POCO, stage by stage, and the rate of its matrix products beside a large one of the same run.
+- trainer: updates by the real Trainer out of a dataset on disk, stage by stage. Baseline: the same trainer, in which
+  LeRobot's `denoise_step` moves every candidate, over the same cache repeated per candidate.
 - memory: the largest batch whose update fits on a card (CUDA only).
 
 On a CPU every stack has the real widths and `--depth` layers. Variants take turns, so that whatever else runs meets all
@@ -16,6 +19,7 @@ of them alike. Weights are random and the vocabulary is small where that changes
 import gc
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -26,6 +30,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import tyro
 from lerobot.configs.types import FeatureType, PolicyFeature
@@ -34,15 +39,22 @@ from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attenti
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from measure import device_name, table_of, thread_count
+from poco_vla_pi05 import processors
 from poco_vla_pi05.adapter import Pi05
 from poco_vla_pi05.architecture import TINY, Architecture, empty_policy, in_head
 from poco_vla_pi05.checkpoint import drop_language_heads
+from poco_vla_pi05.tokenizer import byte_tokenizer
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.cache_utils import DynamicCache
 
 from poco_vla import ChunkBatch, Poco, PocoConfig, algorithm, flow_errors, integrate
+from poco_vla.config import DatasetConfig, OptimConfig, TrainConfig
+from poco_vla.data import Episode
+from poco_vla.rollout.recorder import write_dataset
+from poco_vla.train import Trainer
 
-type Section = Literal["gradient", "sampling", "update", "memory"]
+type Section = Literal["gradient", "sampling", "update", "trainer", "memory"]
 type Rows = list[dict[str, Any]]
 
 STATE_DIM, ACTION_DIM = 7, 6
@@ -53,7 +65,13 @@ GIB = 1024**3
 class Args:
     """Measure gradients, samples and updates of pi0.5, against LeRobot's own code."""
 
-    sections: Annotated[tuple[Section, ...], tyro.conf.Positional] = ("gradient", "sampling", "update", "memory")
+    sections: Annotated[tuple[Section, ...], tyro.conf.Positional] = (
+        "gradient",
+        "sampling",
+        "update",
+        "trainer",
+        "memory",
+    )
     """What to measure; `memory` needs CUDA and is left out without."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where."""
@@ -81,6 +99,8 @@ class Args:
     """"cpu" counts the seconds that this process ran: with one thread, what it would take were nothing else running."""
     card: float = 24.0
     """Memory of the card that `memory` asks about, in GiB; one of them is left to CUDA itself."""
+    quick: bool = False
+    """One round, one state, one layer."""
     tiny: bool = False
     """A model of 0.3 million parameters: shows that everything runs, and nothing else."""
     json: Path | None = None
@@ -90,11 +110,14 @@ class Args:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, print, and keep the figures where asked."""
     args = tyro.cli(Args, args=argv)
+    if args.quick:
+        args = replace(args, rounds=1, states=args.states or 1, depth=args.depth or 1)
     console = Console() if Console().is_terminal else Console(width=120)
     sections: dict[Section, tuple[str, Callable[[Case], Rows]]] = {
         "gradient": ("Gradient of the flow loss of all candidates", bench_gradient),
         "sampling": ("Sampling all candidates", bench_sampling),
         "update": ("One update of POCO", bench_update),
+        "trainer": ("One update of POCO, by the Trainer", bench_trainer),
         "memory": (f"Largest update on a card of {args.card:g} GiB", bench_memory),
     }
     with thread_count(args.threads) if args.threads else nullcontext():
@@ -503,20 +526,8 @@ class Update:
     def run(self, reading: Callable[[], float] | None) -> dict[str, float]:
         """One update: stage -> seconds, or how much else `reading` grew."""
         clock = Clock(self.device, reading or (time.process_time if self.cpu_clock else None))
-        poco, critic = self.poco, "critic"
-        methods = [
-            (poco, "critic_loss", critic, None),
-            (poco.policy, "encode", "encode s and s'", "encode s and s'"),
-            (poco.target_critic, "forward", "E-step: their values", critic),
-        ]
-        with ExitStack() as stack:
-            for owner, name, alone, within in methods:
-                timed = clock.timed(getattr(owner, name), alone, within)
-                stack.enter_context(patch.object(owner, name, timed))
-            sampled = clock.timed(
-                algorithm.propose, f"E-step: {self.candidates} chunks at s", "critic: one chunk at s'"
-            )
-            stack.enter_context(patch.object(algorithm, "propose", sampled))
+        poco = self.poco
+        with told_apart(poco, clock, self.candidates):
             with clock.span(f"M-step: {self.candidates} + 1 flow errors"):
                 loss, _ = poco(self.batch, "online")
             with clock.span("backward"):
@@ -526,6 +537,22 @@ class Update:
                 self.optimizer.zero_grad()
                 poco.update_target()
         return clock.stages()
+
+
+@contextmanager
+def told_apart(poco: Poco, clock: "Clock", candidates: int) -> Iterator[None]:
+    """While this lasts, the parts of a loss of `poco` run in spans of `clock`."""
+    critic = "critic"
+    methods = [
+        (poco, "critic_loss", critic, None),
+        (poco.policy, "encode", "encode s and s'", "encode s and s'"),
+        (poco.target_critic, "forward", "E-step: their values", critic),
+        (algorithm, "propose", f"E-step: {candidates} chunks at s", "critic: one chunk at s'"),
+    ]
+    with ExitStack() as stack:
+        for owner, name, alone, within in methods:
+            stack.enter_context(patch.object(owner, name, clock.timed(getattr(owner, name), alone, within)))
+        yield
 
 
 class Clock:
@@ -578,6 +605,137 @@ class Clock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+# -- the same, end to end ---------------------------------------------------------------------------------------------
+
+
+def bench_trainer(case: Case) -> Rows:
+    """Updates of one trainer, in turns by our head and by LeRobot's, from the same weights on. What is drawn differs
+    from update to update, its size does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(case, Path(folder))
+        try:
+            label = f"LeRobot, cache repeated x{case.args.candidates}"
+            heads = {"ours": nullcontext, label: partial(stock_head, trainer)}
+            works = {name: partial(trainer_update, trainer, case, head) for name, head in heads.items()}
+            found = in_turns(works, case)
+        finally:
+            trainer.close()
+    best = {name: min(every, key=lambda one: sum(one[0].values())) for name, every in found.items()}
+    peaks = {name: max(memory for _, memory in every) for name, every in found.items()}
+    own, own_peak = best["ours"][0], max(peaks["ours"], 1.0)
+    rows: Rows = []
+    for name, (stages, _) in best.items():
+        whole = sum(stages.values())
+        row = {"what": name, "ms": whole * 1e3, "x ours": whole / sum(own.values()), "of update": "100 %"}
+        rows.append(row | {"peak MB": peaks[name] / 1e6, "x ours, peak": peaks[name] / own_peak})
+        for stage, seconds in stages.items():
+            row = {"what": f"  {stage}", "ms": seconds * 1e3, "x ours": seconds / max(own[stage], 1e-9)}
+            rows.append(row | {"of update": f"{seconds / whole:.0%}"})
+    return rows
+
+
+def trainer_of(case: Case, folder: Path) -> Trainer:
+    """A trainer of the case's weights, on episodes of noise: half of them demonstrations, half its own."""
+    config, size = case.adapter.policy.config, case.adapter.architecture.image_size
+    sizes = {OBS_STATE: STATE_DIM, ACTION: ACTION_DIM}
+    stats = {key: {"q01": -torch.ones(n), "q99": torch.ones(n)} for key, n in sizes.items()}
+    pipelines = processors.build(config, stats, byte_tokenizer())
+    whole = Pi05(case.adapter.policy, pipelines, architecture=case.adapter.architecture)
+    whole.save_pretrained(folder / "base")
+    rng, steps = np.random.default_rng(0), 2 * case.args.horizon
+    end = np.arange(steps) == steps - 1
+
+    def episode() -> Episode:
+        obs = {key: rng.integers(0, 256, (steps, size, size, 3), np.uint8) for key in config.image_features}
+        obs[OBS_STATE] = rng.uniform(-1, 1, (steps, STATE_DIM)).astype(np.float32)
+        action = rng.uniform(-1, 1, (steps, ACTION_DIM)).astype(np.float32)
+        return Episode(obs, action, end.astype(np.float32), end, end, task="put the pen into the cup, slowly")
+
+    write_dataset([episode()], folder / "data", fps=10, repo_id="local/pens")
+    trainer = Trainer(
+        TrainConfig(
+            adapter="pi05",
+            policy=str(folder / "base"),
+            policy_options={"tokenizer": str(folder / "base" / "tokenizer")},
+            statistics="dataset",
+            dataset=DatasetConfig("local/pens", folder / "data"),
+            horizon=case.args.horizon,
+            poco=PocoConfig(num_candidates=case.args.candidates),
+            optim=OptimConfig(batch_size=case.states),
+            sft_steps=1,
+            online_steps=0,
+            output_dir=folder / "run",
+        )
+    )
+    trainer.display.console.quiet = True
+    trainer.replay.extend([episode()], is_demo=False)
+    return trainer
+
+
+@contextmanager
+def stock_head(trainer: Trainer) -> Iterator[None]:
+    """While this lasts, the trainer's policy moves its candidates by LeRobot's `denoise_step`, on its own weights."""
+    policy: Any = trainer.policy
+    model, last = policy.policy.model, []
+
+    def velocity(prefix: Any, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        n = t.shape[1]
+        if not last or last[0] is not prefix or last[1] != n:  # LeRobot's sampler, too, makes its cache once
+            columns = tuple((k[:, None], v[:, None], None) for k, v in zip(prefix.keys, prefix.values, strict=True))
+            places = torch.arange(prefix.keys[0].shape[1], device=t.device)
+            pad = places < prefix.lengths[:, None]
+            last[:] = prefix, n, repeated((pad, DynamicCache(columns)), slice(None), n)
+        flat = model.denoise_step(**last[2], x_t=x.flatten(0, 1), timestep=1 - t.flatten())
+        return -flat.view(x.shape)
+
+    with patch.object(policy, "velocity", velocity):
+        yield
+
+
+def trainer_update(trainer: Trainer, case: Case, head: Callable[[], Any]) -> tuple[dict[str, float], float]:
+    """One update: stage -> seconds, and the peak of its memory over what lay there before, in bytes (0: not known)."""
+    clock = Clock(case.device, time.process_time if case.args.clock == "cpu" else None)
+    adam, candidates = "Adam, target critic", case.args.candidates
+    spans = [
+        (trainer.batches, "draw", "batch"),
+        (trainer.poco, "forward", f"M-step: {candidates} + 1 flow errors"),
+        (trainer.accelerator, "backward", "backward"),
+        (trainer.optimizer, "step", adam),
+        (trainer.poco, "update_target", adam),
+    ]
+    release(case.device)
+    with head(), told_apart(trainer.poco, clock, candidates), ExitStack() as stack, peak_memory(case.device) as peak:
+        for owner, name, span in spans:
+            stack.enter_context(patch.object(owner, name, clock.timed(getattr(owner, name), span, None)))
+        with trainer.display.stage("update", 1) as bar, clock.span("everything else"):
+            trainer._update("online", bar)
+    return clock.stages(), peak[0]
+
+
+@contextmanager
+def peak_memory(device: str) -> Iterator[list[float]]:
+    """Gives a list that holds the largest memory in use meanwhile, over that at its beginning, in bytes; 0 where
+    the system does not tell. On a CPU it is the process's resident memory."""
+    found, reset = [0.0], Path("/proc/self/clear_refs")
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        yield found
+        found[0] = float(torch.cuda.max_memory_allocated() - before)
+    elif not reset.exists():
+        yield found
+    else:
+        reset.write_text("5")  # the peak begins anew: proc(5)
+        before = resident("VmRSS")
+        yield found
+        found[0] = max(0.0, resident("VmHWM") - before)
+
+
+def resident(name: str) -> float:
+    """A figure of this process's memory, in bytes."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return float(line.split()[1]) * 1024
 
 
 # -- the largest update -----------------------------------------------------------------------------------------------

@@ -138,10 +138,11 @@ def test_pi05_is_measured_against_the_same_losses_and_samples(tmp_path, capsys):
     file = tmp_path / "figures.json"
     bench_pi05.main([*PI05, "--threads=1", f"--json={file}"])
     kept = json.loads(file.read_text())
-    assert {"case", "torch", "args", "date", "gradient", "sampling", "update"} == set(kept)
+    assert {"case", "torch", "args", "date", "gradient", "sampling", "update", "trainer"} == set(kept)
     gradient, sampling, update = (
         {row["what"]: row for row in kept[name]} for name in ("gradient", "sampling", "update")
     )
+    assert [row["what"] for row in kept["trainer"] if "peak MB" in row] == ["ours", "LeRobot, cache repeated x2"]
     losses = [row["loss, off by"] for row in gradient.values() if "loss, off by" in row]
     assert len(losses) == 6
     assert max(losses) < 1e-5
@@ -155,6 +156,29 @@ def test_pi05_is_measured_against_the_same_losses_and_samples(tmp_path, capsys):
     for column in ("ms", "GFLOP"):
         assert sum(row[column] for row in stages) == pytest.approx(update["update"][column])
     assert "One update of POCO" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_heads_of_the_trainer_compute_the_same(dtype, tmp_path):
+    """Velocity and its gradient, on states of different lengths; bfloat16 keeps 8 bits."""
+    case = bench_pi05.Case.of(bench_pi05.Args(tiny=True, depth=1, states=2, candidates=3, horizon=3, dtype=dtype))
+    trainer = bench_pi05.trainer_of(case, tmp_path)
+    try:
+        policy, (chunks, noise, t) = trainer.policy, case.draws()
+        prefix = policy.encode(case.observations(2))
+        found = []
+        for head in (bench_pi05.nullcontext(), bench_pi05.stock_head(trainer)):
+            policy.zero_grad()
+            with head:
+                velocity = policy.velocity(prefix, noise + chunks, t)
+            velocity.square().mean().backward()
+            found.append((velocity.detach(), policy.policy.model.action_in_proj.weight.grad.clone()))
+    finally:
+        trainer.close()
+    for ours, theirs in zip(*found, strict=True):
+        tolerance = 1e-4 if dtype == "float32" else 0.05
+        assert (ours - theirs).abs().max() < tolerance * theirs.abs().max()
 
 
 GROOT = ["--tiny", "--states=2", "--candidates=3", "--horizon=4", "--rounds=1", "--rows=4", "--threads=1"]
