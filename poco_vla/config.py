@@ -228,6 +228,9 @@ class InteractionConfig:
     mode: Literal["synchronous", "asynchronous", "remote"] = "synchronous"
     """"synchronous" takes turns in one process and repeats bit for bit; "asynchronous" acts in a thread of its own;
     "remote" serves the policy to robots (`poco-vla robot`), which send their episodes."""
+    ranks: Literal["main", "each"] = "main"
+    """Of several processes, those that act: the main one, or each with `env.num_envs` environments of its own and seeds
+    that no other plays. Their episodes go to all of them, and the main one records them (ours)."""
     ahead: int = 1000
     """Control steps by which either side may run ahead of `updates_per_step`; synchronous: 0."""
     images: Literal["auto", "png", "video"] = "auto"
@@ -246,6 +249,10 @@ class InteractionConfig:
     """Remote: serve other machines without a token."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.ranks == "main" or self.mode != "remote",
+            'interaction.ranks is "each", but robots are served by one process: leave it at "main"',
+        )
         _require(self.ahead >= 1, f"interaction.ahead is {self.ahead}; at least 1 control step")
         _require(
             self.mode != "synchronous" or self.images != "video",

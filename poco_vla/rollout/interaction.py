@@ -3,7 +3,7 @@
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ class Received:
 
 class Interaction(ABC):
     """Acts with the learner's weights and records what comes of it. Every finished episode is on disk before the next
-    one takes its first action.
+    one takes its first action; without a recorder, whoever receives it sees to that.
 
     The learner's loop is: `act`, learn, `receive`.
     """
@@ -85,12 +85,12 @@ class SynchronousInteraction(Interaction):
         envs: the environments, their episodes not begun.
         actor: chooses the chunks, with the learner's own weights.
         weights: their version.
-        recorder: keeps the episodes.
+        recorder: keeps the episodes; None leaves that to others.
         first_seed: of the first episode.
     """
 
     def __init__(
-        self, envs: EnvPool, actor: Actor, weights: Weights, recorder: EpisodeRecorder, first_seed: int
+        self, envs: EnvPool, actor: Actor, weights: Weights, recorder: EpisodeRecorder | None, first_seed: int
     ) -> None:
         self.envs, self.actor, self.weights, self.recorder = envs, actor, weights, recorder
         self._first_seed: int | None = first_seed
@@ -106,8 +106,7 @@ class SynchronousInteraction(Interaction):
 
     def receive(self, *, wait: bool) -> Received:
         episodes, steps = self.envs.receive()
-        for episode in episodes:
-            self.recorder.add(episode)
+        _record(self.recorder, episodes)
         return Received(episodes, steps, np.full(steps, self._version))
 
     def state(self) -> dict[str, Any]:
@@ -130,7 +129,7 @@ class AsynchronousInteraction(Interaction):
     Args:
         envs: the environments, their episodes not begun.
         actor: chooses the chunks.
-        recorder: keeps the episodes, called from that thread.
+        recorder: keeps the episodes, called from that thread; None leaves that to others.
         first_seed: of the first episode.
         taken: control steps that were taken before.
         patience: seconds that `receive` waits.
@@ -140,10 +139,10 @@ class AsynchronousInteraction(Interaction):
         self,
         envs: EnvPool,
         actor: ActingCopy,
-        recorder: EpisodeRecorder,
+        recorder: EpisodeRecorder | None,
         first_seed: int,
         *,
-        taken: int = 0,
+        taken: float = 0,
         patience: float = 0.5,
     ) -> None:
         self.envs, self.actor, self.recorder = envs, actor, recorder
@@ -210,9 +209,14 @@ class AsynchronousInteraction(Interaction):
         chunks = self.actor.chunks(self.envs.obs, self.envs.tasks, best_of_n=self._best_of_n)
         version = self.actor.weights_version
         episodes, steps = self.envs.step(chunks, version)
-        for episode in episodes:
-            self.recorder.add(episode)
+        _record(self.recorder, episodes)
         with self._changed:
             self._taken += steps
             self._news.append(Received(episodes, steps, np.full(steps, version)))
             self._changed.notify_all()
+
+
+def _record(recorder: EpisodeRecorder | None, episodes: Sequence[Episode]) -> None:
+    if recorder is not None:
+        for episode in episodes:
+            recorder.add(episode)

@@ -17,6 +17,9 @@ from poco_vla.rollout.interaction import AsynchronousInteraction, Interaction, S
 from poco_vla.rollout.recorder import can_be_video
 from poco_vla.rollout.serving.feature import observation_spec
 
+RANK_SEED = 100_003
+"""Between the seeds of the noise by which two processes act."""
+
 
 def picture_shapes(features: Mapping[str, Any]) -> list[tuple[int, ...]]:
     """(height, width, 3) of each camera in a LeRobot dataset's features."""
@@ -52,31 +55,38 @@ class Acting:
         config: of the run.
         actor: with the learner's policy and critic.
         weights: when these may be read.
-        recorder: keeps the episodes.
+        recorder: keeps the episodes; None on processes that record none.
         info: of the demonstrations.
         task: the instruction that robots are told.
         say: tells a person one line.
+        rank: this process.
+        num_ranks: processes that act.
     """
 
     config: TrainConfig
     actor: Actor
     weights: Weights
-    recorder: EpisodeRecorder
+    recorder: EpisodeRecorder | None
     info: DatasetInfo
     task: str
     say: Callable[[str], None]
+    rank: int = 0
+    num_ranks: int = 1
 
-    def begin(self, taken: int) -> Interaction:
-        """The interaction that the configuration asks for, after `taken` control steps."""
+    def begin(self, taken: int, episodes: int) -> Interaction:
+        """The interaction that the configuration asks for, after `taken` control steps and `episodes`, of all that act
+        together."""
         config = self.config
-        first_seed = 1_000_000 * (config.seed + 1)
+        first_seed = 1_000_000 * (config.seed + 1) + 1_000_000 // self.num_ranks * self.rank
+        recorder = self.recorder if self.num_ranks == 1 else None  # else those of all are recorded once they have met
         if config.interaction.mode == "synchronous":
-            return SynchronousInteraction(self._envs(), self.actor, self.weights, self.recorder, first_seed)
-        copy = ActingCopy(self.actor, self.weights, config.seed + 1)
+            return SynchronousInteraction(self._envs(), self.actor, self.weights, recorder, first_seed)
+        copy = ActingCopy(self.actor, self.weights, config.seed + 1 + RANK_SEED * self.rank)
         if config.interaction.mode == "asynchronous":
             # After an interruption seeds go on about where they were: one or another comes again.
-            first_seed += self.recorder.num_episodes
-            return AsynchronousInteraction(self._envs(), copy, self.recorder, first_seed, taken=taken)
+            first_seed += episodes
+            own = taken / self.num_ranks
+            return AsynchronousInteraction(self._envs(), copy, recorder, first_seed, taken=own)
         return self._serve(copy, taken)
 
     def _envs(self) -> EnvPool:
@@ -86,6 +96,7 @@ class Acting:
     def _serve(self, copy: ActingCopy, taken: int) -> Interaction:
         from poco_vla.rollout.remote import RemoteInteraction  # needs the extra "serve"
 
+        assert self.recorder is not None
         settings, bounds = self.config.interaction, self.info.stats["action"]
         remote = RemoteInteraction(
             copy,

@@ -1,8 +1,8 @@
-"""What the main process alone knows, on every process."""
+"""What some processes know, on every process: as JSON and plain numbers, never as pickled objects."""
 
 import json
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,54 +13,70 @@ from torch import Tensor
 from poco_vla.data import Episode
 
 
-def shared(tensor: Tensor) -> Tensor:
-    """The main process's tensor, on every process."""
-    got = broadcast(tensor)
+def shared(tensor: Tensor, source: int = 0) -> Tensor:
+    """The tensor of one process (the main one's), on every process."""
+    got = broadcast(tensor, from_process=source)
     assert isinstance(got, Tensor)
     return got
 
 
-class EpisodeSharing:
-    """Gives the main process's episodes to every process, as plain tensors.
+class Sharing:
+    """Gives what processes have to all of them, in the order of the processes.
 
     Args:
-        accelerator: its processes.
-        like: an episode whose columns all others have.
+        accelerator: its processes; all of them call a method together.
+        each: every process has something to give; otherwise the main one, and what others pass is not looked at.
     """
 
-    def __init__(self, accelerator: Accelerator, like: Episode) -> None:
+    def __init__(self, accelerator: Accelerator, *, each: bool) -> None:
         self.accelerator = accelerator
-        self._columns = {name: column[:1].copy() for name, column in _columns_of(like).items()}
+        self.sources = range(accelerator.num_processes if each else 1)
 
-    def share(self, episodes: list[Episode], steps: int) -> tuple[list[Episode], int]:
-        """The main process's episodes, and its number of control steps; what others pass is not looked at."""
+    def episodes(self, episodes: Sequence[Episode], steps: int) -> tuple[list[Episode], int]:
+        """Episodes, and a number of control steps, which adds up."""
+        facts = [{"task": e.task, "seed": e.seed} for e in episodes]
+        given = self.values({"episodes": facts, "steps": steps}, [_columns_of(e) for e in episodes])
+        found = [_episode(*one) for values, columns in given for one in zip(columns, values["episodes"], strict=True)]
+        return found, sum(values["steps"] for values, _ in given)
+
+    def values(
+        self, values: Any, arrays: Sequence[Mapping[str, np.ndarray]]
+    ) -> list[tuple[Any, list[dict[str, np.ndarray]]]]:
+        """JSON values and named arrays of each process that gives."""
         if self.accelerator.num_processes == 1:
-            return episodes, steps
-        device = self.accelerator.device
-        text = list(json.dumps([episode.task for episode in episodes]).encode()) if episodes else []
-        head = shared(torch.tensor([steps, len(episodes), len(text)], device=device))
-        steps, count, letters = (int(x) for x in head)
-        if count == 0:
-            return [], steps
-        text = shared(torch.tensor(text or [0] * letters, dtype=torch.uint8, device=device))
-        lengths = torch.tensor([len(e) for e in episodes] or [0] * count, device=device)
-        lengths = [int(x) for x in shared(lengths)]
-        columns = {}
-        for name, like in self._columns.items():
-            shape = (sum(lengths), *like.shape[1:])
-            mine = np.concatenate([_columns_of(e)[name] for e in episodes]) if episodes else np.zeros(shape, like.dtype)
-            columns[name] = shared(torch.from_numpy(mine).to(device)).cpu().numpy()
-        tasks = json.loads(bytes(text.tolist()))
-        bounds = np.cumsum([0, *lengths])
-        rows = [{name: column[a:b] for name, column in columns.items()} for a, b in pairwise(bounds)]
-        return [_from_columns(columns, task) for columns, task in zip(rows, tasks, strict=True)], steps
+            return [(values, [dict(one) for one in arrays])]
+        shapes = [{name: (one.dtype.str, one.shape) for name, one in some.items()} for some in arrays]
+        text = json.dumps({"values": values, "arrays": shapes}).encode()
+        data = b"".join(one.tobytes() for some in arrays for one in some.values())
+        return [self._from(source, text, data) for source in self.sources]
+
+    def _from(self, source: int, text: bytes, data: bytes) -> tuple[Any, list[dict[str, np.ndarray]]]:
+        sizes = shared(torch.tensor([len(text), len(data)], device=self.accelerator.device), source)
+        num_text, num_data = (int(size) for size in sizes)
+        mine = self.accelerator.process_index == source
+        read = json.loads(self._bytes(text if mine else bytes(num_text), source))
+        data = self._bytes(data if mine else bytes(num_data), source) if num_data else b""
+        arrays, begin = [], 0
+        for some in read["arrays"]:
+            arrays.append({})
+            for name, (dtype, shape) in some.items():
+                count = int(np.prod(shape))
+                # A copy: arrays that are kept must not be read-only, nor hold all that came with them.
+                arrays[-1][name] = np.frombuffer(data, dtype, count, begin).reshape(shape).copy()
+                begin += count * np.dtype(dtype).itemsize
+        return read["values"], arrays
+
+    def _bytes(self, data: bytes, source: int) -> bytes:
+        buffer = torch.from_numpy(np.frombuffer(data, np.uint8).copy()).to(self.accelerator.device)
+        return shared(buffer, source).cpu().numpy().tobytes()
 
 
 def _columns_of(episode: Episode) -> dict[str, np.ndarray]:
-    signals = {name: getattr(episode, name) for name in ("action", "reward", "success", "terminal")}
-    return dict(episode.obs) | signals
+    names = ("action", "reward", "success", "terminal", "policy_version", "interventions")
+    signals = {name: getattr(episode, name) for name in names}
+    return dict(episode.obs) | {name: column for name, column in signals.items() if column is not None}
 
 
-def _from_columns(columns: Mapping[str, np.ndarray], task: str) -> Episode:
+def _episode(columns: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Episode:
     obs = {key: column for key, column in columns.items() if key.startswith("observation.")}
-    return Episode(obs, columns["action"], columns["reward"], columns["success"], columns["terminal"], task)
+    return Episode(obs, **{key: column for key, column in columns.items() if key not in obs}, **facts)

@@ -3,15 +3,13 @@
 import json
 import logging
 import math
-import os
 import platform
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,9 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from poco_vla import checkpoint, report
@@ -37,18 +34,19 @@ from poco_vla.guard import CollapseGuard
 from poco_vla.policy import FlowPolicy
 from poco_vla.progress import Bar, Display
 from poco_vla.registry import load_adapter
-from poco_vla.rollout import Actor, EnvPool, ensure_demonstrations, environment
+from poco_vla.rollout import Actor, EnvPool, EpisodeRecorder, ensure_demonstrations, environment
 from poco_vla.rollout.actor import Weights
 from poco_vla.rollout.demonstrations import demonstrations_root
 from poco_vla.rollout.fit import check_fit, check_inputs, check_pictures
-from poco_vla.rollout.interaction import Interaction
+from poco_vla.rollout.interaction import Interaction, Received
 from poco_vla.rollout.video import write_episode_video
-from poco_vla.train.acting import Acting, open_recorder, picture_shapes, picture_shapes_of
+from poco_vla.train.acting import RANK_SEED, Acting, open_recorder, picture_shapes, picture_shapes_of
+from poco_vla.train.backends import learner_of, open_accelerator
 from poco_vla.train.finite import FiniteWatch
 from poco_vla.train.logbook import Logbook
 from poco_vla.train.memory import Budget
 from poco_vla.train.progress import Progress
-from poco_vla.train.sharing import EpisodeSharing, shared
+from poco_vla.train.sharing import Sharing, shared
 from poco_vla.types import ChunkBatch, Metrics
 
 logger = logging.getLogger(__name__)
@@ -117,23 +115,7 @@ class Trainer:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self._refuse_unknown_trackers(config)
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            log_with=list(config.trackers) or None,
-            project_dir=config.output_dir,  # trackers want one here; it becomes the run's own folder below
-            # Before the critic learns, and while the actor is frozen, one of the two has no gradient.
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=True),
-                # Other processes wait while the main one makes demonstrations or evaluates.
-                InitProcessGroupKwargs(timeout=timedelta(hours=12)),
-            ],
-        )
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != self.accelerator.num_processes:
-            raise ConfigError(
-                f"{launched} processes were launched, but Accelerate sees {self.accelerator.num_processes}: each would "
-                "train by itself. On CPUs set ACCELERATE_USE_CPU=true."
-            )
+        self.accelerator = open_accelerator(config)
         self.config = config = replace(config, output_dir=self._choose_folder(config))
         self.is_main = self.accelerator.is_main_process
         self._lock = checkpoint.claim_folder(config.output_dir, lock=self.is_main)
@@ -214,13 +196,13 @@ class Trainer:
     def _learn_online(self) -> None:
         """Act, learn meanwhile from what came before, take in what has come since."""
         config, now = self.config, self.progress
-        if self.interaction is None and self.is_main and config.online_steps:
-            self.interaction = self.acting.begin(now.env_steps)
+        if self.interaction is None and self.acts and config.online_steps:
+            self.interaction = self.acting.begin(now.env_steps, now.episodes)
         with self.display.stage("online", config.online_steps, now.env_steps) as bar:
             while now.env_steps < config.online_steps and not now.stopped:
                 self._act()
                 self._learn_what_is_owed(bar)
-                episodes, steps = self.sharing.share(*self._receive())
+                episodes, steps = self._receive()
                 self._count(steps)
                 self._take(episodes)
                 bar.to(min(now.env_steps, config.online_steps))
@@ -240,6 +222,7 @@ class Trainer:
     def _act(self) -> None:
         """Let acting go on, as far as learning follows."""
         config, now = self.config, self.progress
+        self._gather()
         if self.interaction is None:
             return
         # Before it has learned anything, the critic has no say in what is executed.
@@ -247,7 +230,7 @@ class Trainer:
         until = float(config.online_steps)
         if self.replay.num_online_steps:  # learning begins with the first episode
             until = min(until, now.env_steps + config.interaction.ahead - now.owed_updates / config.updates_per_step)
-        self.interaction.act(best_of_n=best_of_n, until=until)
+        self.interaction.act(best_of_n=best_of_n, until=until / self.acting.num_ranks)
         self._tell(self.interaction)
 
     def _tell(self, interaction: Interaction) -> None:
@@ -279,13 +262,11 @@ class Trainer:
                 "what the device has (such as --memory 22GB), and it is computed in parts that fit."
             ) from error
         self.finite.see(loss, partial(self._not_finite, stage, self.progress.stage_update, batch, loss, metrics))
-        metrics |= self._clip_gradients()
         self.progress.update += 1
-        with self.weights.change(self.progress.update):
-            self.optimizer.step()
+        with self._changed(apart=False):
+            metrics |= self.learner.step(stage, self.config.optim.max_grad_norm)
             if stage != "sft":
-                self.poco.update_target()
-        self.optimizer.zero_grad()
+                self.learner.update_target()
         self.progress.stage_update += 1
         self.logbook.updated(stage, metrics, bar)
 
@@ -295,19 +276,25 @@ class Trainer:
         pieces = list(parts(batch, plan, self.budget.part(batch, plan, stage)))
         total, means, names = 0.0, 0.0, []
         for i, (rows, its_plan, share) in enumerate(pieces, start=1):
-            with nullcontext() if i == len(pieces) else self.accelerator.no_sync(self.module):
-                loss, metrics = self.module(rows, stage, its_plan)
-                self.accelerator.backward(loss * share)
-            total = total + loss.detach() * share
+            loss, metrics = self.learner.backward(rows, stage, its_plan, share, last=i == len(pieces))
+            total = total + loss * share
             names, means = list(metrics), means + torch.stack(list(metrics.values())) * share
         assert isinstance(total, Tensor)
         assert isinstance(means, Tensor)
         return total, dict(zip(names, means, strict=True))
 
     def _rehearse_update(self, batch: ChunkBatch, plan: Plan, stage: Stage) -> None:
-        """Loss and gradients of a batch, for their memory alone."""
-        with self.accelerator.no_sync(self.module):
-            self.accelerator.backward(self.module(batch, stage, plan)[0])
+        self.learner.rehearse(batch, stage, plan)
+
+    def _changed(self, *, apart: bool) -> AbstractContextManager[None]:
+        """While the weights that others read change: those of the learner itself, or of its copy `apart`."""
+        return self.weights.change(self.progress.update) if apart == self.learner.apart else nullcontext()
+
+    def _gather(self) -> None:
+        """What the learner has learned, for all that acts, evaluates or saves. All processes call this together."""
+        if self.learner.apart and self.weights.version != self.progress.update:
+            with self._changed(apart=True):
+                self.learner.gather()
 
     def _not_finite(self, stage: Stage, update: int, batch: ChunkBatch, loss: Tensor, metrics: Metrics) -> Exception:
         path = checkpoint.save_batch(self.config.output_dir, batch, self.accelerator.process_index)
@@ -320,6 +307,7 @@ class Trainer:
     def _calibrate(self) -> None:
         if self.config.poco.zeta != "auto":
             return
+        self._gather()
         rng, draws = np.random.default_rng(self.config.seed), Draws(torch.Generator().manual_seed(self.config.seed))
         errors = []
         for raw in self.replay.demo_transitions(4096, rng).split(self.config.optim.batch_size):
@@ -331,6 +319,7 @@ class Trainer:
         )
 
     def _evaluate(self, label: str, *, videos: str | None = None) -> None:
+        self._gather()
         if not self.is_main or self.config.env is None:
             self.accelerator.wait_for_everyone()
             return
@@ -363,6 +352,7 @@ class Trainer:
         policy_dir = config.output_dir / "policy"
         rates = [SuccessRate(e["successes"], e["episodes"], e["mean_length"]) for e in now.evaluations]
         before, after = (rates[0], rates[-1]) if rates else (None, None)
+        self._gather()
         if self.is_main:
             self.policy.save_pretrained(policy_dir)
             if self.policy.base is not None:
@@ -415,23 +405,17 @@ class Trainer:
             folder=config.output_dir,
         )
         self.replay.extend(demos, is_demo=True)
-        self.sharing = EpisodeSharing(self.accelerator, demos[0])
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        each = config.interaction.ranks == "each"
+        self.acts = self.is_main or each
+        self.sharing = Sharing(self.accelerator, each=each)
         # Drawn where they are used: a copy from the host would make it wait for a GPU.
         place = self.accelerator.device if self.accelerator.device.type == "cuda" else "cpu"
         self.draws = Draws(torch.Generator(place).manual_seed(config.seed), rank, world_size)
-        self.poco = Poco(self.policy, config.poco, self.draws)
+        self.learner = learner_of(self.accelerator, Poco(self.policy, config.poco, self.draws), config.optim)
+        self.poco, self.optimizer = self.learner.poco, self.learner.optimizer
+        self.policy = self.poco.policy
         self.actor_parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        self.critic_parameters = list(self.poco.critic.parameters())
-        # Deviation 5: torch counts steps per parameter, so that the critic's first ones after SFT are not oversized.
-        optimizer = torch.optim.Adam(
-            [
-                {"params": self.actor_parameters, "lr": config.optim.actor_lr},
-                {"params": self.critic_parameters, "lr": config.optim.critic_lr},
-            ],
-            fused=True,
-        )
-        self.module, self.optimizer = self.accelerator.prepare(self.poco, optimizer)
         # Looking at a loss makes the host wait for a GPU.
         late = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
         late = late and self.accelerator.device.type == "cuda"
@@ -441,10 +425,14 @@ class Trainer:
             self.replay, self.policy, config.optim.batch_size, seed=config.seed, rank=rank, world_size=world_size
         )
         critic = self.poco.target_critic if config.best_of_n > 1 else None
-        self.actor = Actor(self.policy, config.seed, config.best_of_n, critic, config.poco.aggregation)
+        self.actor = Actor(
+            self.policy, config.seed + RANK_SEED * rank, config.best_of_n, critic, config.poco.aggregation
+        )
         self._rehearse(demos)
-        if self.is_main:
-            self._open_recorder(demos[0].task)
+        recorder = self._open_recorder() if self.is_main else None
+        ranks = (rank, world_size) if each else (0, 1)
+        say = self.display.say
+        self.acting = Acting(config, self.actor, self.weights, recorder, self.info, demos[0].task, say, *ranks)
         steps = self.replay.num_demo_steps
         trained = sum(p.numel() for p in self.actor_parameters)
         self.display.say(
@@ -452,13 +440,13 @@ class Trainer:
             f"{len(demos)} demonstrations, {steps:,} steps"
         )
 
-    def _open_recorder(self, task: str) -> None:
+    def _open_recorder(self) -> EpisodeRecorder:
         config, say = self.config, self.display.say
         features = {key: self.info.features[key] for key in self.policy.input_keys}
         envs = self._eval_envs if config.interaction.mode != "remote" else None
         shapes = picture_shapes(features) if envs is None else picture_shapes_of(envs.obs)
         self.recorder = open_recorder(config, self._episodes, self.info.fps, shapes, say, lambda: self._stop)
-        self.acting = Acting(config, self.actor, self.weights, self.recorder, self.info, task, say)
+        return self.recorder
 
     @property
     def _episodes(self) -> Path:
@@ -503,23 +491,19 @@ class Trainer:
     def _set_actor_lr(self, lr: float) -> None:
         self.optimizer.param_groups[0]["lr"] = lr
 
-    def _clip_gradients(self) -> dict[str, Tensor]:
-        limit = self.config.optim.max_grad_norm or float("inf")
-        norms = {}
-        for name, parameters in (("actor", self.actor_parameters), ("critic", self.critic_parameters)):
-            if any(p.grad is not None for p in parameters):
-                norm = self.accelerator.clip_grad_norm_(parameters, limit)
-                assert norm is not None
-                norms[f"{name}_grad_norm"] = norm.detach()
-        return norms
-
     def _receive(self) -> tuple[list[Episode], int]:
-        """Episodes that ended, as the pool keeps them, and control steps taken."""
-        if self.interaction is None:
-            return [], 0
-        received = self.interaction.receive(wait=self._idle)
+        """Episodes that ended, as the pool keeps them, and control steps taken, on every process those of all."""
+        received = self.interaction.receive(wait=self._idle) if self.interaction is not None else Received()
         self.logbook.acted(received.versions)
-        return [episode.with_images(self.policy.shrink_images) for episode in received.episodes], received.steps
+        if self.acting.num_ranks == 1:
+            return self.sharing.episodes([self._shrunk(episode) for episode in received.episodes], received.steps)
+        episodes, steps = self.sharing.episodes(received.episodes, received.steps)
+        for episode in episodes if self.is_main else ():
+            self.recorder.add(episode)
+        return [self._shrunk(episode) for episode in episodes], steps
+
+    def _shrunk(self, episode: Episode) -> Episode:
+        return episode.with_images(self.policy.shrink_images)
 
     def _count(self, steps: int) -> None:
         self.progress.env_steps += steps
@@ -578,6 +562,7 @@ class Trainer:
     def _keep_head(self) -> None:
         """The present head, should a later one collapse; on disk too, for a resumed run."""
         if self.config.guard.action != "off" and self.config.online_steps:
+            self._gather()
             self._good_head = {name: p.detach().cpu().clone() for name, p in self._head_parameters()}
             if self.is_main:
                 save = partial(checkpoint.save_good_head, self.config.output_dir, self._good_head)
@@ -585,10 +570,12 @@ class Trainer:
 
     def _restore_head(self) -> None:
         """The last good head, its optimizer state begun anew."""
+        self._gather()
         with torch.no_grad(), self.weights.change(self.progress.update):
             for name, parameter in self._head_parameters():
                 parameter.copy_(self._good_head[name])
-                self.optimizer.state.pop(parameter, None)
+            self.learner.scatter()
+        self.learner.forget_actor()
 
     def _keep_best(self, figures: dict[str, Any]) -> None:
         """The policy, when no evaluation before was better."""
@@ -680,15 +667,14 @@ class Trainer:
         """Everything that the next update depends on. Called where a synchronous interaction has no chunk in flight."""
         config, now = self.config, self.progress
         self.finite.look()
+        self._gather()
+        optimizer = self.learner.optimizer_state()
         self._saved = now.update
         root = config.output_dir / "checkpoints"
         path = root / f"{now.update:08d}"
-        self.accelerator.wait_for_everyone()
+        acting, tensors = self._acting_state()
         if self.is_main:
-            acting = dict(self.interaction.state()) if self.interaction is not None else {}
-            chunks = acting.pop("chunks", [])
-            tensors = {f"chunks.{i}": torch.from_numpy(one) for i, one in enumerate(chunks)}
-            tensors |= {"draws": self.draws.generator.get_state(), "actor": self.actor.generator.get_state()}
+            tensors |= {"draws": self.draws.generator.get_state()}
             state = {
                 "progress": now.state(),
                 "batches": self.batches.rng.bit_generator.state,
@@ -702,7 +688,7 @@ class Trainer:
                 root,
                 now.update,
                 weights=checkpoint.trainable_state(self.poco),
-                optimizer=self.optimizer.state_dict(),
+                optimizer=optimizer,
                 tensors=tensors,
                 state=state,
                 config=config,
@@ -712,6 +698,19 @@ class Trainer:
             self._written(f"checkpoint {path.name}", write)
         self.accelerator.wait_for_everyone()
         return path
+
+    def _acting_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `_resume_acting` needs, of all processes that act: values, and tensors by name."""
+        acting = dict(self.interaction.state()) if self.interaction is not None else {}
+        chunks = {f"chunks.{i}": one for i, one in enumerate(acting.pop("chunks", []))}
+        given = self.sharing.values(acting, [chunks | {"actor": self.actor.generator.get_state().numpy()}])
+        tensors = {
+            (f"rank{rank}." if rank else "") + name: torch.from_numpy(one)
+            for rank, (_, (arrays,)) in enumerate(given)
+            for name, one in arrays.items()
+        }
+        (values, _), *others = given
+        return values | ({"others": [one for one, _ in others]} if others else {}), tensors
 
     def _written(self, what: str, write: Callable[[], Any]) -> None:
         """Write something; while the disk is full, the run pauses and says so."""
@@ -728,13 +727,13 @@ class Trainer:
                 f"{self.policy.base_version}. Give the same one (policy_options.revision pins a Hub revision)."
             )
         checkpoint.load_trainable_state(self.poco, weights)
-        self.optimizer.load_state_dict(optimizer)
+        self.learner.scatter()
+        self.learner.load_optimizer_state(optimizer)
         self.progress.load(state["progress"])
         self._saved = self.progress.update
         self.guard.load(state["guard"])
         self._good_head = checkpoint.load_good_head(path)
         self._set_draws(tensors["draws"])
-        self.actor.generator.set_state(tensors["actor"])
         self.batches.rng.bit_generator.state = state["batches"]
         self.logbook.load(state["logbook"])
         self.weights.version = self.progress.update
@@ -770,13 +769,33 @@ class Trainer:
                 self._count(len(episode))
                 self._take([episode])
         self.accelerator.wait_for_everyone()  # all have read before more episodes come
-        if self.is_main and self.config.online_steps:
-            if synchronous:
-                self.recorder.rewind(taken)
-            self.interaction = self.acting.begin(now.env_steps)
-            count = sum(name.startswith("chunks.") for name in tensors)
-            chunks = [tensors[f"chunks.{i}"].numpy() for i in range(count)]
-            self.interaction.restore(acting | {"chunks": chunks} if chunks else acting)
+        if self.is_main and self.config.online_steps and synchronous:
+            self.recorder.rewind(taken)
+        if self.acts and self.config.online_steps:
+            self.interaction = self.acting.begin(now.env_steps, now.episodes)
+            self._restore_acting(acting, tensors)
+
+    def _restore_acting(self, acting: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """The running episodes of this process, and its noise.
+
+        Raises:
+            CheckpointError: another number of processes acts now, and acts in step with learning.
+        """
+        assert self.interaction is not None
+        all_of_them = [acting, *acting.pop("others", [])]
+        rank, num_ranks = self.acting.rank, self.acting.num_ranks
+        if len(all_of_them) != num_ranks:
+            if acting and self.config.interaction.mode == "synchronous":
+                raise CheckpointError(
+                    f"the checkpoint holds running episodes of {len(all_of_them)} processes, and {num_ranks} act now: "
+                    f"launch {len(all_of_them)}, as before"
+                )
+            return
+        mine, prefix = all_of_them[rank], f"rank{rank}." if rank else ""
+        self.actor.generator.set_state(tensors[f"{prefix}actor"])
+        count = sum(name.startswith(f"{prefix}chunks.") for name in tensors)
+        chunks = [tensors[f"{prefix}chunks.{i}"].numpy() for i in range(count)]
+        self.interaction.restore(mine | {"chunks": chunks} if chunks else mine)
 
     def _num_recorded(self) -> int:
         """Online episodes on disk."""
