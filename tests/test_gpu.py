@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState, PartialState
 from lerobot_policy_flow_mlp.adapter import FlowMlp
 from poco_vla_pi05.adapter import Pi05
 from pointmass_run import small
+from test_backends import launch, metrics_of, run_of
 
 from poco_vla import Poco, PocoConfig, check_policy, flow_errors, propose
 from poco_vla.config import OptimConfig
@@ -94,6 +95,18 @@ def test_a_compiled_update_is_the_plain_one(trainer, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
     monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "reduce-overhead")
     torch.testing.assert_close(updated(trainer()), plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "zero2"])
+def test_a_launched_backend_on_one_gpu_is_the_run_without_it(kind, tmp_path):
+    """One process over NCCL; how several share the work is tested over gloo (test_backends.py)."""
+    if kind == "zero2":
+        pytest.importorskip("deepspeed")
+    train(run_of(tmp_path, "one"))
+    launch(tmp_path, kind, 1, (run_of(tmp_path, kind), None))
+    for one, two in zip(metrics_of(tmp_path / kind), metrics_of(tmp_path / "one"), strict=True):
+        assert one.pop("stage") == two.pop("stage")
+        assert one == pytest.approx(two, rel=1e-3)
 
 
 def test_the_contract_holds_on_the_gpu():

@@ -291,36 +291,6 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, data):
     assert_same(everything(config.output_dir), before)
 
 
-# -- several processes ----------------------------------------------------------------------------------------------
-
-
-def launch(config, num_processes):
-    """`accelerate launch` on the CPU. Its `--cpu` starts one process only; its launcher of several starts them on the
-    CPU too when ACCELERATE_USE_CPU says so, and they meet over gloo."""
-    place = ["--multi_gpu"] if num_processes > 1 else ["--cpu"]
-    sizes = ["--num_processes", num_processes, "--num_machines", 1, "--main_process_port", 0]
-    rest = ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *place, *sizes, *rest]
-    process = start(config, script=(*launcher, HERE / "pointmass_run.py"), ACCELERATE_USE_CPU="true")
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    return metrics_of(config.output_dir)
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_losses_of_one_for_the_same_global_batch(tmp_path, data):
-    """The same draws, the same rows, the same anchor ("demos", so that the processes hold different numbers of anchored
-    rows): only the order of float32 sums differs. Every logged figure of 40 SFT, 10 warm-up and 80 online updates
-    agrees within 1e-5 (measured: within 2e-7)."""
-    config = small(tmp_path, data, online_steps=600)
-    ensure_demonstrations(config.env, config.demonstrations)
-    runs = [launch(replace(config, output_dir=tmp_path / f"run_{n}"), n) for n in (1, 2)]
-    assert {line["stage"] for line in runs[1]} == {"sft", "warmup", "online"}
-    for one, two in zip(*runs, strict=True):
-        assert two.pop("stage") == one.pop("stage")
-        assert two == pytest.approx(one, rel=1e-5)
-
-
 # -- bad input ------------------------------------------------------------------------------------------------------
 
 
