@@ -50,6 +50,10 @@ FREE_TO_CHANGE = {
     "interaction.certificate",
     "interaction.key",
     "interaction.insecure",
+    "interaction.address",
+    "interaction.workers",
+    "interaction.worker_cpus",
+    "interaction.worker_gpus",
 }
 """Configuration fields that do not change what the next update computes, but for rounding."""
 

@@ -225,9 +225,10 @@ class ReplayConfig:
 class InteractionConfig:
     """How acting and learning go side by side (the two threads of Algorithm 1)."""
 
-    mode: Literal["synchronous", "asynchronous", "remote"] = "synchronous"
+    mode: Literal["synchronous", "asynchronous", "remote", "ray"] = "synchronous"
     """"synchronous" takes turns in one process and repeats bit for bit; "asynchronous" acts in a thread of its own;
-    "remote" serves the policy to robots (`poco-vla robot`), which send their episodes."""
+    "remote" serves the policy to robots (`poco-vla robot`), which send their episodes; "ray" acts in simulators on the
+    machines of a Ray cluster."""
     ranks: Literal["main", "each"] = "main"
     """Of several processes, those that act: the main one, or each with `env.num_envs` environments of its own and seeds
     that no other plays. Their episodes go to all of them, and the main one records them (ours)."""
@@ -247,13 +248,31 @@ class InteractionConfig:
     """Remote: its private key (PEM)."""
     insecure: bool = False
     """Remote: serve other machines without a token."""
+    address: str | None = None
+    """Ray: the cluster, as "host:port" of its head or "auto" for the one that this machine belongs to. None takes what
+    the environment variable RAY_ADDRESS says, or starts a cluster on this machine for as long as the run takes."""
+    workers: int = 2
+    """Ray: processes that act, each with `env.num_envs` environments and a policy of its own."""
+    worker_cpus: float = 1.0
+    """Ray: CPU cores that each worker asks for."""
+    worker_gpus: float = 0.0
+    """Ray: GPUs that each worker asks for, such as 0.25; above 0 the policy acts on one."""
 
     def __post_init__(self) -> None:
         _require(
-            self.ranks == "main" or self.mode != "remote",
-            'interaction.ranks is "each", but robots are served by one process: leave it at "main"',
+            self.ranks == "main" or self.mode in ("synchronous", "asynchronous"),
+            f'interaction.ranks is "each", but with mode "{self.mode}" one process deals with all that act: '
+            'leave it at "main"',
         )
         _require(self.ahead >= 1, f"interaction.ahead is {self.ahead}; at least 1 control step")
+        _require(self.workers >= 1, f"interaction.workers is {self.workers}; at least 1")
+        _require(self.worker_cpus > 0, f"interaction.worker_cpus is {self.worker_cpus}; it must be above 0")
+        _require(self.worker_gpus >= 0, f"interaction.worker_gpus is {self.worker_gpus}; it must not be negative")
+        _require(
+            self.address is None or "://" not in self.address,
+            f'interaction.address is "{self.address}"; expected "host:port" of the cluster\'s head, or "auto". The '
+            "learner has to run on one of the cluster's machines: Ray's client (ray://) has no object store",
+        )
         _require(
             self.mode != "synchronous" or self.images != "video",
             'interaction.images is "video", which is not exact, but a synchronous run repeats bit for bit: use "png"',

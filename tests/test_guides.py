@@ -161,6 +161,17 @@ PAGES = {
             Step("python recipes/guides/draw_metrics.py"),
         ),
     ),
+    "growth": Page(
+        steps=(
+            Step("python recipes/guides/growth.py", shows=("prefix of a state",)),
+            Step(
+                "accelerate launch recipes/mlp_cube.py",
+                change={"--interaction.workers": "1"},
+                add=QUICK,
+                shows=("success after POCO", "figures .*result.json"),
+            ),
+        ),
+    ),
     "pi05_so101": Page(
         prepare=pi05_at_the_hub,
         steps=(
@@ -453,6 +464,14 @@ def run_python(code, folder, start):
         return
     (folder / "block.py").write_text(code)
     check(start("python block.py").go_on(), Step(""))
+
+
+def test_the_growth_pages_tables_are_what_its_script_prints():
+    printed = subprocess.run([sys.executable, GUIDES / "growth.py"], capture_output=True, text=True, check=True).stdout
+    tables = printed.strip().split("\n\n")
+    assert len(tables) == 3
+    for table in tables:
+        assert table in text_of("growth")
 
 
 @pytest.fixture

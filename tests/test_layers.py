@@ -62,6 +62,7 @@ THIRD_PARTY = {
         *{"pyarrow", "datasets", "av"},  # a growing dataset's own tables and videos, as LeRobot writes them
         *{"h5py", "huggingface_hub", "filelock"},
         *{"websockets", "msgpack"},
+        "ray",
         *{"safetensors", "draccus", "rich"},  # a robot's session: its spool, LeRobot's options, what a person sees
     },
     "checkpoint": PURE | {"numpy", "safetensors", "filelock", "huggingface_hub", "peft"},

@@ -122,37 +122,29 @@ class SynchronousInteraction(Interaction):
         self.envs.close()
 
 
-class AsynchronousInteraction(Interaction):
-    """Acts in a thread of its own, with weights of its own, as fast as the environments go; learning never waits for a
-    chunk, nor acting for an update, as long as neither runs too far ahead.
+class BackgroundInteraction(Interaction):
+    """Acts in a thread of its own, as fast as the environments go; learning never waits for a chunk, nor acting for an
+    update, as long as neither runs too far ahead.
 
     Args:
-        envs: the environments, their episodes not begun.
-        actor: chooses the chunks.
         recorder: keeps the episodes, called from that thread; None leaves that to others.
-        first_seed: of the first episode.
         taken: control steps that were taken before.
         patience: seconds that `receive` waits.
     """
 
-    def __init__(
-        self,
-        envs: EnvPool,
-        actor: ActingCopy,
-        recorder: EpisodeRecorder | None,
-        first_seed: int,
-        *,
-        taken: float = 0,
-        patience: float = 0.5,
-    ) -> None:
-        self.envs, self.actor, self.recorder = envs, actor, recorder
-        self._first_seed, self._taken, self._patience = first_seed, taken, patience
+    def __init__(self, recorder: EpisodeRecorder | None, *, taken: float = 0, patience: float = 0.5) -> None:
+        self.recorder = recorder
+        self._taken, self._patience = taken, patience
         self._until, self._best_of_n = 0.0, 1
         self._news: deque[Received] = deque()
         self._error: BaseException | None = None
         self._stop = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="interaction", daemon=True)
+
+    @abstractmethod
+    def _play(self) -> None:
+        """Act until `_stop`, in the thread."""
 
     def act(self, *, best_of_n: int, until: float) -> None:
         with self._changed:
@@ -188,32 +180,57 @@ class AsynchronousInteraction(Interaction):
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join()
-        self.envs.close()
 
     def _run(self) -> None:
         try:
-            self.envs.reset(self._first_seed)
-            while self._may_go_on():
-                self._round()
+            self._play()
         except BaseException as error:  # handed to the learner, which raises it
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
-    def _may_go_on(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self._stop or self._taken < self._until)
-            return not self._stop
-
-    def _round(self) -> None:
-        chunks = self.actor.chunks(self.envs.obs, self.envs.tasks, best_of_n=self._best_of_n)
-        version = self.actor.weights_version
-        episodes, steps = self.envs.step(chunks, version)
+    def _brought(self, episodes: list[Episode], steps: int, version: int) -> None:
+        """Record what a round brought, then hand it over."""
         _record(self.recorder, episodes)
         with self._changed:
             self._taken += steps
             self._news.append(Received(episodes, steps, np.full(steps, version)))
             self._changed.notify_all()
+
+
+class AsynchronousInteraction(BackgroundInteraction):
+    """One pool of environments, beside the learner and with weights of its own.
+
+    Args:
+        envs: the environments, their episodes not begun.
+        actor: chooses the chunks.
+        recorder: keeps the episodes; None leaves that to others.
+        first_seed: of the first episode.
+        settings: further arguments of :class:`BackgroundInteraction`.
+    """
+
+    def __init__(
+        self, envs: EnvPool, actor: ActingCopy, recorder: EpisodeRecorder | None, first_seed: int, **settings: Any
+    ) -> None:
+        super().__init__(recorder, **settings)
+        self.envs, self.actor = envs, actor
+        self._first_seed = first_seed
+
+    def close(self) -> None:
+        super().close()
+        self.envs.close()
+
+    def _play(self) -> None:
+        self.envs.reset(self._first_seed)
+        while self._may_go_on():
+            chunks = self.actor.chunks(self.envs.obs, self.envs.tasks, best_of_n=self._best_of_n)
+            version = self.actor.weights_version
+            self._brought(*self.envs.step(chunks, version), version)
+
+    def _may_go_on(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stop or self._taken < self._until)
+            return not self._stop
 
 
 def _record(recorder: EpisodeRecorder | None, episodes: Sequence[Episode]) -> None:

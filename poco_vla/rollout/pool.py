@@ -152,15 +152,18 @@ class EnvPool:
     Args:
         spec: which environment, how many.
         horizon: H, control steps per chunk.
+        stride: from an environment's seed to its next one: of several pools that share a plan, the environments of all;
+            `num_envs` when None.
     """
 
-    def __init__(self, spec: EnvSpec, horizon: int) -> None:
+    def __init__(self, spec: EnvSpec, horizon: int, stride: int | None = None) -> None:
         config = environment(spec)
         self.num_envs = spec.num_envs
+        self.stride = stride or spec.num_envs
         self.horizon = horizon
         self.fps: int = config.fps
         make = partial(_make_chunk_env, config.package_name, config.gym_id, config.gym_kwargs, horizon)
-        makers = [partial(make, index, spec.num_envs) for index in range(spec.num_envs)]
+        makers = [partial(make, index, self.stride) for index in range(spec.num_envs)]
         self._envs = _vectorise(makers, getattr(config, "preload", ()), in_process=spec.in_process)
         self._chunks: np.ndarray | None = None
         self._versions = [0] * spec.num_envs
@@ -175,8 +178,9 @@ class EnvPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def reset(self, first_seed: int, count: int | None = None) -> None:
-        """Begin episodes with seeds first_seed, first_seed + 1, ...: `count` of them, or without end."""
+    def reset(self, first_seed: int | list[int], count: int | None = None) -> None:
+        """Begin episodes with seeds first_seed, first_seed + 1, ...: `count` of them, or without end. Without end, each
+        environment may be given a first seed of its own."""
         self._begin({"first": first_seed, "count": count})
 
     @property
@@ -261,7 +265,7 @@ class EnvPool:
             running.rows.append(frames | signals | {"action": chunks[i, :length], "version": version})
             if self._last["ended"][i, 0]:
                 finished.append(_episode(running, self.tasks[i]))
-                self._running[i] = _Running(running.seed + self.num_envs)
+                self._running[i] = _Running(running.seed + self.stride)
         return finished
 
 

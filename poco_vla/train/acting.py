@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from poco_vla.config import EnvSpec, TrainConfig
 from poco_vla.data import DatasetInfo
+from poco_vla.errors import ConfigError
 from poco_vla.rollout import Actor, EnvPool, EpisodeRecorder
 from poco_vla.rollout.actor import ActingCopy, Weights
 from poco_vla.rollout.interaction import AsynchronousInteraction, Interaction, SynchronousInteraction
@@ -51,6 +53,9 @@ def open_recorder(
 class Acting:
     """What every interaction is made of.
 
+    Raises:
+        ConfigError: what the interaction needs is not installed.
+
     Attributes:
         config: of the run.
         actor: with the learner's policy and critic.
@@ -73,6 +78,10 @@ class Acting:
     rank: int = 0
     num_ranks: int = 1
 
+    def __post_init__(self) -> None:
+        if self.config.interaction.mode == "ray" and find_spec("ray") is None:
+            raise ConfigError('interaction.mode is "ray", but Ray is not installed: pip install "poco-vla[ray]"')
+
     def begin(self, taken: int, episodes: int) -> Interaction:
         """The interaction that the configuration asks for, after `taken` control steps and `episodes`, of all that act
         together."""
@@ -81,17 +90,38 @@ class Acting:
         recorder = self.recorder if self.num_ranks == 1 else None  # else those of all are recorded once they have met
         if config.interaction.mode == "synchronous":
             return SynchronousInteraction(self._envs(), self.actor, self.weights, recorder, first_seed)
+        # After an interruption seeds go on about where they were: one or another comes again.
+        next_seed = first_seed + episodes
+        if config.interaction.mode == "ray":
+            return self._hire(next_seed, taken)
         copy = ActingCopy(self.actor, self.weights, config.seed + 1 + RANK_SEED * self.rank)
         if config.interaction.mode == "asynchronous":
-            # After an interruption seeds go on about where they were: one or another comes again.
-            first_seed += episodes
             own = taken / self.num_ranks
-            return AsynchronousInteraction(self._envs(), copy, recorder, first_seed, taken=own)
+            return AsynchronousInteraction(self._envs(), copy, recorder, next_seed, taken=own)
         return self._serve(copy, taken)
 
     def _envs(self) -> EnvPool:
         assert isinstance(self.config.env, EnvSpec)
         return EnvPool(self.config.env, self.config.horizon)
+
+    def _hire(self, first_seed: int, taken: int) -> Interaction:
+        from poco_vla.rollout.cluster import ClusterInteraction  # needs the extra "ray"
+
+        config = self.config
+        assert isinstance(config.env, EnvSpec)
+        assert self.recorder is not None
+        return ClusterInteraction(
+            config.env,
+            config.horizon,
+            self.actor,
+            self.weights,
+            self.recorder,
+            first_seed,
+            settings=config.interaction,
+            seed=config.seed,
+            say=self.say,
+            taken=taken,
+        )
 
     def _serve(self, copy: ActingCopy, taken: int) -> Interaction:
         from poco_vla.rollout.remote import RemoteInteraction  # needs the extra "serve"

@@ -1,5 +1,7 @@
 """A point that is to reach the origin: the Gymnasium side, which worker processes import."""
 
+import os
+import signal
 from typing import ClassVar
 
 import gymnasium as gym
@@ -81,3 +83,15 @@ class ListEnv(PointEnv):
 gym.register(id="tiny/Point-v0", entry_point=PointEnv)
 gym.register(id="tiny/ExpertPoint-v0", entry_point=ExpertPointEnv)
 gym.register(id="tiny/List-v0", entry_point=ListEnv)
+
+
+class DeadlyEnv(PointEnv):
+    """Takes its whole process along at the third step, as a simulator that crashes does."""
+
+    def step(self, action):
+        if self.steps == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+gym.register(id="tiny/Deadly-v0", entry_point=DeadlyEnv)

@@ -1,0 +1,533 @@
+"""Acting on many machines: Ray workers hold simulators and a policy of their own, the learner is Ray's driver.
+
+The policy goes into Ray's object store once, its frozen weights included: every worker acts with the very model that is
+learned, needs neither files nor the Hub, and on CPUs those of a machine share one copy of what is frozen. Trained
+weights follow as plain bytes, one copy per version and machine, and are taken over before a chunk, never inside one.
+Finished episodes come back whole.
+
+A Ray cluster is one domain of trust: whoever may connect to it runs code on all of its machines, and objects travel by
+Ray's own pickling. Keep it inside one network. A cluster that is started here listens on this machine alone; one that
+you start is guarded as Ray is (`RAY_AUTH_MODE=token`). Robots and strangers go through the server (mode "remote"),
+which reads no pickle. A robot does not belong into a Ray worker anyway: Ray ends a worker together with the learner, in
+the middle of a motion, while `poco-vla robot` halts its arm and keeps its episodes.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version as version_of
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from poco_vla.config import EnvSpec, InteractionConfig
+from poco_vla.critic import ChunkCritic
+from poco_vla.data import Episode
+from poco_vla.errors import ConfigError, PocoError
+from poco_vla.policy import FlowPolicy
+from poco_vla.rollout.actor import Actor, Weights
+from poco_vla.rollout.environments import environment
+from poco_vla.rollout.interaction import BackgroundInteraction
+from poco_vla.rollout.pool import EnvPool
+from poco_vla.rollout.recorder import EpisodeRecorder
+
+logger = logging.getLogger(__name__)
+
+POLL = 0.02
+"""Seconds after which the driver looks whether acting may go on or has to end."""
+SILENCE = 60.0
+"""Seconds without an answer of any worker after which a person is told."""
+MOST_DEATHS = 3
+"""Deaths of one worker, without a finished episode in between, that are made good."""
+GRACE = 5.0
+"""Seconds that workers have to close their simulators."""
+PUBLISHING = 0.1
+"""Share of the time that may go into publishing weights: large ones are published less often than they change."""
+
+
+# -- the worker's side ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a worker is to do.
+
+    Attributes:
+        policy: [reference to (policy, critic, aggregation)].
+        env: the environments.
+        plugin: the module that registers their type.
+        horizon: H.
+        first_seeds: of each environment's first episode.
+        stride: from an environment's seed to its next one.
+        seed: of the worker's own noise.
+        gpu: the policy acts on a GPU.
+        version: of this library.
+    """
+
+    policy: list[Any]
+    env: EnvSpec
+    plugin: str
+    horizon: int
+    first_seeds: list[int]
+    stride: int
+    seed: int
+    gpu: bool
+    version: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """Trained weights in the object store.
+
+    Attributes:
+        number: counts what was published.
+        version: of the weights: updates that made them.
+        tensors: [reference to their bytes, in :func:`trained`'s order].
+    """
+
+    number: int
+    version: int
+    tensors: list[Any]
+
+
+@dataclass(frozen=True)
+class Played:
+    """What one chunk in each environment brought: episodes that ended, control steps taken."""
+
+    episodes: list[Episode]
+    steps: int
+    version: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What went wrong in a worker, in words: an exception would not come through in one piece."""
+
+    words: str
+    details: str
+
+
+class Worker:
+    """Environments and an actor in a process of their own. Ray runs it; nothing in it knows of the learner.
+
+    Every call answers: what went wrong is an answer, too. Only death is not.
+    """
+
+    _envs: EnvPool | None = None
+
+    def begin(self, plan: Plan) -> Played | Failed:
+        """Build everything, and begin the episodes."""
+        return _answer(lambda: self._begin(plan))
+
+    def play(self, published: Published, best_of_n: int) -> Played | Failed:
+        """One chunk in each environment, by the newest weights."""
+        return _answer(lambda: self._play(published, best_of_n))
+
+    def close(self) -> None:
+        if self._envs is not None:
+            self._envs.close()
+
+    def _begin(self, plan: Plan) -> Played:
+        import ray
+
+        if (found := version_of("poco-vla")) != plan.version:
+            raise ConfigError(f"poco-vla {found} is installed there, and {plan.version} where the learner runs")
+        import_module(plan.plugin)
+        with _read_only_tensors():
+            policy, critic, aggregation = ray.get(plan.policy[0])
+        self._tensors = trained(policy, critic)
+        for module in filter(None, (policy, critic)):
+            module.requires_grad_(False)
+            module.to(_move(policy, "cuda" if plan.gpu else "cpu"))
+        self._actor = Actor(policy, plan.seed, critic=critic, aggregation=aggregation)
+        self._number = -1
+        self._envs = EnvPool(plan.env, plan.horizon, plan.stride)
+        self._envs.reset(plan.first_seeds)
+        return Played([], 0, 0)
+
+    def _play(self, published: Published, best_of_n: int) -> Played:
+        assert self._envs is not None
+        if published.number != self._number:
+            self._renew(published)
+        chunks = self._actor.chunks(self._envs.obs, self._envs.tasks, best_of_n=best_of_n)
+        return Played(*self._envs.step(chunks, published.version), published.version)
+
+    @torch.no_grad()
+    def _renew(self, published: Published) -> None:
+        import ray
+
+        with _read_only_tensors():
+            for own, data in zip(self._tensors, ray.get(published.tensors[0]), strict=True):
+                own.copy_(from_bytes(data, own.dtype, own.shape))
+        self._number = published.number
+
+
+def _answer(act: Callable[[], Played]) -> Played | Failed:
+    try:
+        return act()
+    except Exception as error:  # whatever it is, its words are for the learner
+        return Failed(f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def _move(policy: FlowPolicy, device: str) -> str:
+    """Let the processors of a policy put their tensors on `device`; gives it back."""
+    from lerobot.processor import DeviceProcessorStep
+
+    for step in getattr(policy.preprocess, "steps", ()):
+        if isinstance(step, DeviceProcessorStep):
+            step.device = device
+            step.__post_init__()
+    return device
+
+
+# -- tensors in the object store --------------------------------------------------------------------------------------
+
+
+def trained(policy: FlowPolicy, critic: ChunkCritic | None) -> list[Tensor]:
+    """What changes while the learner learns, in an order that both sides know."""
+    learned: list[Tensor] = [p for p in policy.parameters() if p.requires_grad]
+    return learned + list(critic.parameters() if critic is not None else [])
+
+
+def to_bytes(tensor: Tensor) -> np.ndarray:
+    """[bytes] uint8, of any dtype; of a CPU tensor a view where it can be one."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def from_bytes(data: np.ndarray, dtype: torch.dtype, shape: Any) -> Tensor:
+    """A view of :func:`to_bytes`' result."""
+    return torch.from_numpy(data).view(dtype).reshape(shape)
+
+
+def _parts(tensor: Tensor) -> tuple[np.ndarray, torch.dtype, tuple[int, ...], bool]:
+    return to_bytes(tensor), tensor.dtype, tuple(tensor.shape), tensor.requires_grad
+
+
+def _tensor(parts: tuple[np.ndarray, torch.dtype, tuple[int, ...], bool]) -> Tensor:
+    return from_bytes(*parts[:3]).clone()
+
+
+def _parameter(parts: tuple[np.ndarray, torch.dtype, tuple[int, ...], bool]) -> nn.Parameter:
+    """What is frozen stays a view of the store's only copy, which nobody can write to."""
+    data = from_bytes(*parts[:3])
+    return nn.Parameter(data.clone() if parts[3] else data, requires_grad=parts[3])
+
+
+@contextmanager
+def _tensors_as_bytes() -> Iterator[None]:
+    """Ray pickles tensors through an archive of torch's, which costs several copies; within this, as plain bytes."""
+    from ray.util import deregister_serializer, register_serializer
+
+    kinds: dict[type, Callable[[Any], Tensor]] = {Tensor: _tensor, nn.Parameter: _parameter}
+    for kind, back in kinds.items():
+        register_serializer(kind, serializer=_parts, deserializer=back)
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            deregister_serializer(kind)
+
+
+@contextmanager
+def _read_only_tensors() -> Iterator[None]:
+    """Without torch's warning that one could write to them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+        yield
+
+
+# -- the learner's side -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Hired:
+    """A worker's place.
+
+    Attributes:
+        index: of the place.
+        seeds: of the episodes that its environments are in.
+        deaths: of workers in this place since an episode was finished.
+        lives: workers that were in this place.
+        actor: Ray's handle of the present one.
+        promised: control steps that the running round may bring.
+    """
+
+    index: int
+    seeds: list[int]
+    deaths: int = 0
+    lives: int = 0
+    actor: Any = None
+    promised: int = 0
+
+
+class ClusterInteraction(BackgroundInteraction):
+    """Ray workers act, each with `env.num_envs` environments. A worker records its episodes here before it acts on.
+
+    A worker that dies is replaced. The episodes that it was in are dropped whole, their steps stay counted (they were
+    taken), and their seeds are not played again: as long as the run is not interrupted, no seed has two episodes.
+
+    Args:
+        env: the environments of one worker.
+        horizon: H.
+        actor: with the learner's policy and critic.
+        weights: when these may be read.
+        recorder: keeps the episodes, called from the thread.
+        first_seed: of the first episode; environment e of all E plays first_seed + e, first_seed + e + E, ...
+        settings: cluster and workers.
+        seed: of the workers' noise.
+        say: tells a person one line.
+        background: further arguments of :class:`BackgroundInteraction`.
+
+    Raises:
+        ConfigError: no cluster there, the policy cannot be sent, or this machine is too small for the workers.
+    """
+
+    def __init__(
+        self,
+        env: EnvSpec,
+        horizon: int,
+        actor: Actor,
+        weights: Weights,
+        recorder: EpisodeRecorder,
+        first_seed: int,
+        *,
+        settings: InteractionConfig,
+        seed: int,
+        say: Callable[[str], None],
+        **background: Any,
+    ) -> None:
+        super().__init__(recorder, **background)
+        self.env, self.horizon, self.settings, self.weights = env, horizon, settings, weights
+        self._first_seed, self._seed, self._say = first_seed, seed, say
+        self._trained = trained(actor.policy, actor.critic)
+        self._published, self._seen, self._publish_after = Published(-1, 0, []), -1, 0.0
+        self._running: dict[Any, _Hired] = {}
+        self._idle: deque[_Hired] = deque()
+        self._hired: list[_Hired] = []
+        self._ours = connect(settings)
+        try:
+            self._policy = self._put_policy(actor)
+            for index in range(settings.workers):
+                first = first_seed + index * env.num_envs
+                self._hired.append(_Hired(index, list(range(first, first + env.num_envs))))
+                self._hire(self._hired[-1])
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def stride(self) -> int:
+        """Environments of all workers."""
+        return self.settings.workers * self.env.num_envs
+
+    def close(self) -> None:
+        import ray
+
+        super().close()
+        if not ray.is_initialized():
+            return
+        actors = [hired.actor for hired in self._hired if hired.actor is not None]
+        self._hired, self._running = [], {}
+        if actors:
+            ray.wait([actor.close.remote() for actor in actors], num_returns=len(actors), timeout=GRACE)
+        for actor in actors:
+            ray.kill(actor)  # also one that is busy, or waits for room
+        if self._ours:
+            ray.shutdown()
+            self._ours = False
+
+    def _put_policy(self, actor: Actor) -> Any:
+        import ray
+
+        with self.weights.lock, _tensors_as_bytes():
+            try:
+                return ray.put((actor.policy, actor.critic, actor.aggregation))
+            except (TypeError, AttributeError) as error:
+                raise ConfigError(f"this policy cannot be sent to Ray's workers: {error}") from error
+
+    def _hire(self, hired: _Hired) -> None:
+        """Put a new worker in a place and let it begin."""
+        import ray
+
+        settings = self.settings
+        noise = np.random.SeedSequence((self._seed, self._first_seed, hired.index, hired.lives)).generate_state(1)
+        plan = Plan(
+            policy=[self._policy],
+            env=self.env,
+            plugin=type(environment(self.env)).__module__,
+            horizon=self.horizon,
+            first_seeds=list(hired.seeds),
+            stride=self.stride,
+            seed=int(noise[0]),
+            gpu=settings.worker_gpus > 0,
+            version=version_of("poco-vla"),
+        )
+        remote = ray.remote(num_cpus=settings.worker_cpus, num_gpus=settings.worker_gpus)(Worker)
+        hired.actor = remote.options(max_restarts=0, scheduling_strategy="SPREAD").remote()
+        hired.lives += 1
+        hired.promised = 0
+        self._running[hired.actor.begin.remote(plan)] = hired
+
+    # -- in the thread ------------------------------------------------------------------------------------------------
+
+    def _play(self) -> None:
+        self._heard = time.monotonic()
+        while not self._stop:
+            self._send_out()
+            self._take_in()
+
+    def _send_out(self) -> None:
+        """A round for every idle worker, as long as acting may go on even if all rounds bring what they can."""
+        while self._idle:
+            promised = sum(hired.promised for hired in self._running.values())
+            with self._changed:
+                if self._stop or self._taken + promised >= self._until:
+                    return
+                best_of_n = self._best_of_n
+            hired = self._idle.popleft()
+            self._publish()
+            hired.promised = self.env.num_envs * self.horizon
+            self._running[hired.actor.play.remote(self._published, best_of_n)] = hired
+
+    def _take_in(self) -> None:
+        import ray
+
+        if not self._running:
+            with self._changed:
+                self._changed.wait(timeout=POLL)
+            self._heard = time.monotonic()
+            return
+        ready, _ = ray.wait(list(self._running), timeout=POLL)
+        for reference in ready:
+            self._hear(self._running.pop(reference), reference)
+        self._tell_of_silence()
+
+    def _hear(self, hired: _Hired, reference: Any) -> None:
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        try:
+            answer: Any = ray.get(reference)
+        except RayTaskError as error:
+            answer = Failed(str(error.cause), str(error))
+        except RayError as death:
+            self._replace(hired, death)
+            return
+        if isinstance(answer, Failed):
+            logger.error("worker %d:\n%s", hired.index, answer.details)
+            raise PocoError(f"Ray worker {hired.index} cannot act: {answer.words}")
+        for episode in answer.episodes:
+            hired.seeds[self._place_of(episode, hired)] += self.stride
+            hired.deaths = 0
+        self._heard = time.monotonic()
+        self._brought(answer.episodes, answer.steps, answer.version)
+        self._idle.append(hired)
+
+    def _place_of(self, episode: Episode, hired: _Hired) -> int:
+        """Which of a worker's environments an episode is of."""
+        assert episode.seed is not None
+        return (episode.seed - self._first_seed) % self.stride - hired.index * self.env.num_envs
+
+    def _replace(self, hired: _Hired, death: Exception) -> None:
+        import ray
+
+        with suppress(Exception):  # it is dead, or cannot be reached and must not go on
+            ray.kill(hired.actor)
+        hired.deaths += 1
+        why = " ".join(str(death).split())
+        if hired.deaths > MOST_DEATHS:
+            raise PocoError(
+                f"Ray worker {hired.index} died {hired.deaths} times without finishing an episode in between; the last "
+                f"time: {why}. Too little memory on its machine, or a simulator that crashes? Ray's logs are in "
+                "/tmp/ray/session_latest/logs there."
+            )
+        self._say(f"Ray worker {hired.index} died and is replaced; its running episodes are dropped. {why[:200]}")
+        hired.seeds = [seed + self.stride for seed in hired.seeds]
+        self._hire(hired)
+
+    def _publish(self) -> None:
+        """Put the newest weights into the object store, unless they are there or were published a moment ago."""
+        import ray
+
+        now = time.monotonic()
+        if self._seen == self.weights.changes or now < self._publish_after:
+            return
+        with self.weights.lock:
+            data = ray.put([to_bytes(tensor) for tensor in self._trained])
+            version, self._seen = self.weights.version, self.weights.changes
+        self._published = Published(self._published.number + 1, version, [data])
+        took = time.monotonic() - now
+        self._publish_after = now + took / PUBLISHING
+
+    def _tell_of_silence(self) -> None:
+        import ray
+
+        if time.monotonic() - self._heard < SILENCE:
+            return
+        self._heard = time.monotonic()
+        free, settings = ray.available_resources(), self.settings
+        self._say(
+            f"no Ray worker has answered for {SILENCE:.0f} s; the cluster has {free.get('CPU', 0):g} CPUs and "
+            f"{free.get('GPU', 0):g} GPUs free, and each of {settings.workers} workers asks for "
+            f"{settings.worker_cpus:g} and {settings.worker_gpus:g}"
+        )
+
+
+def connect(settings: InteractionConfig) -> bool:
+    """Connect this process to the cluster of `settings`; says whether it was not before.
+
+    Raises:
+        ConfigError: no cluster answers there, or this machine has not the GPUs for one.
+    """
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        # Read when Ray is imported: node and workers listen on this machine alone.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        return False
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    with _own_signals():
+        if address is not None:
+            quiet.pop("include_dashboard")
+            try:
+                ray.init(address, **quiet)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ConfigError(
+                    f"no Ray cluster at {address}: {error}. The learner's machine has to belong to it: "
+                    f"ray start --address=HEAD:6379 (on the head: ray start --head)"
+                ) from error
+            return True
+        ray.init("local", num_cpus=int(np.ceil(settings.workers * settings.worker_cpus)), **quiet)
+    gpus, wanted = ray.cluster_resources().get("GPU", 0.0), settings.workers * settings.worker_gpus
+    if gpus < wanted:
+        ray.shutdown()
+        raise ConfigError(
+            f"{settings.workers} workers with worker_gpus {settings.worker_gpus} need {wanted:g} GPUs, and Ray sees "
+            f"{gpus:g} on this machine"
+        )
+    return True
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray puts a handler of its own in the place of ours for SIGTERM, which would end a run without saving it."""
+    own = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if own is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, own)
