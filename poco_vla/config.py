@@ -204,6 +204,9 @@ class ReplayConfig:
     demo_fraction: float | None = None
     """Share of each batch drawn from demonstrations; None draws uniformly from the whole pool (code), 0.5 is a 50/50
     mix (RLPD)."""
+    consecutive: int = 1
+    """Transitions that are drawn together: chunks of one episode that follow on each other, so that so many need one
+    prefix more instead of twice as many. Each transition is as likely as without, but a batch is less varied (ours)."""
     images: Literal["memory", "mapped"] = "memory"
     """Where pictures lie: in memory, or in a mapped file without a name in the run's folder, of which the system keeps
     in memory what it has room for (ours)."""
@@ -219,6 +222,32 @@ class ReplayConfig:
             self.demo_fraction is None or 0 <= self.demo_fraction <= 1,
             f"replay.demo_fraction is {self.demo_fraction}; it must lie in [0, 1], or be None for one uniform pool",
         )
+        _require(self.consecutive >= 1, f"replay.consecutive is {self.consecutive}; at least 1 transition")
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """The store of prefixes: the frozen part of a policy sees a state once, what it made of it is kept (ours)."""
+
+    mode: Literal["off", "auto", "on"] = "auto"
+    """"auto" measures in the first updates whether it pays, and says so. Which states are encoded together then depends
+    on what was found: a VLA's results repeat but for rounding, and bit for bit with "off" alone."""
+    device_bytes: int = 0
+    """Most bytes of the accelerator's memory, of each process; they are not part of `memory`."""
+    ram_bytes: int = 4 * 1024**3
+    """Most bytes of RAM, of each process."""
+    disk_bytes: int = 0
+    """Most bytes on disk, of each process."""
+    folder: Path | None = None
+    """Where on disk: demonstrations' prefixes stay there for later runs, which then start warm. None is the run's
+    folder."""
+    dtype: Literal["exact", "fp8"] = "exact"
+    """"exact" keeps what the model computed; "fp8" half as many bytes of keys, values and tokens (8-bit floats with a
+    scale per token)."""
+
+    def __post_init__(self) -> None:
+        for name in ("device_bytes", "ram_bytes", "disk_bytes"):
+            _require(getattr(self, name) >= 0, f"prefixes.{name} is {getattr(self, name)}; it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -382,6 +411,8 @@ class TrainConfig:
     """Optimisation."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     """The pool."""
+    prefixes: PrefixConfig = field(default_factory=PrefixConfig)
+    """The store of prefixes."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
     guard: GuardConfig = field(default_factory=GuardConfig)

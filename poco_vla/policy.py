@@ -33,6 +33,11 @@ class Prefix(Protocol):
     def to(self, device: Any) -> "Prefix": ...
 
 
+type Packed = dict[str, Tensor]
+"""What a store keeps of one state, by names of the adapter's own; vectors, and tensors whose last axis is one token's
+numbers."""
+
+
 class FlowPolicy(nn.Module):
     """A generative policy with a flow action head, behind one interface.
 
@@ -75,6 +80,26 @@ class FlowPolicy(nn.Module):
     def encode(self, obs: Mapping[str, Any]) -> Prefix:
         """Prefix of B processed observations: frozen, in eval mode, without gradient."""
         raise NotImplementedError
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether `pack` and `unpack` are there, and a state's prefix is always the same: no augmentation."""
+        return type(self).pack is not FlowPolicy.pack
+
+    def pack(self, prefix: Any) -> list[Packed]:
+        """What is to be stored of each of B states: its valid tokens without padding, and nothing that weights made
+        which train."""
+        raise NotImplementedError
+
+    def unpack(self, states: Sequence[Mapping[str, Tensor]]) -> Prefix:
+        """The prefix of what `pack` gave, of any states in any order, on the device that the tensors are on. What
+        weights make that train is made anew, by those of now."""
+        raise NotImplementedError
+
+    def preprocess_actions(self, batch: dict[str, Any]) -> Tensor:
+        """What `preprocess` makes of a batch's actions, where its pictures were left out; states and `task` are
+        there."""
+        return self.preprocess(batch)["action"]
 
     def velocity(
         self, prefix: Prefix, x: Float[Tensor, "B N H A"], t: Float[Tensor, "B N"]

@@ -12,7 +12,7 @@ Each point that is broken is reported in words: what was found, what was expecte
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -339,6 +339,64 @@ def _check_stored_prefix(probe: _Probe) -> Iterator[str]:
         )
 
 
+def _check_packing(probe: _Probe) -> Iterator[str]:
+    """What is stored of a state serves as its prefix, in any company, and holds nothing that trains."""
+    policy = probe.policy
+    if not policy.can_pack or any(_check_stored_prefix(probe)) or any(_check_pure(probe)) or any(_check_memory(probe)):
+        return  # no store, or another check's finding
+    batch, fresh = len(probe.x), probe.encode()
+    packed = policy.pack(fresh)
+    if len(packed) != batch or not all(isinstance(t, Tensor) for state in packed for t in state.values()):
+        raise _CannotGoOnError(f"pack gives {len(packed)} states, expected a mapping of tensors for each of {batch}")
+    head = [p for p in policy.head.parameters() if p.requires_grad]
+    if wrong := _unlike(probe, policy.unpack(packed), slice(None)):
+        yield f"unpack(pack(prefix)) is not the prefix: {wrong}"
+        return
+    order = [*range(1, batch), 0]
+    alone = [_unlike(probe, policy.unpack([state]), slice(i, i + 1)) for i, state in enumerate(packed)]
+    turned = policy.unpack([packed[i] for i in order])
+    if wrong := next(filter(None, [_unlike(probe, turned, order), *alone]), ""):
+        yield (
+            f"a stored state is another in other company: {wrong}. Store each state's valid tokens without padding, "
+            "and pad to those that are unpacked together"
+        )
+    for i, state in enumerate(packed):
+        (mine,) = policy.pack(probe.encode(slice(i, i + 1)))
+        if {k: t.shape for k, t in mine.items()} != {k: t.shape for k, t in state.items()}:
+            yield (
+                f"pack stores state {i} in other shapes with its batch mates than alone: their padding is in it. "
+                "Store valid tokens only"
+            )
+            break
+    with _moved(head):
+        again = policy.pack(probe.encode())
+        changed = [k for k in packed[0] if any(probe.gap(a[k], b[k]) for a, b in zip(packed, again, strict=True))]
+        if changed:
+            yield (
+                f"pack stores what the head makes: {_some(changed)} differs once the head's parameters have changed. "
+                "Store what the frozen part gives, and let unpack make the rest anew"
+            )
+        elif wrong := _unlike(probe, policy.unpack(packed), slice(None)):
+            yield (
+                f"a stored state is not what encode gives once the head's parameters have changed: {wrong}. unpack "
+                "must make what they make by those of now"
+            )
+
+
+@torch.no_grad()
+def _unlike(probe: _Probe, found: Prefix, rows: Any) -> str:
+    """How a prefix of some of the states differs from a fresh one: by its features, or the velocity on it, without and
+    with gradients."""
+    expected, x, t = probe.encode().select(rows), probe.x[rows], probe.t[rows]
+    if gap := probe.gap(found.features, expected.features):
+        return f"features, {gap}"
+    for recorded in (False, True):
+        with torch.set_grad_enabled(recorded):
+            if gap := probe.gap(probe.policy.velocity(found, x, t), probe.policy.velocity(expected, x, t)):
+                return f"the velocity{' where gradients are recorded' if recorded else ''}, {gap}"
+    return ""
+
+
 def _stale(probe: _Probe, head: Mapping[str, Tensor], *, used: bool, features: bool = False) -> list[str]:
     """Trained parameters whose change a prefix from before does not notice; empty when there is none.
 
@@ -368,7 +426,7 @@ def _stale(probe: _Probe, head: Mapping[str, Tensor], *, used: bool, features: b
 
 
 @contextmanager
-def _moved(parameters: list[Tensor]) -> Iterator[None]:
+def _moved(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Parameters a training step away; back where they were afterwards."""
     before = [p.detach().clone() for p in parameters]
     generator = torch.Generator().manual_seed(0)
@@ -741,6 +799,7 @@ _CHECKS: tuple[tuple[str, Callable[[_Probe], Iterator[str]]], ...] = (
     ("velocity", _check_dependence),
     ("encode", _check_encode),
     ("stored prefix", _check_stored_prefix),
+    ("packing", _check_packing),
     ("purity", _check_pure),
     ("candidates", _check_candidates),
     ("candidate times", _check_times),

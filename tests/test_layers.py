@@ -55,7 +55,7 @@ DOORS = {
 PURE = {"torch", "jaxtyping"}
 THIRD_PARTY = {
     **dict.fromkeys(BASE | MATHS | {"config", "algorithm", "registry", "testing", "__init__"}, PURE),
-    "data": PURE | {"numpy", "lerobot"},
+    "data": PURE | {"numpy", "lerobot", "filelock"},
     "rollout": PURE
     | {
         *{"numpy", "lerobot", "gymnasium", "mujoco", "OpenGL", "ogbench", "robosuite"},

@@ -33,6 +33,7 @@ PUBLIC = [
     "PocoError",
     "PolicyError",
     "Prefix",
+    "PrefixConfig",
     "ReplayConfig",
     "RewardConfig",
     "TrainConfig",

@@ -9,7 +9,7 @@ from lerobot_policy_flow_mlp.adapter import FlowMlp, MlpPrefix
 from torch import nn
 from torch.nn import functional as F
 
-from poco_vla import PolicyError, check_policy
+from poco_vla import FlowPolicy, PolicyError, check_policy
 
 
 def complaint(policy, **options):
@@ -102,11 +102,17 @@ class MutatingVelocity(FlowMlp):
         return v
 
 
+class NotPacked(FlowMlp):
+    """Has a prefix of its own kind and does not say how it is stored."""
+
+    pack, unpack = FlowPolicy.pack, FlowPolicy.unpack
+
+
 class GrowingPrefix(MlpPrefix):
     calls = 0
 
 
-class GrowingCache(FlowMlp):
+class GrowingCache(NotPacked):
     """What a KV cache does that is appended to at every call: nothing of it shows in the features."""
 
     def encode(self, obs):
@@ -413,7 +419,7 @@ class HeadInFeatures(FlowMlp):
         return self.model.sample(self.encode(obs).features, noise)
 
 
-class KeysOfHead(FlowMlp):
+class KeysOfHead(NotPacked):
     """Keys that the head makes lie in the prefix, and nowhere else."""
 
     def __init__(self, *parts):
@@ -456,7 +462,69 @@ class KeysMadeAtFirstUse(KeysOfHead):
         return super().velocity(KeysPrefix(prefix.features, keys), x, t)
 
 
-class HiddenGradient(FlowMlp):
+# What a store keeps of a state.
+
+
+class PacksFeatures(KeysMadeAnew):
+    """Right: what the head makes is not stored."""
+
+    def pack(self, prefix):
+        return [{"features": features} for features in prefix.features]
+
+    @torch.no_grad()
+    def unpack(self, states):
+        features = torch.stack([state["features"] for state in states])
+        return KeysPrefix(features, self.keys(features))
+
+
+class PacksRounded(FlowMlp):
+    def pack(self, prefix):
+        return [{"features": features.to(torch.float8_e4m3fn)} for features in prefix.features]
+
+    def unpack(self, states):
+        return super().unpack([{"features": state["features"].float()} for state in states])
+
+
+class PacksTooFew(FlowMlp):
+    def pack(self, prefix):
+        return super().pack(prefix)[:-1]
+
+
+class PacksPadding(FlowMlp):
+    """As keys padded to the batch's longest state."""
+
+    def pack(self, prefix):
+        return [state | {"places": torch.zeros(len(prefix.features))} for state in super().pack(prefix)]
+
+
+class UnpacksByCompany(FlowMlp):
+    """Right for as many states as were packed together."""
+
+    def unpack(self, states):
+        return MlpPrefix(super().unpack(states).features * len(states) / 3)
+
+
+class PacksKeysOfHead(PacksFeatures):
+    def pack(self, prefix):
+        return [state | {"keys": keys} for state, keys in zip(super().pack(prefix), prefix.keys, strict=True)]
+
+    def unpack(self, states):
+        return KeysPrefix(*(torch.stack([state[name] for state in states]) for name in ("features", "keys")))
+
+
+class UnpacksWithOldWeights(PacksFeatures):
+    """Where weights were kept in another dtype once, for instance. With gradients all is made anew."""
+
+    old = None
+
+    @torch.no_grad()
+    def unpack(self, states):
+        self.old = self.head.to_keys.clone() if self.old is None else self.old
+        features = torch.stack([state["features"] for state in states])
+        return KeysPrefix(features, features * self.old)
+
+
+class HiddenGradient(NotPacked):
     """A tensor that requires grad and is no parameter: none of the features shows it."""
 
     def __init__(self, *parts):
@@ -482,7 +550,7 @@ class OtherFunctionUnderGradient(FlowMlp):
         return super().velocity(prefix, x, 1 - t if torch.is_grad_enabled() else t)
 
 
-@pytest.mark.parametrize("adapter", [Padded, NoiseInPadding, WholeNetwork, RightMemo, KeysMadeAnew])
+@pytest.mark.parametrize("adapter", [Padded, NoiseInPadding, WholeNetwork, RightMemo, KeysMadeAnew, PacksFeatures])
 def test_sound_adapters_of_other_kinds_pass(adapter):
     check_policy(adapter.tiny())
 
@@ -542,6 +610,12 @@ def test_sound_adapters_of_other_kinds_pass(adapter):
         (KeysMadeAtFirstUse, ["stored prefix: velocity keeps what the head's to_keys made", "make it anew"]),
         (HiddenGradient, ["stored prefix: the prefix carries gradient beside its features", "torch.no_grad()"]),
         (OtherFunctionUnderGradient, ["gradients: velocity is not the same function where gradients are recorded"]),
+        (PacksRounded, ["packing: unpack(pack(prefix)) is not the prefix: features, they differ"]),
+        (PacksTooFew, ["packing: pack gives 2 states, expected a mapping of tensors for each of 3"]),
+        (PacksPadding, ["packing: pack stores state 0 in other shapes", "valid tokens only"]),
+        (UnpacksByCompany, ["packing: a stored state is another in other company: features", "without padding"]),
+        (PacksKeysOfHead, ["packing: pack stores what the head makes: keys differs", "unpack make the rest anew"]),
+        (UnpacksWithOldWeights, ["packing: a stored state is not what encode gives once", "by those of now"]),
     ],
 )  # fmt: skip
 def test_a_broken_adapter_is_told_what_is_wrong(adapter, words):
@@ -576,6 +650,12 @@ def test_a_broken_adapter_is_told_what_is_wrong(adapter, words):
         KeysMadeAtFirstUse,
         HiddenGradient,
         OtherFunctionUnderGradient,
+        PacksRounded,
+        PacksTooFew,
+        PacksPadding,
+        UnpacksByCompany,
+        PacksKeysOfHead,
+        UnpacksWithOldWeights,
     ],
 )
 def test_one_mistake_is_one_point(adapter):

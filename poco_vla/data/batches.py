@@ -1,7 +1,8 @@
 """Transitions in raw units -> ChunkBatch in the network's: LeRobot's processors, padding, this process's share."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,6 +12,12 @@ from poco_vla.data.replay import Replay, Transitions
 from poco_vla.errors import ConfigError
 from poco_vla.policy import FlowPolicy
 from poco_vla.types import ChunkBatch
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from poco_vla.data.entries import Entry
+    from poco_vla.data.prefixes import PrefixSource
 
 
 def network_obs(policy: FlowPolicy, obs: Mapping[str, np.ndarray], tasks: Sequence[str]) -> dict[str, Any]:
@@ -25,19 +32,56 @@ def chunk_batch(policy: FlowPolicy, raw: Transitions, *, bootstrap: bool = True)
     padded with zeros to the network's width. Without `bootstrap`, ``next_obs`` stays empty: imitation reads none.
     """
     next_obs = network_obs(policy, raw.next_obs, raw.tasks) if bootstrap else {}
-    actions = torch.from_numpy(raw.actions)
-    processed = policy.preprocess(_tensors(raw.obs) | {"task": raw.tasks, "action": actions})
-    actions = processed["action"]
+    processed = policy.preprocess(_with_actions(raw))
+    return _batch(policy, raw, processed["action"], obs=_observations(processed), next_obs=next_obs)
+
+
+def encoded_batch(
+    policy: FlowPolicy,
+    raw: Transitions,
+    prefixes: "PrefixSource",
+    ahead: "Future[dict[int, Entry]] | None" = None,
+    *,
+    bootstrap: bool = True,
+) -> ChunkBatch:
+    """As `chunk_batch`, of transitions without pictures: it brings its prefixes along instead of observations."""
+    prefix, next_prefix = prefixes.prefixes(raw, ahead, bootstrap=bootstrap)
+    actions = policy.preprocess_actions(_with_actions(raw))
+    return _batch(policy, raw, actions, obs={}, next_obs={}, prefix=prefix, next_prefix=next_prefix)
+
+
+def _batch(policy: FlowPolicy, raw: Transitions, actions: Tensor, **states: Any) -> ChunkBatch:
     padding = policy.spec.width - actions.shape[-1]
+    signals = ("valid", "returns", "discount", "is_demo", "is_success")
     return ChunkBatch(
-        obs=_observations(processed),
-        next_obs=next_obs,
         actions=torch.nn.functional.pad(actions, (0, padding)) if padding else actions,
-        **{
-            name: torch.from_numpy(getattr(raw, name)).to(actions.device)
-            for name in ("valid", "returns", "discount", "is_demo", "is_success")
-        },
+        **{name: torch.from_numpy(getattr(raw, name)).to(actions.device) for name in signals},
+        **states,
     )
+
+
+def _with_actions(raw: Transitions) -> dict[str, Any]:
+    return _tensors(raw.obs) | {"task": raw.tasks, "action": torch.from_numpy(raw.actions)}
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """Transitions that were drawn before they are due, as they would be drawn then if nothing has changed by that time.
+
+    Attributes:
+        before: state of the generator that they were drawn from, and `after` that.
+        version: the pool's.
+        bootstrap: whether bootstrap states are loaded, too.
+        raw: the transitions.
+        loading: what the store has of their prefixes.
+    """
+
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    version: int
+    bootstrap: bool
+    raw: Transitions
+    loading: "Future[dict[int, Entry]] | None"
 
 
 class BatchSource(Iterator[ChunkBatch]):
@@ -50,10 +94,22 @@ class BatchSource(Iterator[ChunkBatch]):
         seed: of the sampling order, the same on every process.
         rank: this process.
         world_size: number of processes; must divide `batch_size`.
+        prefixes: where prefixes come from; None leaves them to whoever gets the batches.
+
+    Attributes:
+        rng: where the drawing order stands: what the next batch is drawn from.
     """
 
     def __init__(
-        self, replay: Replay, policy: FlowPolicy, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        replay: Replay,
+        policy: FlowPolicy,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        prefixes: "PrefixSource | None" = None,
     ) -> None:
         if batch_size % world_size:
             raise ConfigError(f"batch_size {batch_size} is not a multiple of the {world_size} processes that share it")
@@ -62,14 +118,42 @@ class BatchSource(Iterator[ChunkBatch]):
         self.batch_size = batch_size
         self.rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.rng = np.random.default_rng(seed)
+        self.prefixes = prefixes
+        self._ahead: _Ahead | None = None
 
     def __next__(self) -> ChunkBatch:
         return self.draw()
 
     def draw(self, *, bootstrap: bool = True) -> ChunkBatch:
         """The next batch; imitation needs none of the bootstrap states."""
-        raw = self.replay.sample(self.batch_size, self.rng)
-        return chunk_batch(self.policy, raw.rows(self.rows), bootstrap=bootstrap)
+        if self.prefixes is None or not self.prefixes.is_used:
+            return chunk_batch(self.policy, self._sample(self.rng, pictures=True), bootstrap=bootstrap)
+        raw, loading = self._drawn_ahead(bootstrap=bootstrap) or (self._sample(self.rng, pictures=False), None)
+        batch = encoded_batch(self.policy, raw, self.prefixes, loading, bootstrap=bootstrap)
+        self._draw_ahead(self.prefixes, bootstrap=bootstrap)
+        return batch
+
+    def _sample(self, rng: np.random.Generator, *, pictures: bool) -> Transitions:
+        return self.replay.sample(self.batch_size, rng, pictures=pictures).rows(self.rows)
+
+    def _draw_ahead(self, prefixes: "PrefixSource", *, bootstrap: bool) -> None:
+        """Draw the next batch, and let its prefixes be loaded while this one is learned from. `rng` stays where it
+        is."""
+        rng, before = np.random.Generator(type(self.rng.bit_generator)()), self.rng.bit_generator.state
+        rng.bit_generator.state = before
+        raw = self._sample(rng, pictures=False)
+        loading = prefixes.read_ahead(raw, bootstrap=bootstrap)
+        self._ahead = _Ahead(before, rng.bit_generator.state, self.replay.version, bootstrap, raw, loading)
+
+    def _drawn_ahead(self, *, bootstrap: bool) -> "tuple[Transitions, Future[dict[int, Entry]] | None] | None":
+        """What was drawn ahead, if it is what would be drawn now: not after an episode has come, nor after a resume."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or (ahead.before, ahead.version) != (self.rng.bit_generator.state, self.replay.version):
+            return None
+        if ahead.bootstrap != bootstrap:
+            return None
+        self.rng.bit_generator.state = ahead.after
+        return ahead.raw, ahead.loading
 
 
 def _observations(processed: Mapping[str, Any]) -> dict[str, Any]:

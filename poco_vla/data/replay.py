@@ -17,10 +17,19 @@ from poco_vla.data.episode import Episode
 from poco_vla.data.ring import Capacity, EpisodeRing, Starts, bytes_per_step
 from poco_vla.errors import ConfigError, DataError
 
+ONLINE = 1 << 62
+"""Ids of demonstrations' states lie below, those of online episodes' begin here."""
+
 
 @dataclass(frozen=True)
 class Transitions:
-    """B sampled transitions in raw units (see :class:`poco_vla.types.ChunkBatch` for the fields' meaning)."""
+    """B sampled transitions in raw units (see :class:`poco_vla.types.ChunkBatch` for the fields' meaning).
+
+    Attributes:
+        ids: [B] int64, which state each starts from: demonstrations' steps count from 0 on in the order in which they
+            were added, online episodes' from `ONLINE`.
+        next_ids: [B] likewise, of the bootstrap states.
+    """
 
     obs: Mapping[str, np.ndarray]
     next_obs: Mapping[str, np.ndarray]
@@ -31,6 +40,8 @@ class Transitions:
     is_demo: np.ndarray
     is_success: np.ndarray
     tasks: list[str]
+    ids: np.ndarray
+    next_ids: np.ndarray
 
     def rows(self, rows: slice) -> "Transitions":
         """Some of the transitions."""
@@ -55,6 +66,9 @@ class Replay:
         config: how much is kept, where, and how it is mixed.
         folder: where the files of mapped pictures lie; needed for ``images="mapped"`` alone.
 
+    Attributes:
+        version: goes up with every episode that enters.
+
     Raises:
         ConfigError: pictures are to be mapped and there is no folder.
     """
@@ -78,6 +92,7 @@ class Replay:
         self._rows: dict[str, np.ndarray] = {}
         self._tasks: list[str] = []
         self._task_ids: dict[str, int] = {}
+        self.version = 0
 
     @property
     def num_demo_steps(self) -> int:
@@ -120,6 +135,7 @@ class Replay:
         num_starts = len(episode) if terminal[-1] else len(episode) - 1
         ring, task = self._demos if is_demo else self._online, self._task_id(episode.task)
         ring.add(columns, num_starts, succeeded=episode.succeeded, task=task)
+        self.version += 1
 
     def extend(self, episodes: list[Episode], *, is_demo: bool) -> None:
         """Append several demonstrations or online episodes; demonstrations are copied once."""
@@ -128,16 +144,32 @@ class Replay:
         for episode in episodes:
             self.add(episode, is_demo=is_demo)
 
-    def sample(self, batch_size: int, rng: np.random.Generator) -> Transitions:
-        """`batch_size` transitions, uniform over start steps (of the pool, or of each side under `demo_fraction`)."""
+    def sample(self, batch_size: int, rng: np.random.Generator, *, pictures: bool = True) -> Transitions:
+        """`batch_size` transitions, uniform over start steps (of the pool, or of each side under `demo_fraction`);
+        under `consecutive` in runs. Without `pictures`, observations lack them: `observations` has them."""
         num_demos = self._num_demos(batch_size, rng)
+        runs = {"run": self.config.consecutive, "stride": self.horizon}
         parts = []
         if num_demos:
-            parts.append(self._part(self._demos, self._demos.sample(num_demos, rng), is_demo=True))
+            parts.append(self._part(self._demos, self._demos.sample(num_demos, rng, **runs), is_demo=True))
         if num_demos < batch_size:
-            starts = self._online.sample(batch_size - num_demos, rng)
+            starts = self._online.sample(batch_size - num_demos, rng, **runs)
             parts.append(self._part(self._online, starts, is_demo=False))
-        return self._join(parts)
+        return self._join(parts, pictures=pictures)
+
+    def observations(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Raw observations of states that the pool holds, by their ids, and their tasks."""
+        order, indices, rings, tasks = [], [], [], []
+        for ring, first, chosen in ((self._demos, 0, ids < ONLINE), (self._online, ONLINE, ids >= ONLINE)):
+            if chosen.any():
+                index, task = ring.steps(ids[chosen] - first)
+                order.append(np.flatnonzero(chosen))
+                indices.append(index)
+                rings.append(ring)
+                tasks += task.tolist()
+        back = np.argsort(np.concatenate(order))
+        obs = {key: _gathered([ring[key] for ring in rings], indices)[back] for key in self._obs_keys(pictures=True)}
+        return obs, [self._tasks[tasks[i]] for i in back.tolist()]
 
     def demo_transitions(self, limit: int, rng: np.random.Generator) -> Transitions:
         """Up to `limit` demonstration transitions, without repetition (zeta = "auto" is calibrated on them)."""
@@ -174,12 +206,12 @@ class Replay:
         discount = np.where(ended, 0.0, self._powers[count])
         return _Part(ring, starts, bootstrap, steps, valid, returns, discount, is_demo)
 
-    def _join(self, parts: list["_Part"]) -> Transitions:
+    def _join(self, parts: list["_Part"], *, pictures: bool = True) -> Transitions:
         def column(name: str, indices: list[np.ndarray]) -> np.ndarray:
             return _gathered([part.ring[name] for part in parts], indices)
 
         start, bootstrap = [part.starts.step for part in parts], [part.bootstrap for part in parts]
-        keys = [name for name in self._rows if name.startswith("observation.")]
+        keys = self._obs_keys(pictures=pictures)
         return Transitions(
             obs={key: column(key, start) for key in keys},
             next_obs={key: column(key, bootstrap) for key in keys},
@@ -190,7 +222,13 @@ class Replay:
             is_demo=np.concatenate([np.full(len(part.valid), part.is_demo) for part in parts]),
             is_success=np.concatenate([part.starts.succeeded for part in parts]),
             tasks=[self._tasks[i] for part in parts for i in part.starts.task.tolist()],
+            ids=np.concatenate([part.ids(part.starts.step) for part in parts]),
+            next_ids=np.concatenate([part.ids(part.bootstrap) for part in parts]),
         )
+
+    def _obs_keys(self, *, pictures: bool) -> list[str]:
+        names = [name for name in self._rows if name.startswith("observation.")]
+        return [name for name in names if pictures or not _is_picture(self._rows[name])]
 
     def _fitting(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The pool's columns of an episode: demonstrations and online episodes meet in one batch."""
@@ -208,7 +246,7 @@ class Replay:
         return {name: columns[name].astype(rows.dtype, copy=False) for name, rows in self._rows.items()}
 
     def _column(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Column:
-        picture = name.startswith("observation.") and dtype == np.uint8 and len(shape) == 3
+        picture = name.startswith("observation.") and _is_picture(np.empty((0, *shape), dtype))
         if picture and self._folder is not None:
             return MappedColumn(shape, dtype, self._folder)
         return MemoryColumn(shape, dtype)
@@ -218,6 +256,10 @@ class Replay:
             self._task_ids[task] = len(self._tasks)
             self._tasks.append(task)
         return self._task_ids[task]
+
+
+def _is_picture(column: np.ndarray) -> bool:
+    return column.dtype == np.uint8 and column.ndim == 4
 
 
 def _folder_of(config: ReplayConfig, folder: Path | None) -> Path | None:
@@ -253,3 +295,7 @@ class _Part:
     returns: np.ndarray
     discount: np.ndarray
     is_demo: bool
+
+    def ids(self, steps: np.ndarray) -> np.ndarray:
+        """[B] ids of a step of each transition's episode."""
+        return steps + self.starts.number + (0 if self.is_demo else ONLINE)

@@ -38,12 +38,15 @@ class Starts:
     Attributes:
         step: [B] the start steps.
         last: [B] the last step of each one's episode.
+        number: [B] what a step's index and its number differ by in each one's episode: steps are numbered in the order
+            in which they entered, and keep their number.
         succeeded: [B] bool: that episode reached success.
         task: [B] number of its task.
     """
 
     step: np.ndarray
     last: np.ndarray
+    number: np.ndarray
     succeeded: np.ndarray
     task: np.ndarray
 
@@ -104,13 +107,22 @@ class EpisodeRing:
         self.num_steps += length
         self._pointer = end
 
-    def sample(self, count: int, rng: np.random.Generator) -> Starts:
-        """`count` start steps, uniform."""
-        return self.starts(rng.integers(self.num_starts, size=count))
+    def sample(self, count: int, rng: np.random.Generator, *, run: int = 1, stride: int = 1) -> Starts:
+        """`count` start steps, each of them uniform; in runs of `run` that lie `stride` apart in one episode.
+
+        Start steps of an episode that lie a multiple of `stride` apart form a circle, and a run is an arc of it: after
+        the last comes the first again. Of the arcs that begin anywhere, equally often, none of the steps is in more.
+        """
+        begin = rng.integers(self.num_starts, size=-(-count // run))
+        return self.starts(begin if run == 1 else self._spans.arcs(begin, run, stride)[:count])
 
     def starts(self, order: np.ndarray) -> Starts:
         """The start steps of these numbers, counted from the oldest episode on."""
         return self._spans.starts(order)
+
+    def steps(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the steps of these numbers, which it holds, and the number of each one's task."""
+        return self._spans.steps(numbers)
 
     def _hold(self, columns: Mapping[str, np.ndarray], steps: int, limit: int | None) -> None:
         wanted = max(steps, self._reserved)
@@ -133,13 +145,13 @@ def bytes_per_step(columns: Mapping[str, np.ndarray]) -> int:
 
 
 class _Spans:
-    """Live episodes, oldest first, in rows head to tail: where each begins, how long it is, how many start steps came
-    before it since the beginning, its success and task."""
+    """Live episodes, oldest first, in rows head to tail: where each begins, how long it is, how many steps and how many
+    start steps came before it since the beginning, its success and task."""
 
     def __init__(self) -> None:
-        self.begin, self.length, self.before = (np.zeros(0, dtype=np.int64) for _ in range(3))
+        self.begin, self.length, self.first, self.before = (np.zeros(0, dtype=np.int64) for _ in range(4))
         self.succeeded, self.task = np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int32)
-        self.head = self.tail = self.total = 0
+        self.head = self.tail = self.total = self.num_steps = 0
 
     @property
     def num_starts(self) -> int:
@@ -149,29 +161,56 @@ class _Spans:
         if self.tail == len(self.begin):
             self._make_room()
         row = self.tail
-        self.begin[row], self.length[row], self.before[row] = begin, length, self.total
+        self.begin[row], self.length[row] = begin, length
+        self.first[row], self.before[row] = self.num_steps, self.total
         self.succeeded[row], self.task[row] = succeeded, task
+        self.num_steps += length
         self.total += num_starts
         self.tail += 1
 
     def starts(self, order: np.ndarray) -> Starts:
         """The start steps of these numbers."""
-        before = self.before[self.head : self.tail]
-        rank = order + before[0]
-        row = np.searchsorted(before, rank, side="right") - 1 + self.head
+        row, within = self._find(order)
         begin = self.begin[row]
         return Starts(
-            step=begin + rank - self.before[row],
+            step=begin + within,
             last=begin + self.length[row] - 1,
+            number=self.first[row] - begin,
             succeeded=self.succeeded[row],
             task=self.task[row],
         )
+
+    def arcs(self, order: np.ndarray, run: int, stride: int) -> np.ndarray:
+        """Numbers of start steps, [len(order) * run]: from each one on, `stride` apart, round the episode's end."""
+        row, within = self._find(order)
+        ends = np.append(self.before[: self.tail], self.total)
+        count = ends[row + 1] - ends[row]
+        phase, place = within % stride, within // stride
+        length = (count - 1 - phase) // stride + 1
+        places = (place[:, None] + np.arange(run)) % length[:, None]
+        return (order - within + phase)[:, None].repeat(run, 1).ravel() + (places * stride).ravel()
+
+    def steps(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the steps of these numbers, and each one's task."""
+        first = self.first[self.head : self.tail]
+        row = np.searchsorted(first, numbers, side="right") - 1 + self.head
+        within = numbers - self.first[row]
+        assert (within >= 0).all(), "a step that is not there any more"
+        assert (within < self.length[row]).all(), "a step that is not there yet"
+        return self.begin[row] + within, self.task[row]
+
+    def _find(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row of each start step's episode, and which of its steps it is."""
+        before = self.before[self.head : self.tail]
+        rank = order + before[0]
+        row = np.searchsorted(before, rank, side="right") - 1 + self.head
+        return row, rank - self.before[row]
 
     def _make_room(self) -> None:
         """Twice as many rows as live ones, which move to the front."""
         live = slice(self.head, self.tail)
         count = self.tail - self.head
-        for name in ("begin", "length", "before", "succeeded", "task"):
+        for name in ("begin", "length", "first", "before", "succeeded", "task"):
             column = getattr(self, name)
             moved = np.zeros(max(64, 2 * count), dtype=column.dtype)
             moved[:count] = column[live]

@@ -52,6 +52,7 @@ CARD = "README.md"
 PLOT = "curve.png"
 MACHINE = (
     *("output_dir", "resume", "num_threads", "trackers", "policy", "dataset.root", "demonstrations.root"),
+    "prefixes.folder",
     *("demonstrations.workers", "interaction.host", "interaction.port", "interaction.certificate", "interaction.key"),
 )
 """Fields of a run's configuration that speak of the machine it ran on, or are told elsewhere (the base)."""

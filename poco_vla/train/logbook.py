@@ -28,6 +28,9 @@ class Logbook:
         progress: how far the run is.
         every: updates per line of metrics.jsonl.
         written: calls what writes something, named by its first argument, until there is room for it.
+
+    Attributes:
+        beside: further figures since its last call that differ from run to run, as rates do.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Logbook:
         self._num_summed = 0
         self._ages = (0, 0)
         self._logged = (time.monotonic(), 0, 0)
+        self.beside: Callable[[], Mapping[str, float]] = dict
 
     def updated(self, stage: Stage, metrics: Mapping[str, Tensor], bar: Bar) -> None:
         """An update was made; `metrics` are scalars on its device, fetched only when a line is due."""
@@ -102,9 +106,11 @@ class Logbook:
         now = self.progress
         if stage != "sft":
             scalars |= self._acting()
-        rates = self._rates()
-        bar.note(_headline(scalars, now.recent) | {name: f"{value:.0f}/s" for name, value in rates.items() if value})
-        tracked = scalars | {f"{name}_per_s": value for name, value in rates.items()}
+        rates, beside = self._rates(), dict(self.beside())
+        shown = {name: f"{value:.0f}/s" for name, value in rates.items() if value}
+        shown |= {"stored": f"{beside['prefix_hits']:.0%}"} if "prefix_hits" in beside else {}
+        bar.note(_headline(scalars, now.recent) | shown)
+        tracked = scalars | {f"{name}_per_s": value for name, value in rates.items()} | beside
         self.accelerator.log({f"{stage}/{name}": value for name, value in tracked.items()}, step=now.update)
         seconds = round(now.elapsed(), 2)
         line = {"stage": stage, "update": now.update, "env_steps": now.env_steps, "seconds": seconds}

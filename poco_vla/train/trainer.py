@@ -24,7 +24,16 @@ from torch import Tensor
 from poco_vla import checkpoint, report
 from poco_vla.algorithm import Plan, Poco, Stage, parts
 from poco_vla.config import DatasetConfig, TrainConfig, to_json, to_scalars
-from poco_vla.data import BatchSource, Episode, Replay, chunk_batch, network_obs, open_dataset, read_episodes
+from poco_vla.data import (
+    BatchSource,
+    Episode,
+    PrefixSource,
+    Replay,
+    chunk_batch,
+    network_obs,
+    open_dataset,
+    read_episodes,
+)
 from poco_vla.data.dataset import info_of
 from poco_vla.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UnknownNameError
 from poco_vla.evaluate import SuccessRate, evaluate
@@ -47,6 +56,7 @@ from poco_vla.train.logbook import Logbook
 from poco_vla.train.memory import Budget
 from poco_vla.train.progress import Progress
 from poco_vla.train.sharing import Sharing, shared
+from poco_vla.train.storing import open_prefixes
 from poco_vla.types import ChunkBatch, Metrics
 
 logger = logging.getLogger(__name__)
@@ -140,6 +150,7 @@ class Trainer:
         self._stop = False
         self._idle = False
         self._saved = 0
+        self.prefixes: PrefixSource | None = None
 
         self._open_data()
         self._build()
@@ -178,7 +189,7 @@ class Trainer:
             stack.callback(self._lock.release)
             if self.config.trackers:
                 stack.callback(self.accelerator.end_training)
-            for part in (self._eval_envs, self.interaction):
+            for part in (self._eval_envs, self.interaction, self.prefixes):
                 if part is not None:
                     stack.callback(part.close)
 
@@ -421,8 +432,17 @@ class Trainer:
         late = late and self.accelerator.device.type == "cuda"
         self.finite = FiniteWatch(self.optimizer.optimizer, self._processes, late=late)
         self.budget = Budget(config, self.poco, self.optimizer, self.accelerator, self._rehearse_update)
+        self.prefixes = open_prefixes(config, self.policy, self.replay, demos, self.accelerator, self.display.say)
+        if self.prefixes is not None:
+            self.logbook.beside = self.prefixes.rates
         self.batches = BatchSource(
-            self.replay, self.policy, config.optim.batch_size, seed=config.seed, rank=rank, world_size=world_size
+            self.replay,
+            self.policy,
+            config.optim.batch_size,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+            prefixes=self.prefixes,
         )
         critic = self.poco.target_critic if config.best_of_n > 1 else None
         self.actor = Actor(
@@ -617,6 +637,7 @@ class Trainer:
             },
             "versions": _versions(),
             "device": self.accelerator.device.type,
+            "prefixes": self.prefixes.figures() if self.prefixes is not None else {"on": False},
             "policy": "policy",
             "lerobot_arguments": [*self.policy.lerobot_arguments, *_where_lerobot_finds(self.env_config)],
             "demonstrations": {"steps": self.replay.num_demo_steps, "repo_id": self.dataset_config.repo_id},

@@ -494,6 +494,8 @@ def transitions(seed=0, size=3, steps=16):
         is_demo=np.ones(size, bool),
         is_success=np.zeros(size, bool),
         tasks=["pick up the pen"] * size,
+        ids=np.arange(size),
+        next_ids=np.arange(size) + 1,
     )
 
 

@@ -400,7 +400,7 @@ def simulator_seconds(config: TrainConfig, steps: int) -> float:
 
 def fill_pool(trainer: Trainer) -> None:
     """Start the workers and play until the pool holds an online episode, from which on the learner has work."""
-    interaction = trainer.interaction = trainer.acting.begin(0)
+    interaction = trainer.interaction = trainer.acting.begin(0, 0)
     while trainer.replay.num_online_steps == 0:
         interaction.act(best_of_n=1, until=float("inf"))
         trainer.replay.extend(interaction.receive(wait=True).episodes, is_demo=False)

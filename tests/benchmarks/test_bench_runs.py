@@ -14,6 +14,7 @@ from poco_vla import Poco, PocoConfig
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_groot
 import bench_pi05
+import bench_prefixes
 import bench_startup
 import measure
 from measure import Size
@@ -238,6 +239,21 @@ def test_groot_at_full_size_costs_what_its_specification_says():
         over_naive, over_cached = bench_groot.SPECIFIED[row["views"]]
         assert row["x naive"] == pytest.approx(over_naive, rel=0.02)
         assert row["x cached"] == pytest.approx(over_cached, rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_prefix_store_is_measured_against_none_and_against_plain_copies(capsys):
+    figures = bench_prefixes.main(["--quick", "--threads=1"])
+    assert set(figures) == {"update", "bytes", "fp8", "sharing"}
+    assert all(row["ms"] > 0 for row in figures["update"])
+    sizes = {row["what"]: row["MB a state"] for row in figures["bytes"]}
+    # 18 layers, keys and values of 256 numbers of 2 bytes; features of 2,048 numbers of 4.
+    assert sizes["pi0.5, 572 tokens (from shapes)"] == pytest.approx((18 * 2 * 572 * 256 * 2 + 2048 * 4) / 1e6)
+    assert max(row["fp8, mean change"] for row in figures["fp8"]) < 0.1
+    shares = [row["x one by one"] for row in figures["sharing"]]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] < 0.6
+    assert "Gradients of one update" in capsys.readouterr().out
 
 
 def test_stages_leave_out_what_is_inside_them():

@@ -56,6 +56,12 @@ class FlowMlp(FlowPolicy):
         with torch.no_grad():
             return MlpPrefix(self.model.features(dict(obs)))
 
+    def pack(self, prefix: Any) -> list[dict[str, Tensor]]:
+        return [{"features": features} for features in prefix.features]
+
+    def unpack(self, states: Sequence[Mapping[str, Tensor]]) -> MlpPrefix:
+        return MlpPrefix(torch.stack([state["features"] for state in states]))
+
     def velocity(self, prefix: Any, x: Tensor, t: Tensor) -> Tensor:
         return self.model.velocity(prefix.features, x, t)
 

@@ -20,6 +20,7 @@ from lerobot_policy_groot_n1d6 import weights
 from lerobot_policy_groot_n1d6.configuration_groot_n1d6 import GrootN1d6Config
 from lerobot_policy_groot_n1d6.model import (
     GrootSizes,
+    Group,
     HeadSizes,
     Memory,
     Tokens,
@@ -36,6 +37,8 @@ from lerobot_policy_groot_n1d6.processing.steps import (
     PIXEL_VALUES,
     STATE,
     EncodeStep,
+    ImageStep,
+    PromptStep,
 )
 from lerobot_policy_groot_n1d6.processor_groot_n1d6 import make_groot_n1d6_pre_post_processors
 from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, heads, inject_lora, merge_lora, whole_folder
@@ -140,17 +143,47 @@ class GrootN1d6Adapter(FlowPolicy):
         """The vision-language model, once per state."""
         with torch.no_grad(), torch.autocast(self.policy.device.type, enabled=False):
             encoded = self.policy.encode(obs)
-            tokens = sort_tokens(*encoded)
             state = obs[STATE].to(self.policy.device)
             valid = encoded.mask[..., None]
             pooled = (encoded.features.float() * valid).sum(dim=1) / valid.sum(dim=1)
-            return GrootPrefix(
-                features=torch.cat([pooled, state[:, 0, : self.state_dim].float()], dim=-1),
-                tokens=tokens,
-                memories=self.head.cross_kv(tokens, compute=self.policy.compute),
-                state_token=self.head.state_tokens(state, self.embodiment.slot, compute=self.policy.compute),
-                state=state,
-            )
+            features = torch.cat([pooled, state[:, 0, : self.state_dim].float()], dim=-1)
+            return self._prefix(features, sort_tokens(*encoded), state)
+
+    def _prefix(self, features: Tensor, tokens: Tokens, state: Tensor) -> GrootPrefix:
+        """What the head makes of it is under the weights of now."""
+        return GrootPrefix(
+            features=features,
+            tokens=tokens,
+            memories=self.head.cross_kv(tokens, compute=self.policy.compute),
+            state_token=self.head.state_tokens(state, self.embodiment.slot, compute=self.policy.compute),
+            state=state,
+        )
+
+    @property
+    def can_pack(self) -> bool:
+        """Not where training sees augmented pictures."""
+        return not any(step.augment for step in self._steps if isinstance(step, ImageStep))
+
+    @property
+    def _steps(self) -> Sequence[Any]:
+        return self.preprocess.steps  # pyright: ignore
+
+    def pack(self, prefix: Any) -> list[dict[str, Tensor]]:
+        """Features, tokens and state; no keys and values, whose weights train."""
+        kinds = prefix.tokens.text.split(), prefix.tokens.image.split()
+        columns = zip(prefix.features, *kinds, prefix.state[:, 0], strict=True)
+        return [dict(zip(("features", "text", "image", "state"), column, strict=True)) for column in columns]
+
+    def unpack(self, states: Sequence[Mapping[str, Tensor]]) -> GrootPrefix:
+        tokens = Tokens(*(Group.join([state[kind] for state in states]) for kind in ("text", "image")))
+        features, state = (torch.stack([state[name] for state in states]) for name in ("features", "state"))
+        with torch.no_grad(), torch.autocast(self.policy.device.type, enabled=False):
+            return self._prefix(features, tokens, state[:, None])
+
+    def preprocess_actions(self, batch: dict[str, Any]) -> Tensor:
+        """The pre-processor without its steps for pictures and prompts, of which actions know nothing."""
+        steps = [step for step in self._steps if not isinstance(step, ImageStep | PromptStep)]
+        return replace(self.preprocess, steps=steps)(batch)[ACTION]  # pyright: ignore[reportArgumentType]
 
     def velocity(self, prefix: Any, x: Tensor, t: Tensor) -> Tensor:
         compute, slot = self.policy.compute, self.embodiment.slot

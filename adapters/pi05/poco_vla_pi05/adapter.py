@@ -148,6 +148,18 @@ class Pi05(FlowPolicy):
         with torch.autocast(self._device.type, enabled=False):  # the dtypes are chosen here, for training and acting
             return encode(self.policy, obs)
 
+    def pack(self, prefix: Any) -> list[dict[str, Tensor]]:
+        return prefix.pack()
+
+    def unpack(self, states: Sequence[Mapping[str, Tensor]]) -> Pi05Prefix:
+        return Pi05Prefix.unpack(states)
+
+    def preprocess_actions(self, batch: dict[str, Any]) -> Tensor:
+        """LeRobot's pre-processor, which reads no pictures."""
+        if self.preprocessor is None:
+            raise PolicyError(NO_PROCESSORS)
+        return self.preprocessor(batch)[ACTION]
+
     def velocity(self, prefix: Any, x: Tensor, t: Tensor) -> Tensor:
         # A time that is expanded from one number, as `integrate` gives it, stays so.
         time = (1 - t[:1, :1]).expand_as(t) if t.stride() == (0, 0) else 1 - t

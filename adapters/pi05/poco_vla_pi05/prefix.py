@@ -1,6 +1,6 @@
 """What of pi0.5 does not depend on the noisy action: images, instruction and state through SigLIP and the VLM, once."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -41,6 +41,35 @@ class Pi05Prefix:
         mask = None if self.mask is None else change(self.mask)
         keys, values = (tuple(map(change, column)) for column in (self.keys, self.values))
         return type(self)(change(self.features), keys, values, change(self.lengths), mask)
+
+    def pack(self) -> list[dict[str, Tensor]]:
+        """Each state by itself: `features` [D], and `kv` [layers, 2, valid tokens, head width]."""
+        kv = torch.stack([torch.stack(pair) for pair in zip(self.keys, self.values, strict=True)])
+        return [
+            {"features": features, "kv": kv[:, :, row, :length]}
+            for row, (features, length) in enumerate(zip(self.features, self.lengths.tolist(), strict=True))
+        ]
+
+    @classmethod
+    def unpack(cls, states: Sequence[Mapping[str, Tensor]]) -> Self:
+        """Any states together again, padded with zeros to the longest."""
+        lengths = [state["kv"].shape[2] for state in states]
+        layers, _, _, width = states[0]["kv"].shape
+        same = min(lengths) == max(lengths)
+        make = torch.empty if same else torch.zeros
+        kv = make(
+            layers, 2, len(states), max(lengths), width, dtype=states[0]["kv"].dtype, device=states[0]["kv"].device
+        )
+        for row, state in enumerate(states):
+            kv[:, :, row, : lengths[row]] = state["kv"]
+        on_device = torch.tensor(lengths, device=kv.device)
+        return cls(
+            features=torch.stack([state["features"] for state in states]),
+            keys=tuple(kv[:, 0]),
+            values=tuple(kv[:, 1]),
+            lengths=on_device,
+            mask=None if same else torch.arange(max(lengths), device=kv.device) < on_device[:, None],
+        )
 
 
 @torch.no_grad()

@@ -129,6 +129,16 @@ class SmolVla(FlowPolicy):
         with torch.autocast(self._device.type, enabled=False):  # acting and training are one function
             return network.encode(self.policy, obs)
 
+    def pack(self, prefix: Any) -> list[dict[str, Tensor]]:
+        return prefix.pack()
+
+    def unpack(self, states: Sequence[Mapping[str, Tensor]]) -> SmolVlaPrefix:
+        return SmolVlaPrefix.unpack(states)
+
+    def preprocess_actions(self, batch: dict[str, Any]) -> Tensor:
+        """LeRobot's pre-processor, which reads no pictures."""
+        return self.preprocessor(batch)[ACTION]
+
     def velocity(self, prefix: Any, x: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(self._device.type, enabled=False):
             return -network.velocity(self.policy.model, prefix, x, 1 - t)

@@ -7,7 +7,7 @@ Shapes beside the library's legend: P prefix tokens, C expert width, G key heads
 width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -47,6 +47,28 @@ class SmolVlaPrefix:
     def _each(self, change: Any) -> Self:
         keys, values = (tuple(map(change, column)) for column in (self.keys, self.values))
         return type(self)(change(self.features), keys, values, change(self.mask))
+
+    def pack(self) -> list[dict[str, Tensor]]:
+        """Each state by itself: `features` [D], and `kv` [layers, 2, G, valid tokens, D]."""
+        kv = torch.stack([torch.stack(pair) for pair in zip(self.keys, self.values, strict=True)])
+        rows = enumerate(zip(self.features, self.mask, strict=True))
+        return [{"features": features, "kv": kv[:, :, row, :, mask]} for row, (features, mask) in rows]
+
+    @classmethod
+    def unpack(cls, states: Sequence[Mapping[str, Tensor]]) -> Self:
+        """Any states together again, each one's tokens from the first place on: attention does not mind, the keys are
+        rotated already, and the chunk's positions count valid tokens alone."""
+        lengths = [state["kv"].shape[3] for state in states]
+        layers, _, groups, _, width = states[0]["kv"].shape
+        kv = states[0]["kv"].new_zeros(layers, 2, len(states), groups, max(lengths), width)
+        for row, state in enumerate(states):
+            kv[:, :, row, :, : lengths[row]] = state["kv"]
+        return cls(
+            features=torch.stack([state["features"] for state in states]),
+            keys=tuple(kv[:, 0]),
+            values=tuple(kv[:, 1]),
+            mask=torch.arange(max(lengths), device=kv.device) < torch.tensor(lengths, device=kv.device)[:, None],
+        )
 
 
 def inputs(policy: SmolVLAPolicy, obs: Mapping[str, Any]) -> tuple[Any, ...]:

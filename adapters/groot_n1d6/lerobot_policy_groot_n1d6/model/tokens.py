@@ -3,7 +3,7 @@
 Shapes: B states, S tokens of the longest prompt, L tokens of one kind in the state that has most, C width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -32,6 +32,25 @@ class Group:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(change(self.tokens), None if self.mask is None else change(self.mask))
+
+    def split(self) -> list[Float[Tensor, "L C"]]:
+        """Each state's tokens, without padding."""
+        if self.mask is None:
+            return list(self.tokens)
+        return [tokens[:count] for tokens, count in zip(self.tokens, self.mask.sum(dim=1).tolist(), strict=True)]
+
+    @classmethod
+    def join(cls, states: Sequence[Float[Tensor, "_ C"]]) -> Self:
+        """Any states' tokens, padded with zeros to the longest."""
+        counts = [len(tokens) for tokens in states]
+        longest = max(1, *counts)  # attention needs one key, if only a masked one
+        joined = states[0].new_zeros(len(states), longest, states[0].shape[-1])
+        for row, tokens in enumerate(states):
+            joined[row, : counts[row]] = tokens
+        if min(counts) == longest:
+            return cls(joined, None)
+        lengths = torch.tensor(counts, device=joined.device)[:, None]
+        return cls(joined, torch.arange(longest, device=joined.device) < lengths)
 
 
 @dataclass(frozen=True)

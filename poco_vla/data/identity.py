@@ -1,0 +1,129 @@
+"""What a stored prefix depends on, in one digest: where any of it is another, so is the folder."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from poco_vla.data.batches import network_obs
+from poco_vla.data.episode import Episode
+from poco_vla.policy import FlowPolicy
+
+FORMAT = 1
+"""Of the files; goes up when they change."""
+PROBES = 64
+"""Observations of the demonstrations whose processed form is part of the digest, beside one of each instruction."""
+
+
+def identity(policy: FlowPolicy, demos: Sequence[Episode], **settings: Any) -> dict[str, Any]:
+    """What a stored prefix of these demonstrations is of.
+
+    Content counts, not names: every byte of the observations and of the frozen weights, the pre-processor's
+    configuration and statistics, and what it makes of some observations, which depends on its code and tokenizer, too.
+
+    Args:
+        policy: whose prefixes.
+        demos: as they are in the pool; ids count their steps.
+        settings: whatever else settles what an entry holds.
+    """
+    kind = type(policy)
+    return {
+        "format": FORMAT,
+        "policy": f"{kind.__module__}.{kind.__qualname__}",
+        "base": policy.base_version,
+        "frozen": _of_frozen(policy),
+        "processors": _of_processors(policy),
+        "processed": _of_processed(policy, demos),
+        "demonstrations": _of_episodes(demos),
+        "steps": sum(map(len, demos)),
+        "versions": _versions(),
+        **settings,
+    }
+
+
+def digest_of(about: Mapping[str, Any]) -> str:
+    """Name of the folder for an identity."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def shelf_folder(root: Path, about: Mapping[str, Any]) -> Path:
+    """The folder of an identity below `root`; what it is of lies in it, to be read by people."""
+    folder = root / digest_of(about)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "about.json"
+    if not file.exists():
+        file.write_text(json.dumps(about, indent=2, default=str) + "\n")
+    return folder
+
+
+def _of_frozen(policy: FlowPolicy) -> str:
+    """All that does not train: parameters, buffers."""
+    named = {name: p for name, p in policy.named_parameters() if not p.requires_grad} | dict(policy.named_buffers())
+    return _hashed(part for name in sorted(named) for part in (name, named[name]))
+
+
+def _of_processors(policy: FlowPolicy) -> str:
+    """Configuration and state of each step, of pipelines that have steps."""
+    pipeline = getattr(policy, "preprocessor", None) or policy.preprocess
+    parts: list[Any] = []
+    for step in getattr(pipeline, "steps", ()):
+        parts += [type(step).__name__, json.dumps(step.get_config(), sort_keys=True, default=str)]
+        state = step.state_dict()
+        parts += [part for name in sorted(state) for part in (name, state[name])]
+    return _hashed(parts)
+
+
+def _of_processed(policy: FlowPolicy, demos: Sequence[Episode]) -> str:
+    """Observations as the network gets them: some, and one of each instruction."""
+    ends = np.cumsum([len(episode) for episode in demos])
+    chosen = {int(step) for step in np.linspace(0, ends[-1] - 1, PROBES)}
+    firsts = {episode.task: int(end) - len(episode) for episode, end in zip(demos, ends, strict=True)}
+    parts: list[Any] = []
+    for step in sorted(chosen | set(firsts.values())):
+        number = int(np.searchsorted(ends, step, side="right"))
+        episode, row = demos[number], step - int(ends[number]) + len(demos[number])
+        obs = {key: column[row : row + 1].copy() for key, column in episode.obs.items()}
+        processed = network_obs(policy, obs, [episode.task])
+        parts += [part for name in sorted(processed) for part in (name, processed[name])]
+    return _hashed(parts)
+
+
+def _of_episodes(demos: Sequence[Episode]) -> str:
+    return _hashed(
+        part
+        for episode in demos
+        for part in (episode.task, *(x for key in sorted(episode.obs) for x in (key, episode.obs[key])))
+    )
+
+
+def _hashed(parts: Iterable[Any]) -> str:
+    """SHA-256 of texts, arrays and tensors, their kinds and shapes included."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        elif isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+        else:
+            text = str(part).encode()
+            digest.update(f"{len(text)}:".encode() + text)
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    """Of what computes a prefix."""
+    found = {}
+    for name in ("poco-vla", "torch", "transformers", "lerobot"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,88 @@
+"""Which prefix store a run has, from its configuration."""
+
+from collections.abc import Callable, Sequence
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from poco_vla.config import TrainConfig
+from poco_vla.data import Episode, PrefixSource, PrefixStore, Replay
+from poco_vla.data.identity import identity, shelf_folder
+from poco_vla.data.prefixes import Demand
+from poco_vla.errors import ConfigError
+from poco_vla.policy import FlowPolicy
+
+FOLDER = "prefixes"
+"""Of a run's folder."""
+
+
+def open_prefixes(
+    config: TrainConfig,
+    policy: FlowPolicy,
+    replay: Replay,
+    demos: Sequence[Episode],
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> PrefixSource | None:
+    """What gives a run's batches their prefixes; None where the policy is to encode each batch as it comes.
+
+    Raises:
+        ConfigError: a store is asked for that cannot be.
+    """
+    settings, shares = config.prefixes, config.replay.consecutive > 1
+    if settings.mode == "off" and not shares:
+        return None
+    if reason := _unfit(policy, accelerator):
+        if settings.mode == "on":
+            raise ConfigError(f'prefixes.mode is "on", but {reason}. Leave it at "auto", or set it to "off".')
+        return None
+    if settings.mode != "on" and all(p.requires_grad for p in policy.parameters()):
+        return None  # nothing is frozen: what encodes is next to nothing
+    store, demand = None, None
+    if settings.mode != "off":
+        folder = None
+        if settings.disk_bytes:
+            settled = {
+                "dtype": settings.dtype,
+                "mixed_precision": config.mixed_precision,
+                "device": accelerator.device.type,
+            }
+            about = identity(policy, demos, **settled)
+            folder = shelf_folder(settings.folder or config.output_dir / FOLDER, about)
+        store = PrefixStore(settings, accelerator.device, folder)
+        if folder is not None and store.num_kept:
+            say(f"prefix store: {store.num_kept:,} prefixes of earlier runs in {folder}")
+    if settings.mode == "auto":
+        demand = _demand(config, replay, accelerator)
+    return PrefixSource(
+        policy,
+        replay,
+        store,
+        demand=demand,
+        shares=shares,
+        dtype=settings.dtype,
+        autocast=lambda: accelerator.autocast(),
+        say=say,
+    )
+
+
+def _unfit(policy: FlowPolicy, accelerator: Accelerator) -> str:
+    """Why there can be no store, in words."""
+    if not policy.can_pack:
+        return f"{type(policy).__name__} has no `pack` and `unpack`, or augments its pictures"
+    if accelerator.distributed_type is DistributedType.FSDP:
+        return "under FSDP the frozen part is whole only inside an update"
+    return ""
+
+
+def _demand(config: TrainConfig, replay: Replay, accelerator: Accelerator) -> Demand:
+    """Of one process. Each of them sees every state sooner or later."""
+    rows = config.optim.batch_size // accelerator.num_processes
+    online = int(config.online_steps * config.updates_per_step)
+    settings, on_gpu = config.prefixes, accelerator.device.type == "cuda"
+    return Demand(
+        states=replay.num_demo_steps + min(config.online_steps, config.replay.capacity),
+        draws=rows * (config.sft_steps + 2 * online),
+        memory=settings.ram_bytes + (settings.device_bytes if on_gpu else 0),
+        disk=settings.disk_bytes,
+    )

@@ -1,0 +1,237 @@
+"""Runs with a prefix store are the runs without: same losses, same episodes, same weights."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot_policy_flow_mlp.adapter import FlowMlp
+from poco_vla_pi05.adapter import Pi05
+from pointmass_run import small
+
+from poco_vla.config import DatasetConfig, OptimConfig, PocoConfig, PrefixConfig, TrainConfig
+from poco_vla.errors import CheckpointError, ConfigError
+from poco_vla.train import Interrupted, Trainer, train
+
+HERE = Path(__file__).parent
+ON = PrefixConfig(mode="on")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("demonstrations")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def outcome(run):
+    """What a run computed, without what a clock says."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "metrics": [{name: value for name, value in line.items() if name != "seconds"} for line in lines],
+        "episodes": (run / "episodes.jsonl").read_text(),
+        "policy": (run / "policy" / "model.safetensors").read_bytes(),
+    }
+
+
+def figures(run):
+    return json.loads((run / "result.json").read_text())["prefixes"]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, data):
+    run = tmp_path_factory.mktemp("plain") / "run"
+    train(small(run, data))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert figures(run) == {"on": False}, "an MLP over states has nothing frozen"
+    return outcome(run)
+
+
+@pytest.mark.parametrize("kept", ["ram", "disk", "a little of both"])
+def test_a_run_with_a_store_is_the_run_without_bit_for_bit(tmp_path, data, plain, kept):
+    """An MLP's prefix does not depend on batch mates. 40 updates of SFT and 60 online, 4 steps a round."""
+    budgets = {
+        "ram": {"ram_bytes": 10**6},
+        "disk": {"ram_bytes": 0, "disk_bytes": 10**6},
+        "a little of both": {"ram_bytes": 1000, "disk_bytes": 20_000},
+    }[kept]
+    run = tmp_path / "run"
+    train(small(run, data, prefixes=replace(ON, **budgets)))
+    assert outcome(run) == plain
+    found = figures(run)
+    assert found["on"]
+    assert 0 < found["hit_rate"] < 1
+    assert found["bytes"]["ram"] <= budgets["ram_bytes"]
+    assert found["bytes"]["disk"] <= budgets.get("disk_bytes", 0)
+    assert found["loads"]["from_disk"] > 0 or kept == "ram"
+
+
+def test_a_second_run_finds_the_demonstrations_prefixes(tmp_path, data, plain):
+    shared = replace(ON, ram_bytes=0, disk_bytes=10**7, folder=tmp_path / "prefixes")
+    encoded = []
+    for number in range(2):
+        run = tmp_path / f"run_{number}"
+        train(small(run, data, prefixes=shared, online_steps=0))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        encoded.append(figures(run)["encoded"])
+    assert encoded[0] > 100
+    assert encoded[1] < encoded[0] / 4, "states that the first run never drew"
+    assert len(list((tmp_path / "prefixes").iterdir())) == 1
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_run_that_is_interrupted_resumes_bit_for_bit(tmp_path, data, plain):
+    """Interrupted in SFT and online, each time with a batch drawn ahead: what was drawn ahead is drawn again."""
+    config = small(tmp_path / "run", data, prefixes=ON)
+    for update in (17, 63):
+        trainer = Trainer(config)
+        after = trainer._after_update
+
+        def stop(trainer=trainer, after=after, update=update):
+            trainer._stop = trainer._stop or trainer.progress.update >= update
+            after()
+
+        trainer._after_update = stop
+        try:
+            with pytest.raises(Interrupted):
+                trainer.run()
+        finally:
+            trainer.close()
+        config = replace(config, resume=True)
+    train(config)
+    assert outcome(config.output_dir) == plain
+
+
+def test_budgets_may_change_at_a_resume_and_eight_bit_prefixes_may_not(tmp_path, data):
+    config = small(tmp_path / "run", data, prefixes=ON)
+    train(config)
+    train(replace(config, resume=True, prefixes=replace(ON, mode="off", ram_bytes=10, disk_bytes=10**6)))
+    with pytest.raises(CheckpointError, match=r"prefixes\.dtype"):
+        train(replace(config, resume=True, prefixes=replace(ON, dtype="fp8")))
+
+
+def test_consecutive_transitions_train_and_are_part_of_the_configuration(tmp_path, data, plain):
+    config = small(tmp_path / "run", data)
+    train(replace(config, replay=replace(config.replay, consecutive=4)))
+    found = outcome(config.output_dir)
+    assert len(found["metrics"]) == len(plain["metrics"])
+    assert found["metrics"] != plain["metrics"]
+    assert all(abs(line["bc_loss"]) < 10 for line in found["metrics"] if "bc_loss" in line)
+
+
+def test_a_policy_that_cannot_say_how_a_prefix_is_stored_is_refused_only_where_a_store_is_asked_for(
+    tmp_path, data, monkeypatch
+):
+    monkeypatch.setattr(FlowMlp, "can_pack", property(lambda self: False))
+    with pytest.raises(ConfigError, match="has no `pack` and `unpack`"):
+        train(small(tmp_path / "on", data, prefixes=ON))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(small(tmp_path / "auto", data, online_steps=0))
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_store_each_give_the_losses_of_two_without(tmp_path, data):
+    """Over gloo, each with its rows: the same losses, and a shelf of each."""
+    found = {}
+    for mode in ("off", "on"):
+        run = tmp_path / mode
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        launch += [
+            "--num_machines",
+            "1",
+            "--main_process_port",
+            "0",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+        ]
+        options = ["--output-dir", run, "--demonstrations.root", data, "--prefixes.mode", mode]
+        options += ["--prefixes.disk-bytes", "10000000", "--prefixes.folder", tmp_path / "prefixes"]
+        done = subprocess.run(
+            [str(word) for word in (*launch, HERE / "pointmass_run.py", *options)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[mode] = outcome(run)
+    assert found["on"] == found["off"]
+    assert figures(tmp_path / "on")["hits"] > 0
+    (shelf,) = (tmp_path / "prefixes").iterdir()
+    assert sorted(path.name for path in shelf.glob("*.data")) == ["0.data", "1.data"]
+    assert all(path.stat().st_size > 1000 for path in shelf.glob("*.data"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A LeRobot dataset with two cameras, and a tiny pi0.5 to train on it."""
+    folder = tmp_path_factory.mktemp("pictures")
+    cameras = {f"observation.images.{name}": (64, 64, 3) for name in ("front", "wrist")}
+    names = ["height", "width", "channel"]
+    features = {key: {"dtype": "image", "shape": shape, "names": names} for key, shape in cameras.items()}
+    for key, size in (("observation.state", 6), ("action", 4)):
+        features[key] = {"dtype": "float32", "shape": (size,), "names": [f"{key}{i}" for i in range(size)]}
+    rng = np.random.default_rng(0)
+    dataset = LeRobotDataset.create("local/pictures", fps=10, features=features, root=folder / "data", use_videos=False)
+    for _ in range(3):
+        for _ in range(12):
+            frame = {key: rng.integers(0, 256, shape).astype(np.uint8) for key, shape in cameras.items()}
+            frame |= {"observation.state": rng.normal(size=6).astype(np.float32)}
+            dataset.add_frame(frame | {"action": rng.normal(size=4).astype(np.float32), "task": "pick up the pen"})
+        dataset.save_episode()
+    dataset.finalize()
+    Pi05.tiny().save_pretrained(folder / "base")
+    return folder
+
+
+def test_a_vlas_losses_do_not_depend_on_a_store(tmp_path, pictures):
+    """pi0.5's real parts, small, through the trainer's own updates, cold and warm: equal to float32 rounding, which
+    Adam makes larger with every step."""
+    logged = {}
+    for mode in ("off", "on"):
+        trainer = Trainer(
+            TrainConfig(
+                adapter="pi05",
+                policy=str(pictures / "base"),
+                statistics="dataset",
+                dataset=DatasetConfig(repo_id="local/pictures", root=pictures / "data"),
+                horizon=4,
+                poco=PocoConfig(num_candidates=3, critic_hidden=(16,)),
+                optim=OptimConfig(batch_size=8),
+                prefixes=PrefixConfig(mode=mode),
+                online_steps=0,
+                log_every=1,
+                num_threads=1,
+                output_dir=tmp_path / mode,
+            )
+        )
+        trainer.progress.env_steps = 1  # the log divides by it
+        try:
+            with trainer.display.stage("updates", 8) as bar:
+                for stage in ("sft",) * 4 + ("online",) * 4:
+                    trainer._update(stage, bar)
+            assert (trainer.prefixes is not None) == (mode == "on")
+            if trainer.prefixes is not None:
+                assert trainer.prefixes.hits > 20
+        finally:
+            trainer.close()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        logged[mode] = [json.loads(line) for line in (tmp_path / mode / "metrics.jsonl").read_text().splitlines()]
+    assert len(logged["on"]) == 8
+    for a, b in zip(logged["off"], logged["on"], strict=True):
+        assert a.keys() == b.keys()
+        assert a["stage"] == b["stage"]
+        for name in a.keys() - {"stage", "seconds"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-4), name
