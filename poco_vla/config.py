@@ -230,8 +230,9 @@ class PrefixConfig:
     """The store of prefixes: the frozen part of a policy sees a state once, what it made of it is kept (ours)."""
 
     mode: Literal["off", "auto", "on"] = "auto"
-    """"auto" measures in the first updates whether it pays, and says so. Which states are encoded together then depends
-    on what was found: a VLA's results repeat but for rounding, and bit for bit with "off" alone."""
+    """"auto" measures in the first updates whether it pays, and says so; it stays off where acting is in step with
+    learning, which repeats bit for bit: which states are encoded together depends on what was found, so that with a
+    store a VLA's results repeat but for rounding."""
     device_bytes: int = 0
     """Most bytes of the accelerator's memory, of each process; they are not part of `memory`."""
     ram_bytes: int = 4 * 1024**3

@@ -132,7 +132,7 @@ class BackgroundInteraction(Interaction):
         patience: seconds that `receive` waits.
     """
 
-    def __init__(self, recorder: EpisodeRecorder | None, *, taken: float = 0, patience: float = 0.5) -> None:
+    def __init__(self, recorder: EpisodeRecorder | None, *, taken: int | float = 0, patience: float = 0.5) -> None:
         self.recorder = recorder
         self._taken, self._patience = taken, patience
         self._until, self._best_of_n = 0.0, 1

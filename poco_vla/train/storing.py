@@ -30,7 +30,8 @@ def open_prefixes(
         ConfigError: a store is asked for that cannot be.
     """
     settings, shares = config.prefixes, config.replay.consecutive > 1
-    if settings.mode == "off" and not shares:
+    off = settings.mode == "off" or (settings.mode == "auto" and config.interaction.mode == "synchronous")
+    if off and not shares:
         return None
     if reason := _unfit(policy, accelerator):
         if settings.mode == "on":
@@ -39,7 +40,7 @@ def open_prefixes(
     if settings.mode != "on" and all(p.requires_grad for p in policy.parameters()):
         return None  # nothing is frozen: what encodes is next to nothing
     store, demand = None, None
-    if settings.mode != "off":
+    if not off:
         folder = None
         if settings.disk_bytes:
             settled = {
@@ -52,7 +53,7 @@ def open_prefixes(
         store = PrefixStore(settings, accelerator.device, folder)
         if folder is not None and store.num_kept:
             say(f"prefix store: {store.num_kept:,} prefixes of earlier runs in {folder}")
-    if settings.mode == "auto":
+    if settings.mode == "auto" and not off:
         demand = _demand(config, replay, accelerator)
     return PrefixSource(
         policy,
