@@ -23,13 +23,14 @@ sys.path.append(str(Path(__file__).parents[1]))
 from pointmass_run import small
 
 from poco_vla import load_adapter
-from poco_vla.config import InteractionConfig
+from poco_vla.config import InteractionConfig, TrainConfig
 from poco_vla.critic import ChunkCritic
 from poco_vla.errors import ConfigError, PocoError
 from poco_vla.rollout import Actor, EnvPool, EpisodeRecorder, cluster
 from poco_vla.rollout.actor import Weights
 from poco_vla.rollout.cluster import ClusterInteraction
 from poco_vla.train import Trainer
+from poco_vla.train.acting import Acting
 
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # read at import: the loopback interface alone
 pytest.importorskip("ray")
@@ -204,12 +205,12 @@ def test_a_worker_that_dies_again_and_again_ends_in_an_error(acting, monkeypatch
     interaction.close()
 
 
-def test_without_ray_or_with_another_kind_of_address_words_say_what_to_do(monkeypatch, tmp_path):
-    config = small(tmp_path / "run", tmp_path / "data", interaction=InteractionConfig(mode="ray"))
+def test_without_ray_or_with_another_kind_of_address_words_say_what_to_do(monkeypatch):
     monkeypatch.setattr("poco_vla.train.acting.find_spec", lambda name: None)
+    parts = object.__new__(Acting)  # what is looked at when a run is put together
+    object.__setattr__(parts, "config", TrainConfig(online_steps=0, interaction=InteractionConfig(mode="ray")))
     with pytest.raises(ConfigError, match=r'pip install "poco-vla\[ray\]"'):
-        Trainer(config)
-    AcceleratorState._reset_state(reset_partial_state=True)
+        parts.__post_init__()
     with pytest.raises(ConfigError, match="has no object store"):
         InteractionConfig(mode="ray", address="ray://head:10001")
     for changes in ({"workers": 0}, {"worker_cpus": 0.0}, {"worker_gpus": -1.0}):
