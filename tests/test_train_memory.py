@@ -135,11 +135,12 @@ def test_peak_of_tensors_by_hand():
 # -- losses that are not finite, seen late ----------------------------------------------------------------------------
 
 
-def steps(losses, *, late):
-    """A weight that Adam moves by 0.1 per step, and the watch over these losses; the weight, and what was raised."""
+def steps(losses, *, late, processes=1):
+    """A weight that Adam moves by 0.1 per step, and the watch over these losses, which are those of every process; the
+    weight, and what was raised."""
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
-    watch = FiniteWatch(optimizer, lambda flag: flag, late=late)
+    watch = FiniteWatch(optimizer, lambda flag: processes * flag, late=late)
     values = []
     try:
         for i, loss in enumerate(losses):
@@ -166,10 +167,11 @@ def test_a_loss_that_is_not_finite_stops_before_its_step():
     assert error == "update 1"
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_seen_late_it_still_changes_nothing_nor_does_the_update_after_it(bad):
+def test_seen_late_it_still_changes_nothing_nor_does_the_update_after_it(bad, processes):
     """The update after it is under way when the host looks; the one that was not finite is the one that is told."""
-    values, error = steps([1.0, bad, 3.0, 4.0], late=True)
+    values, error = steps([1.0, bad, 3.0, 4.0], late=True, processes=processes)
     assert values == pytest.approx([0.1, 0.1], abs=1e-4)
     assert error == "update 1"
 

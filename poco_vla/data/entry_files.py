@@ -111,6 +111,8 @@ class Shelf:
         flags = os.O_RDWR | os.O_CREAT
         self._data = os.open(folder / f"{number}.data", flags)
         self._index = os.open(folder / f"{number}.index", flags)
+        if number in self._files:
+            os.close(self._files[number])
         self._files[number], self._number = self._data, number
         self._end = os.fstat(self._data).st_size
         # A torn last record would shift all that come after it.

@@ -283,7 +283,7 @@ def _alike(entry: Entry, other: Entry) -> bool:
 
 
 def _rms(x: torch.Tensor) -> float:
-    return x.square().mean().sqrt().item()
+    return x.square().mean().sqrt().item() if x.numel() else 0.0
 
 
 def _wanted(raw: Transitions, *, bootstrap: bool) -> Sequence[np.ndarray]:

@@ -1,10 +1,11 @@
 """The prefix store: entries in the accelerator's memory, in RAM and on disk, each tier with a budget in bytes."""
 
+import mmap
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,10 +112,11 @@ class PrefixStore:
     def fetch(self, keys: Sequence[int]) -> dict[int, Entry]:
         """The entries that it has of these, on the device, ready for whichever stream calls `use`."""
         found: dict[int, Entry] = {}
+        sources: list[Entry] = []  # stay until they are copied, wherever they are evicted from meanwhile
         with self._stream():
             for key in keys:
                 with self._lock:
-                    entry = self._get(key)
+                    entry = self._get(key, sources)
                 if entry is not None:
                     found[key] = entry
         if self._copying is not None:
@@ -130,6 +132,8 @@ class PrefixStore:
     def put(self, entries: Mapping[int, Entry]) -> None:
         """Keep new entries, which are on the device."""
         with self._lock:
+            if self._copying is not None:  # what was just copied to the device may have to leave it
+                torch.cuda.current_stream(self.device).wait_stream(self._copying)
             for key, entry in entries.items():
                 cpu = None
                 if key < ONLINE and self._shelf is not None:
@@ -180,7 +184,7 @@ class PrefixStore:
         """What each tier takes."""
         return {"device": self._fast.taken, "ram": self._ram.taken, "disk": self._room.taken}
 
-    def _get(self, key: int) -> Entry | None:
+    def _get(self, key: int, sources: list[Entry]) -> Entry | None:
         entry = self._fast.get(key)
         if entry is not None:
             self.loads.from_device += 1
@@ -197,6 +201,7 @@ class PrefixStore:
                 self._ram.put(key, entry := self._to_ram(entry))
         self.loads.num_bytes += entry.num_bytes
         if self._copying is not None:
+            sources.append(entry)
             entry = entry.to(self.device)
             if self._fast.has_room(entry):
                 self._fast.put(key, entry)
@@ -235,8 +240,11 @@ class PrefixStore:
 def page_locked(size: int) -> np.ndarray:
     """uint8 [size] that a GPU reads without the CPU's help. torch's own pinned memory comes in powers of two: up to
     twice what a budget counts."""
-    memory = np.empty(size, dtype=np.uint8)
+    memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)  # pages of its own: none is registered twice
     runtime: Any = torch.cuda.cudart()
     if int(runtime.cudaHostRegister(memory.ctypes.data, size, 0)) == 0:
         weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data).atexit = False
+    else:
+        with suppress(RuntimeError):  # CUDA reports a refusal at the next call, whatever that is
+            torch.zeros(1, device="cuda")
     return memory

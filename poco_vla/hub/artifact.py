@@ -52,7 +52,8 @@ CARD = "README.md"
 PLOT = "curve.png"
 MACHINE = (
     *("output_dir", "resume", "num_threads", "trackers", "policy", "dataset.root", "demonstrations.root"),
-    "prefixes.folder",
+    *("memory", "prefixes.folder", "prefixes.device_bytes", "prefixes.ram_bytes", "prefixes.disk_bytes"),
+    *("interaction.address", "interaction.workers", "interaction.worker_cpus", "interaction.worker_gpus"),
     *("demonstrations.workers", "interaction.host", "interaction.port", "interaction.certificate", "interaction.key"),
 )
 """Fields of a run's configuration that speak of the machine it ran on, or are told elsewhere (the base)."""

@@ -146,6 +146,8 @@ class Worker:
         import_module(plan.plugin)
         with _read_only_tensors():
             policy, critic, aggregation = ray.get(plan.policy[0])
+        for parameter in critic.parameters() if critic is not None else ():
+            parameter.data = parameter.data.clone()  # a target critic has no gradient, but it changes
         self._tensors = trained(policy, critic)
         for module in filter(None, (policy, critic)):
             module.requires_grad_(False)
@@ -184,7 +186,8 @@ def _move(policy: FlowPolicy, device: str) -> str:
     """Let the processors of a policy put their tensors on `device`; gives it back."""
     from lerobot.processor import DeviceProcessorStep
 
-    for step in getattr(policy.preprocess, "steps", ()):
+    pipeline = getattr(policy, "preprocessor", None) or policy.preprocess  # an adapter may check batches before it
+    for step in getattr(pipeline, "steps", ()):
         if isinstance(step, DeviceProcessorStep):
             step.device = device
             step.__post_init__()

@@ -26,6 +26,7 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
+    is_compiled_module,
 )
 from torch import Tensor, distributed, nn
 
@@ -177,6 +178,9 @@ class Learner:
         with nullcontext() if last else self.accelerator.no_sync(self.module):
             loss, metrics = self.module(batch, stage, plan)
             self.accelerator.backward(loss * share)
+        if not last and is_compiled_module(self.module):  # a graph's next run writes over what this one gave
+            for p in self.poco.parameters():
+                p.grad = None if p.grad is None else p.grad.clone()
         return loss.detach(), metrics
 
     def rehearse(self, batch: ChunkBatch, stage: Stage, plan: Plan) -> None:

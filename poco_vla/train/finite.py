@@ -32,7 +32,8 @@ class FiniteWatch:
             Exception: what `error` of the first loss that is not finite gives, be it of this update or, `late`, of the
                 one before.
         """
-        bad = self._anywhere((~torch.isfinite(loss.detach())).float())
+        # Torch's optimizers leave the weights alone at 1 exactly.
+        bad = (self._anywhere((~torch.isfinite(loss.detach())).float()) > 0).float()
         if self._late:
             self.look()
             bad = bad if self._bad is None else torch.maximum(self._bad, bad)
@@ -40,6 +41,7 @@ class FiniteWatch:
         self._bad, self._failed = bad, error
         if not self._late:
             self.look()
+            self._bad = self._failed = None  # it holds the batch
 
     def look(self) -> None:
         """Wait for the newest loss that was seen.

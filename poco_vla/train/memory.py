@@ -22,6 +22,9 @@ caches; in one go of 8,448 an update takes a quarter longer (tests/benchmarks/be
 MARGIN = 0.95
 """Share of the memory that is planned with; an allocator's rounding and a matrix library's scratch take the rest."""
 
+NEVER = 2**62
+"""Bytes that no device has."""
+
 type Run = Callable[[ChunkBatch, Plan, Stage], None]
 
 
@@ -35,6 +38,7 @@ class Budget:
         optimizer: Adam, two moments for each trained parameter; they may not be there yet.
         accelerator: its device and processes: all of them get the same size.
         run: loss and gradients of a batch, no step. The gradients are dropped afterwards.
+        beside: bytes on the device that the memory is not about.
     """
 
     def __init__(
@@ -44,9 +48,10 @@ class Budget:
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
         run: Run,
+        beside: Callable[[], int] = lambda: 0,
     ) -> None:
         self.config, self.module, self.optimizer = config, module, optimizer
-        self.accelerator, self.run = accelerator, run
+        self.accelerator, self.run, self.beside = accelerator, run, beside
         self._sizes: dict[Stage, int] = {}
 
     def part(self, batch: ChunkBatch, plan: Plan, stage: Stage) -> int:
@@ -83,9 +88,10 @@ class Budget:
             size = sizes[-2] + int((sizes[-1] - sizes[-2]) * (room - peaks[-2]) / (peaks[-1] - peaks[-2]))
         size = int(self.accelerator.gather(torch.tensor([size], device=self.accelerator.device)).min())  # pyright: ignore[reportAttributeAccessIssue]
         if size < 1:
+            one = f"{peaks[1] / 1e9:.2f} GB" if peaks[1] < NEVER else "more than the device has"
             raise ConfigError(
                 f"memory is {self.config.memory}, but weights, optimizer and batch take {held / 1e9:.2f} GB and one "
-                f"transition {peaks[1] / 1e9:.2f} GB beside them, gradients included. Give more, train less (a LoRA), "
+                f"transition {one} beside them, gradients included. Give more, train less (a LoRA), "
                 "or keep the frozen part in bfloat16."
             )
         logger.info("%s: %d of %d transitions at once fit %s", stage, size, len(batch), self.config.memory)
@@ -94,11 +100,12 @@ class Budget:
     def _held(self, batch: ChunkBatch, plan: Plan) -> int:
         """Bytes of what is there however it is cut: weights, batch and plan, and the optimizer's moments, be they there
         yet or not."""
-        trained = sum(_bytes(p) for p in self.module.parameters() if p.requires_grad)
+        trained = [p for p in self.module.parameters() if p.requires_grad]
         if self.accelerator.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.accelerator.device) + (0 if self.optimizer.state else 2 * trained)
+            missing = 2 * sum(_bytes(p) for p in trained if p not in self.optimizer.state)
+            return torch.cuda.memory_allocated(self.accelerator.device) - self.beside() + missing
         weights = sum(map(_bytes, [*self.module.parameters(), *self.module.buffers()]))
-        return weights + 2 * trained + sum(map(_bytes, _tensors(vars(batch)) + _tensors(vars(plan))))
+        return weights + 2 * sum(map(_bytes, trained)) + sum(map(_bytes, _tensors(vars(batch)) + _tensors(vars(plan))))
 
     def _peak(self, batch: ChunkBatch, plan: Plan, stage: Stage, size: int) -> int:
         """Most bytes that a part of this size takes beside what is there, gradients included."""
@@ -108,7 +115,7 @@ class Budget:
             return peak_bytes(lambda: self.run(part, its_plan, stage), self.accelerator.device)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            return torch.iinfo(torch.int64).max
+            return NEVER
         finally:
             self.optimizer.zero_grad()
 

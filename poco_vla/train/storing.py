@@ -71,8 +71,8 @@ def _unfit(policy: FlowPolicy, accelerator: Accelerator) -> str:
     """Why there can be no store, in words."""
     if not policy.can_pack:
         return f"{type(policy).__name__} has no `pack` and `unpack`, or augments its pictures"
-    if accelerator.distributed_type is DistributedType.FSDP:
-        return "under FSDP the frozen part is whole only inside an update"
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return "under FSDP and DeepSpeed it would be unpacked with a copy of the head that is older than what learns"
     return ""
 
 

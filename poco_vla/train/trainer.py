@@ -264,13 +264,14 @@ class Trainer:
 
     def _update(self, stage: Stage, bar: Bar) -> None:
         """One update of a stage: loss, backward, step, target."""
-        batch = self.batches.draw(bootstrap=stage != "sft")
         try:
+            batch = self.batches.draw(bootstrap=stage != "sft")
             loss, metrics = self._backward(batch, stage)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"an update of {len(batch)} transitions does not fit {self.accelerator.device}: {error}. Give `memory` "
-                "what the device has (such as --memory 22GB), and it is computed in parts that fit."
+                f"an update of {self.config.optim.batch_size} transitions does not fit {self.accelerator.device}: "
+                f"{error}. Give `memory` less than the device has (such as --memory 22GB), and it is computed in parts "
+                "that fit; or, under FSDP and DeepSpeed, optim.micro_batch."
             ) from error
         self.finite.see(loss, partial(self._not_finite, stage, self.progress.stage_update, batch, loss, metrics))
         self.progress.update += 1
@@ -296,6 +297,11 @@ class Trainer:
 
     def _rehearse_update(self, batch: ChunkBatch, plan: Plan, stage: Stage) -> None:
         self.learner.rehearse(batch, stage, plan)
+
+    def _stored(self) -> int:
+        """Bytes of prefixes on the device."""
+        store = self.prefixes.store if self.prefixes is not None else None
+        return store.num_bytes["device"] if store is not None else 0
 
     def _changed(self, *, apart: bool) -> AbstractContextManager[None]:
         """While the weights that others read change: those of the learner itself, or of its copy `apart`."""
@@ -431,7 +437,7 @@ class Trainer:
         late = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
         late = late and self.accelerator.device.type == "cuda"
         self.finite = FiniteWatch(self.optimizer.optimizer, self._processes, late=late)
-        self.budget = Budget(config, self.poco, self.optimizer, self.accelerator, self._rehearse_update)
+        self.budget = Budget(config, self.poco, self.optimizer, self.accelerator, self._rehearse_update, self._stored)
         self.prefixes = open_prefixes(config, self.policy, self.replay, demos, self.accelerator, self.display.say)
         if self.prefixes is not None:
             self.logbook.beside = self.prefixes.rates
