@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from lerobot.processor import DeviceProcessorStep
 from test_interaction import HORIZON, episodes_of, point_policy, wait_until
 from tiny_env import FPS, assert_same_episode, point_spec
 
@@ -259,7 +260,7 @@ def test_a_policy_arrives_as_it_was_sent_and_what_is_frozen_is_shared(nodes, ada
 @pytest.mark.slow
 def test_a_run_trains_on_the_cluster_and_its_checkpoint_opens_with_more_workers(nodes, tmp_path):
     settings = InteractionConfig(mode="ray", ahead=60, workers=1)
-    config = small(tmp_path / "run", tmp_path / "data", interaction=settings, online_steps=300)
+    config = small(tmp_path / "run", tmp_path / "data", interaction=settings, online_steps=300, best_of_n=2)
     before = signal.getsignal(signal.SIGTERM)
     trainer = Trainer(config)
     try:
@@ -278,6 +279,17 @@ def test_a_run_trains_on_the_cluster_and_its_checkpoint_opens_with_more_workers(
     assert len(episodes) >= 5
     assert max(e.policy_version[-1] for e in episodes) > config.sft_steps
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("adapter", ["flow_mlp", "groot_n1d6", "pi05", "smolvla"])
+def test_a_policys_processors_move_with_it(adapter, monkeypatch):
+    """A learner's worker may act on another kind of device."""
+    moved = []
+    monkeypatch.setattr(DeviceProcessorStep, "__post_init__", lambda step: moved.append(step.device))
+    policy = load_adapter(adapter).tiny()
+    moved.clear()
+    assert cluster._move(policy, "cuda") == "cuda"
+    assert moved == ["cuda"]
 
 
 @pytest.mark.slow
