@@ -223,6 +223,7 @@ def test_a_shipped_configuration_is_read_and_says_what_it_is_for(path):
     assert path.read_text().startswith("# ")
 
 
-def test_robots_are_served_by_one_process():
-    with pytest.raises(ConfigError, match='"each", but robots are served by one process'):
-        InteractionConfig(mode="remote", ranks="each")
+@pytest.mark.parametrize("mode", ["remote", "ray"])
+def test_robots_and_a_cluster_are_one_processs(mode):
+    with pytest.raises(ConfigError, match=f'"each", but with mode "{mode}" one process deals with all that act'):
+        InteractionConfig(mode=mode, ranks="each")
