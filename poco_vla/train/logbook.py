@@ -120,7 +120,7 @@ class Logbook:
         """Updates per control step, updates by which the weights that acted were older than the learner's, success."""
         now, (total, count) = self.progress, self._ages
         self._ages = (0, 0)
-        scalars = {"utd": now.stage_update / now.env_steps}
+        scalars = {"utd": now.stage_update / max(1, now.env_steps)}
         if count:
             scalars["weight_age"] = total / count
         if now.recent:

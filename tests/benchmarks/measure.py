@@ -27,6 +27,7 @@ from poco_vla import ChunkBatch, Draws, Poco, PocoConfig
 from poco_vla.algorithm import parts
 from poco_vla.config import DemonstrationConfig, ReplayConfig, TrainConfig
 from poco_vla.data import Episode, Replay, chunk_batch
+from poco_vla.dense import _product
 from poco_vla.rollout import EnvPool
 from poco_vla.train import Trainer
 from poco_vla.train.memory import CPU_ROWS
@@ -170,29 +171,30 @@ def ways(args: Args, device: str) -> dict[str, Way]:
 
 def bench_updates(args: Args) -> Rows:
     """Best of a few repetitions in turns, updates and what they stand against alike: what else runs here only adds
-    time. The floor is the longer of the time that the FLOPs take at the rate of a large float32 product, and that
-    which the bytes take at the rate of a copy."""
+    time. The floor is the longer of the time that the FLOPs take at the rate of a large float32 product, torch.mm's or
+    oneDNN's whichever is faster, and that which the bytes take at the rate of a copy."""
     rows = []
     for label, device, setting in settings(args.threads):
         with setting():
             found, size = ways(args, device), args.size
             work = {what: update_of(size, way, device) for what, way in found.items()}
             shapes = matmul_shapes(size, device, args.quick)
-            work |= {name: matmul_of(shape, device, dtype) for name, (shape, dtype) in shapes.items()}
+            work |= {name: matmul_of(*product, device) for name, product in shapes.items()}
             copied = 2**20 if args.quick else 2**26
             work["copy"] = copy_of(copied, device)
             seconds = best_seconds(work, 1 if args.quick else 3, device)
-        flops = {name: 2 * math.prod(shape) for name, (shape, _) in shapes.items()}
-        rates = {name: count / seconds[name] for name, count in flops.items()}
-        square, per_byte = next(iter(rates.values())), 2 * copied / seconds["copy"]
+        flops = {name: 2 * math.prod(product[0]) for name, product in shapes.items()}
+        mm, *others = (flops[name] / seconds[name] for name, (_, dtype, _) in shapes.items() if dtype == torch.float32)
+        best, per_byte = max(mm, *others), 2 * copied / seconds["copy"]
         for what, way in found.items():
             count, moved = size.flops(way.stage), size.bytes(way.stage)
-            floor = max(count / square, moved / per_byte)
+            floor = max(count / best, moved / per_byte)
             row = {"device": label, "what": what, "GFLOP": count / 1e9, "MB": moved / 1e6}
-            rows.append(row | {"floor ms": floor * 1e3, "ms": seconds[what] * 1e3, "x floor": seconds[what] / floor})
+            row |= {"floor ms": floor * 1e3, "ms": seconds[what] * 1e3, "x floor": seconds[what] / floor}
+            rows.append(row | {"x torch.mm": seconds[what] * mm / count})
         for name, count in flops.items():
             row = {"device": label, "what": name, "GFLOP": count / 1e9, "ms": seconds[name] * 1e3}
-            rows.append(row | {"x floor": seconds[name] * square / count})
+            rows.append(row | {"x floor": seconds[name] * best / count, "x torch.mm": seconds[name] * mm / count})
         rows.append({"device": label, "what": "copy", "MB": 2 * copied / 1e6, "ms": seconds["copy"] * 1e3})
     return rows
 
@@ -230,22 +232,31 @@ def tf32(allowed: bool) -> Any:
         torch.set_float32_matmul_precision(before)
 
 
-def matmul_shapes(size: Size, device: str, quick: bool) -> dict[str, tuple[tuple[int, int, int], torch.dtype]]:
-    """Matrix products: a large square one, which is the floor's, and a hidden layer over all candidates of a batch."""
+type Product = tuple[tuple[int, int, int], torch.dtype, Literal["mm", "oneDNN"]]
+
+
+def matmul_shapes(size: Size, device: str, quick: bool) -> dict[str, Product]:
+    """Matrix products: a large square one, first torch.mm's, and a hidden layer over all candidates of a batch."""
     large = 8192 if device == "cuda" else 512 if quick else 2048
     rows = size.batch * size.candidates
     own = (rows, size.width, size.width)
-    return {
-        f"matmul, {large} x {large}": ((large,) * 3, torch.float32),
-        f"matmul, {rows} x {size.width}": (own, torch.float32),
-        f"matmul, {rows} x {size.width}, bfloat16": (own, torch.bfloat16),
+    found: dict[str, Product] = {
+        f"torch.mm, {large} x {large}": ((large,) * 3, torch.float32, "mm"),
+        f"torch.mm, {rows} x {size.width}": (own, torch.float32, "mm"),
+        f"torch.mm, {rows} x {size.width}, bfloat16": (own, torch.bfloat16, "mm"),
     }
+    if device == "cpu":
+        found[f"oneDNN, {large} x {large}"] = ((large,) * 3, torch.float32, "oneDNN")
+        found[f"oneDNN, {rows} x {size.width}"] = (own, torch.float32, "oneDNN")
+    return found
 
 
-def matmul_of(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> Callable[[], Any]:
+def matmul_of(
+    shape: tuple[int, int, int], dtype: torch.dtype, by: Literal["mm", "oneDNN"], device: str
+) -> Callable[[], Any]:
     m, k, n = shape
     a, b, out = (torch.randn(rows, columns, device=device).to(dtype) for rows, columns in ((m, k), (k, n), (m, n)))
-    return lambda: torch.mm(a, b, out=out)
+    return (lambda: torch.mm(a, b, out=out)) if by == "mm" else (lambda: _product(a, b.T))
 
 
 def copy_of(count: int, device: str) -> Callable[[], Any]:
