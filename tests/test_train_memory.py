@@ -88,7 +88,7 @@ def test_an_update_keeps_to_the_memory_it_is_given(stage, trainer, monkeypatch):
     batch = free.batches.draw()
     plan = free.poco.plan(batch, stage)
     assert budget.part(batch, plan, stage) == 256
-    most = peak_bytes(lambda: free._rehearse_update(batch, plan, stage), CPU)
+    most = peak_bytes(lambda: free.learner.rehearse(batch, stage, plan), CPU)
     held = budget._held(batch, plan)
 
     given = held + 0.4 * most

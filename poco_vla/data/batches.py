@@ -25,6 +25,11 @@ def network_obs(policy: FlowPolicy, obs: Mapping[str, np.ndarray], tasks: Sequen
     return _observations(policy.preprocess(_tensors(obs) | {"task": list(tasks)}))
 
 
+def pipeline_of(policy: FlowPolicy) -> Any:
+    """LeRobot's pre-processor itself, in front of which an adapter's `preprocess` may check batches."""
+    return getattr(policy, "preprocessor", None) or policy.preprocess
+
+
 def chunk_batch(policy: FlowPolicy, raw: Transitions, *, bootstrap: bool = True) -> ChunkBatch:
     """A batch ready for :class:`poco_vla.algorithm.Poco`, on the device of the policy's processors.
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poco_vla.data.batches import network_obs
+from poco_vla.data.batches import network_obs, pipeline_of
 from poco_vla.data.episode import Episode
 from poco_vla.policy import FlowPolicy
 
@@ -70,9 +70,8 @@ def _of_frozen(policy: FlowPolicy) -> str:
 
 def _of_processors(policy: FlowPolicy) -> str:
     """Configuration and state of each step, of pipelines that have steps."""
-    pipeline = getattr(policy, "preprocessor", None) or policy.preprocess
     parts: list[Any] = []
-    for step in getattr(pipeline, "steps", ()):
+    for step in getattr(pipeline_of(policy), "steps", ()):
         parts += [type(step).__name__, json.dumps(step.get_config(), sort_keys=True, default=str)]
         state = step.state_dict()
         parts += [part for name in sorted(state) for part in (name, state[name])]

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from poco_vla.config import EnvSpec, InteractionConfig
 from poco_vla.critic import ChunkCritic
 from poco_vla.data import Episode
+from poco_vla.data.batches import pipeline_of
 from poco_vla.errors import ConfigError, PocoError
 from poco_vla.policy import FlowPolicy
 from poco_vla.rollout.actor import Actor, Weights
@@ -186,8 +187,7 @@ def _move(policy: FlowPolicy, device: str) -> str:
     """Let the processors of a policy put their tensors on `device`; gives it back."""
     from lerobot.processor import DeviceProcessorStep
 
-    pipeline = getattr(policy, "preprocessor", None) or policy.preprocess  # an adapter may check batches before it
-    for step in getattr(pipeline, "steps", ()):
+    for step in getattr(pipeline_of(policy), "steps", ()):
         if isinstance(step, DeviceProcessorStep):
             step.device = device
             step.__post_init__()

@@ -25,7 +25,7 @@ MARGIN = 0.95
 NEVER = 2**62
 """Bytes that no device has."""
 
-type Run = Callable[[ChunkBatch, Plan, Stage], None]
+type Run = Callable[[ChunkBatch, Stage, Plan], None]
 
 
 class Budget:
@@ -112,7 +112,7 @@ class Budget:
         rows = slice(0, size)
         part, its_plan = batch.rows(rows), plan.rows(rows)
         try:
-            return peak_bytes(lambda: self.run(part, its_plan, stage), self.accelerator.device)
+            return peak_bytes(lambda: self.run(part, stage, its_plan), self.accelerator.device)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return NEVER

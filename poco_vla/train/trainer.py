@@ -22,7 +22,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from poco_vla import checkpoint, report
-from poco_vla.algorithm import Plan, Poco, Stage, parts
+from poco_vla.algorithm import Poco, Stage, parts
 from poco_vla.config import DatasetConfig, TrainConfig, to_json, to_scalars
 from poco_vla.data import (
     BatchSource,
@@ -295,9 +295,6 @@ class Trainer:
         assert isinstance(means, Tensor)
         return total, dict(zip(names, means, strict=True))
 
-    def _rehearse_update(self, batch: ChunkBatch, plan: Plan, stage: Stage) -> None:
-        self.learner.rehearse(batch, stage, plan)
-
     def _stored(self) -> int:
         """Bytes of prefixes on the device."""
         store = self.prefixes.store if self.prefixes is not None else None
@@ -437,7 +434,7 @@ class Trainer:
         late = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
         late = late and self.accelerator.device.type == "cuda"
         self.finite = FiniteWatch(self.optimizer.optimizer, self._processes, late=late)
-        self.budget = Budget(config, self.poco, self.optimizer, self.accelerator, self._rehearse_update, self._stored)
+        self.budget = Budget(config, self.poco, self.optimizer, self.accelerator, self.learner.rehearse, self._stored)
         self.prefixes = open_prefixes(config, self.policy, self.replay, demos, self.accelerator, self.display.say)
         if self.prefixes is not None:
             self.logbook.beside = self.prefixes.rates
