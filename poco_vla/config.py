@@ -236,7 +236,8 @@ class PrefixConfig:
     device_bytes: int = 0
     """Most bytes of the accelerator's memory, of each process; they are not part of `memory`."""
     ram_bytes: int = 4 * 1024**3
-    """Most bytes of RAM, of each process."""
+    """Most bytes of RAM, of each process; where acting goes on beside learning, an eighth is for what acting has
+    encoded, which learning takes over."""
     disk_bytes: int = 0
     """Most bytes on disk, of each process."""
     folder: Path | None = None

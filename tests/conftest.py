@@ -1,4 +1,21 @@
-"""The order of the tests."""
+"""The order of the tests, and what several files of trainer tests need."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Folder of the point mass's scripted demonstrations, made once by each worker."""
+    return tmp_path_factory.mktemp("demonstrations")
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps one mixed precision per process."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,8 @@
 """Runs one after the other in the processes that `accelerate launch` started.
 
 accelerate launch ... tests/launched.py RUNS.json: a list of {"config": as `to_json` gives it, "since": folder of a run
-that it goes on from, at its first checkpoint of the online stage, or null}. Then the collapse guard's head is put back.
+that it goes on from, at its first checkpoint of the online stage, or null}; or {"config": ..., "updates": true}, for
+those of vla_run.py alone. Then the collapse guard's head is put back.
 """
 
 import json
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pointmass  # noqa: F401 (registers the environment)
 import torch
+import vla_run
 from accelerate.state import PartialState
+from poco_vla_pi05.adapter import Pi05
 
 from poco_vla.config import TrainConfig, from_json
 from poco_vla.progress import Bar
@@ -49,6 +52,15 @@ def put_a_head_back(config):
         trainer.close()
 
 
+def only_the_head_has_changed(trainer: Trainer):
+    """Of a VLA whose backbone is frozen: the backbone is the base's bit for bit, and all that trains is not."""
+    trainer._gather()
+    base = dict(Pi05.from_pretrained(trainer.config.policy).named_parameters())
+    trained = {name for name, p in trainer.policy.named_parameters() if p.requires_grad}
+    changed = {name for name, p in trainer.policy.named_parameters() if not torch.equal(p.cpu(), base[name])}
+    assert changed == trained < base.keys(), changed ^ trained
+
+
 def three_updates(trainer: Trainer, bar: Bar):
     for _ in range(3):
         trainer._update("sft", bar)
@@ -62,6 +74,9 @@ if __name__ == "__main__":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for one in json.loads(Path(sys.argv[1]).read_text()):
         config = from_json(TrainConfig, one["config"])
+        if one.get("updates"):
+            vla_run.updates(config, only_the_head_has_changed)
+            continue
         if one["since"] is not None:
             if os.environ.get("RANK", "0") == "0":
                 copy_run(Path(one["since"]), config.output_dir, config.sft_steps)

@@ -17,6 +17,7 @@ from launched import copy_run
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from pointmass_run import small
 from safetensors.torch import load_file
+from vla_run import assert_same_updates, prepare, updates, vla
 
 from poco_vla.config import InteractionConfig, to_json
 from poco_vla.errors import ConfigError
@@ -24,14 +25,8 @@ from poco_vla.train import train
 
 HERE = Path(__file__).parent
 SHIPPED = HERE.parent / "recipes" / "accelerate"
-pytestmark = pytest.mark.xdist_group("launched")
+pytestmark = [pytest.mark.xdist_group("launched"), pytest.mark.usefixtures("fresh_accelerate")]
 slow = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +46,14 @@ def in_parts(config):
     return replace(config, optim=replace(config.optim, micro_batch=3))
 
 
-def start(root, kind, num_processes, *runs, options=()):
-    """`accelerate launch` with a configuration as shipped; `runs` are (configuration, run that it goes on from)."""
+def start(root, kind, num_processes, *runs, vla_of=None, options=()):
+    """`accelerate launch` with a configuration as shipped; `runs` are (configuration, run that it goes on from). Where
+    `vla` has made its own updates, these processes make them as well."""
     jobs = root / f"{runs[0][0].output_dir.name}.json"
-    jobs.write_text(json.dumps([{"config": to_json(c), "since": since and str(since)} for c, since in runs]))
+    todo = [{"config": to_json(c), "since": since and str(since)} for c, since in runs]
+    if vla_of is not None:
+        todo.insert(0, {"config": to_json(vla(root / "vla", root / vla_of)), "updates": True})
+    jobs.write_text(json.dumps(todo))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", SHIPPED / f"{kind}.yaml"]
     return subprocess.Popen(
         [str(word) for word in (*command, "--num_processes", num_processes, *options, HERE / "launched.py", jobs)],
@@ -66,9 +65,9 @@ def start(root, kind, num_processes, *runs, options=()):
     )
 
 
-def launch(root, kind, num_processes, *runs):
+def launch(root, kind, num_processes, *runs, vla_of=None):
     """The same, to its end."""
-    process = start(root, kind, num_processes, *runs)
+    process = start(root, kind, num_processes, *runs, vla_of=vla_of)
     output, _ = process.communicate()
     assert process.returncode == 0, output
 
@@ -106,21 +105,34 @@ def one(root):
 
 
 @pytest.fixture(scope="module")
-def ddp(root, one):
-    launch(root, "ddp_cpu", 2, (in_parts(run_of(root, "ddp")), None), (run_of(root, "ddp_since_one"), one))
+def vla_one(root):
+    """Updates of a VLA whose backbone is frozen, in this process."""
+    (root / "vla").mkdir()
+    prepare(root / "vla")
+    updates(vla(root / "vla", root / "vla_one"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return root / "vla_one"
+
+
+@pytest.fixture(scope="module")
+def ddp(root, one, vla_one):
+    runs = (in_parts(run_of(root, "ddp")), None), (run_of(root, "ddp_since_one"), one)
+    launch(root, "ddp_cpu", 2, *runs, vla_of="vla_ddp")
     return root / "ddp"
 
 
 @pytest.fixture(scope="module")
 def fsdp(root, ddp):
-    launch(root, "fsdp2", 2, (in_parts(run_of(root, "fsdp")), None), (run_of(root, "fsdp_since_ddp"), ddp))
+    runs = (in_parts(run_of(root, "fsdp")), None), (run_of(root, "fsdp_since_ddp"), ddp)
+    launch(root, "fsdp2", 2, *runs, vla_of="vla_fsdp")
     return root / "fsdp"
 
 
 @pytest.fixture(scope="module")
 def zero(root, fsdp):
     pytest.importorskip("deepspeed")
-    launch(root, "zero2", 2, (in_parts(run_of(root, "zero")), None), (run_of(root, "zero_since_fsdp"), fsdp))
+    runs = (in_parts(run_of(root, "zero")), None), (run_of(root, "zero_since_fsdp"), fsdp)
+    launch(root, "zero2", 2, *runs, vla_of="vla_zero")
     return root / "zero"
 
 
@@ -140,6 +152,13 @@ def test_fsdp_on_two_processes_is_the_run_of_one(run, root, one, fsdp):
 @pytest.mark.parametrize("run", ["zero", "zero_since_fsdp"])
 def test_zero_on_two_processes_is_the_run_of_one(run, root, one, zero):
     assert_same_run(root / run, one)
+
+
+@slow
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero"])
+def test_a_vla_trains_its_head_as_in_one_process_and_its_backbone_stays(backend, root, vla_one, zero):
+    """The processes themselves looked at their weights; see launched.py."""
+    assert_same_updates(root / f"vla_{backend}", vla_one)
 
 
 @slow

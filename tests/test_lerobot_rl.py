@@ -8,7 +8,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from lerobot.envs.configs import GripperConfig, HILSerlProcessorConfig, HILSerlRobotEnvConfig, ResetConfig
 from lerobot.optim.optimizers import load_optimizer_state, save_optimizer_state
 from lerobot.rewards.classifier.configuration_classifier import RewardClassifierConfig
@@ -28,13 +27,7 @@ from poco_vla.train import Trainer, train
 STATE, FRONT = "observation.state", "observation.images.front"
 POCO = PocoConfig(num_candidates=3, eta=0.2, zeta=0.8, gamma=0.9, critic_hidden=(16, 16))
 HORIZON, BATCH = 4, 8
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """Accelerate keeps one mixed precision per process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")

@@ -39,19 +39,7 @@ from poco_vla.rollout.recorder import write_dataset
 from poco_vla.train import Trainer, train
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """Folder of the scripted demonstrations, made once."""
-    return tmp_path_factory.mktemp("demonstrations")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """Accelerate keeps one mixed precision per process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def metrics_of(run):

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from pointmass import PointmassEnv
 from pointmass_run import small
 
-from poco_vla.config import InteractionConfig, ReplayConfig
+from poco_vla.config import InteractionConfig, PrefixConfig, ReplayConfig
 from poco_vla.data import Episode
 from poco_vla.errors import ConfigError
 from poco_vla.progress import Display
@@ -29,17 +28,7 @@ from poco_vla.train import Trainer, train
 
 HERE = Path(__file__).parent
 STATE = "observation.state"
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    return tmp_path_factory.mktemp("demonstrations")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def beside(folder, data, mode="asynchronous", ahead=60, **changes):
@@ -106,6 +95,22 @@ def test_neither_side_runs_further_ahead_than_it_may(tmp_path, data):
     ages = [line["weight_age"] for line in online if "weight_age" in line]
     assert ages
     assert all(0 <= age <= 0.2 * 2 * (60 + 15) for age in ages)
+
+
+@pytest.mark.parametrize("mode", ["asynchronous", "remote"])
+def test_learning_takes_over_the_prefix_of_every_state_that_acting_saw(mode, tmp_path, data):
+    """One of five states of each episode in the pool: those at which a chunk was chosen."""
+    config = beside(tmp_path, data, mode, ahead=200, prefixes=PrefixConfig(mode="on"))
+    trainer = Trainer(config)
+    if mode == "remote":
+        robots_for(trainer)
+    try:
+        trainer.run()
+        episodes = recorded(config)[: trainer.progress.episodes]
+        assert trainer.prefixes.acted.num_taken == sum(-(-len(episode) // 5) for episode in episodes) > 150
+    finally:
+        trainer.close()
+    assert json.loads((config.output_dir / "result.json").read_text())["prefixes"]["acted"] > 150
 
 
 def start(config):

@@ -7,31 +7,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot_policy_flow_mlp.adapter import FlowMlp
-from poco_vla_pi05.adapter import Pi05
 from pointmass_run import small
+from vla_run import assert_same_updates, prepare, updates, vla
 
-from poco_vla.config import DatasetConfig, OptimConfig, PocoConfig, PrefixConfig, TrainConfig
+from poco_vla.config import PrefixConfig
 from poco_vla.errors import CheckpointError, ConfigError
 from poco_vla.train import Interrupted, Trainer, train
 
 HERE = Path(__file__).parent
 ON = PrefixConfig(mode="on")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tmp_path_factory.mktemp("demonstrations")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def outcome(run):
@@ -176,62 +164,18 @@ def test_two_processes_with_a_store_each_give_the_losses_of_two_without(tmp_path
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A LeRobot dataset with two cameras, and a tiny pi0.5 to train on it."""
     folder = tmp_path_factory.mktemp("pictures")
-    cameras = {f"observation.images.{name}": (64, 64, 3) for name in ("front", "wrist")}
-    names = ["height", "width", "channel"]
-    features = {key: {"dtype": "image", "shape": shape, "names": names} for key, shape in cameras.items()}
-    for key, size in (("observation.state", 6), ("action", 4)):
-        features[key] = {"dtype": "float32", "shape": (size,), "names": [f"{key}{i}" for i in range(size)]}
-    rng = np.random.default_rng(0)
-    dataset = LeRobotDataset.create("local/pictures", fps=10, features=features, root=folder / "data", use_videos=False)
-    for _ in range(3):
-        for _ in range(12):
-            frame = {key: rng.integers(0, 256, shape).astype(np.uint8) for key, shape in cameras.items()}
-            frame |= {"observation.state": rng.normal(size=6).astype(np.float32)}
-            dataset.add_frame(frame | {"action": rng.normal(size=4).astype(np.float32), "task": "pick up the pen"})
-        dataset.save_episode()
-    dataset.finalize()
-    Pi05.tiny().save_pretrained(folder / "base")
+    prepare(folder)
     return folder
 
 
 def test_a_vlas_losses_do_not_depend_on_a_store(tmp_path, pictures):
-    """pi0.5's real parts, small, through the trainer's own updates, cold and warm: equal to float32 rounding, which
-    Adam makes larger with every step."""
-    logged = {}
-    for mode in ("off", "on"):
-        trainer = Trainer(
-            TrainConfig(
-                adapter="pi05",
-                policy=str(pictures / "base"),
-                statistics="dataset",
-                dataset=DatasetConfig(repo_id="local/pictures", root=pictures / "data"),
-                horizon=4,
-                poco=PocoConfig(num_candidates=3, critic_hidden=(16,)),
-                optim=OptimConfig(batch_size=8),
-                prefixes=PrefixConfig(mode=mode),
-                online_steps=0,
-                log_every=1,
-                num_threads=1,
-                output_dir=tmp_path / mode,
-            )
-        )
-        trainer.progress.env_steps = 1  # the log divides by it
-        try:
-            with trainer.display.stage("updates", 8) as bar:
-                for stage in ("sft",) * 4 + ("online",) * 4:
-                    trainer._update(stage, bar)
-            assert (trainer.prefixes is not None) == (mode == "on")
-            if trainer.prefixes is not None:
-                assert trainer.prefixes.hits > 20
-        finally:
-            trainer.close()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        logged[mode] = [json.loads(line) for line in (tmp_path / mode / "metrics.jsonl").read_text().splitlines()]
-    assert len(logged["on"]) == 8
-    for a, b in zip(logged["off"], logged["on"], strict=True):
-        assert a.keys() == b.keys()
-        assert a["stage"] == b["stage"]
-        for name in a.keys() - {"stage", "seconds"}:
-            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-4), name
+    """pi0.5's real parts, small, cold and warm."""
+
+    def check(trainer):
+        assert trainer.prefixes.hits > 20
+
+    updates(vla(pictures, tmp_path / "off", prefixes=PrefixConfig(mode="off")))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    updates(vla(pictures, tmp_path / "on", prefixes=ON), check)
+    assert_same_updates(tmp_path / "on", tmp_path / "off")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from poco_vla.data.batches import network_obs, pipeline_of
 from poco_vla.data.episode import Episode
 from poco_vla.policy import FlowPolicy
+from poco_vla.registry import installed_versions
 
 FORMAT = 1
 """Of the files; goes up when they change."""
@@ -42,7 +42,7 @@ def identity(policy: FlowPolicy, demos: Sequence[Episode], **settings: Any) -> d
         "processed": _of_processed(policy, demos),
         "demonstrations": _of_episodes(demos),
         "steps": sum(map(len, demos)),
-        "versions": _versions(),
+        "versions": installed_versions(("poco-vla", "torch", "transformers", "lerobot")),
         **settings,
     }
 
@@ -115,14 +115,3 @@ def _hashed(parts: Iterable[Any]) -> str:
             text = str(part).encode()
             digest.update(f"{len(text)}:".encode() + text)
     return digest.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    """Of what computes a prefix."""
-    found = {}
-    for name in ("poco-vla", "torch", "transformers", "lerobot"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

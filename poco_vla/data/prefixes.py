@@ -11,8 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from poco_vla.data.acted import ActedPrefixes
 from poco_vla.data.batches import network_obs
 from poco_vla.data.entries import Entry
+from poco_vla.data.episode import Episode
 from poco_vla.data.replay import Replay, Transitions
 from poco_vla.data.store import PrefixStore
 from poco_vla.policy import FlowPolicy, Prefix
@@ -90,6 +92,7 @@ class PrefixSource:
         policy: encodes; it can pack.
         replay: has the observations of states that were not found.
         store: None encodes each distinct state of a batch, and keeps nothing.
+        acted: what acting has encoded goes into the store with the episodes that come of it.
         demand: given, `store` is closed after the first batches if it does not pay; None keeps it whatever it costs.
         shares: encode each distinct state of a batch once even without a store.
         dtype: of what is stored.
@@ -103,13 +106,14 @@ class PrefixSource:
         replay: Replay,
         store: PrefixStore | None,
         *,
+        acted: ActedPrefixes | None = None,
         demand: Demand | None = None,
         shares: bool = False,
         dtype: Literal["exact", "fp8"] = "exact",
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.policy, self.replay, self.store = policy, replay, store
+        self.policy, self.replay, self.store, self.acted = policy, replay, store, acted
         self.costs: Costs | None = None
         self.shares, self.hits, self.encoded = shares, 0, 0
         self._demand, self._autocast, self._say = demand, autocast, say
@@ -160,6 +164,16 @@ class PrefixSource:
             return None
         return self._thread.submit(self._fetch, np.unique(np.concatenate(_wanted(raw, bootstrap=bootstrap))))
 
+    def adopt(self, episode: Episode, first: int) -> None:
+        """Keep what acting has encoded of an episode that has entered the pool.
+
+        Args:
+            episode: as the pool has it.
+            first: id of its first step.
+        """
+        if self.acted is not None and self.store is not None:
+            self.store.put_in_ram({first + step: entry for step, entry in self.acted.take(episode).items()})
+
     def rates(self) -> dict[str, float]:
         """Since the last call: share of states found, megabytes loaded per second, seconds saved per second."""
         if self.store is None or self.costs is None:
@@ -182,6 +196,7 @@ class PrefixSource:
             "on": True,
             "hits": self.hits,
             "encoded": self.encoded,
+            "acted": 0 if self.acted is None else self.acted.num_taken,
             "hit_rate": self.hits / max(1, self.hits + self.encoded),
             "seconds_saved": self._saved(self.costs, self.hits, self.encoded),
             "bytes_per_state": self.costs.num_bytes,

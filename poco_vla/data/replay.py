@@ -111,8 +111,9 @@ class Replay:
         """Bytes of the steps that it holds, in memory and in mapped files."""
         return (self.num_demo_steps + self.num_online_steps) * bytes_per_step(self._rows)
 
-    def add(self, episode: Episode, *, is_demo: bool) -> None:
-        """Append a finished episode. The first one settles the pool's columns; what later ones have beside is left out.
+    def add(self, episode: Episode, *, is_demo: bool) -> int:
+        """Append a finished episode; gives the id of its first step, whose successors' follow one by one. The first
+        episode settles the pool's columns; what later ones have beside is left out.
 
         Raises:
             DataError: it has no step, lacks a column of the pool or has another shape or kind of numbers, is longer
@@ -134,8 +135,9 @@ class Replay:
         # its chunks bootstrap one step earlier, exactly, from the last stored state.
         num_starts = len(episode) if terminal[-1] else len(episode) - 1
         ring, task = self._demos if is_demo else self._online, self._task_id(episode.task)
-        ring.add(columns, num_starts, succeeded=episode.succeeded, task=task)
+        number = ring.add(columns, num_starts, succeeded=episode.succeeded, task=task)
         self.version += 1
+        return number if is_demo else ONLINE + number
 
     def extend(self, episodes: list[Episode], *, is_demo: bool) -> None:
         """Append several demonstrations or online episodes; demonstrations are copied once."""

@@ -84,8 +84,8 @@ class EpisodeRing:
         """Take room for `steps` more at once, when the next episode comes."""
         self._reserved = self._pointer + steps
 
-    def add(self, columns: Mapping[str, np.ndarray], num_starts: int, *, succeeded: bool, task: int) -> None:
-        """Append an episode of which the first `num_starts` steps start transitions.
+    def add(self, columns: Mapping[str, np.ndarray], num_starts: int, *, succeeded: bool, task: int) -> int:
+        """Append an episode of which the first `num_starts` steps start transitions; gives its first step's number.
 
         Raises:
             DataError: it is longer than the capacity, or the disk is full; the ring stays as it was.
@@ -103,9 +103,11 @@ class EpisodeRing:
         self._evict(begin, end)
         for name, column in columns.items():
             self._columns[name].rows[begin:end] = column
+        number = self._spans.num_steps
         self._spans.append(begin=begin, length=length, num_starts=num_starts, succeeded=succeeded, task=task)
         self.num_steps += length
         self._pointer = end
+        return number
 
     def sample(self, count: int, rng: np.random.Generator, *, run: int = 1, stride: int = 1) -> Starts:
         """`count` start steps, each of them uniform; in runs of `run` that lie `stride` apart in one episode.

@@ -50,8 +50,7 @@ class MemoryTier:
 
     def put(self, key: int, entry: Entry) -> list[tuple[int, Entry]]:
         """What has to leave for it; itself where it is larger than the whole tier."""
-        if key in self._entries:
-            self.taken -= self._entries.pop(key).num_bytes
+        self.pop(key)
         if entry.num_bytes > self.budget:
             return [(key, entry)]
         gone = []
@@ -62,6 +61,12 @@ class MemoryTier:
         self._entries[key] = entry
         self.taken += entry.num_bytes
         return gone
+
+    def pop(self, key: int) -> Entry | None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.taken -= entry.num_bytes
+        return entry
 
 
 @dataclass
@@ -137,10 +142,16 @@ class PrefixStore:
             for key, entry in entries.items():
                 cpu = None
                 if key < ONLINE and self._shelf is not None:
-                    cpu = self._to_ram(entry)
+                    cpu = self.to_ram(entry)
                     self._write(self._shelf, key, cpu)
                 for old, its in self._fast.put(key, entry):
-                    self._demote(old, cpu if cpu is not None and old == key else self._to_ram(its))
+                    self._demote(old, cpu if cpu is not None and old == key else self.to_ram(its))
+
+    def put_in_ram(self, entries: Mapping[int, Entry]) -> None:
+        """Keep new entries of online states, which are in RAM (`to_ram`)."""
+        with self._lock:
+            for key, entry in entries.items():
+                self._demote(key, entry)
 
     def from_disk(self, keys: Sequence[int]) -> dict[int, Entry]:
         """Those that lie on disk, read from there wherever else they lie, in RAM."""
@@ -198,7 +209,7 @@ class PrefixStore:
                 return None
             self.loads.from_disk += 1
             if self._ram.has_room(entry):
-                self._ram.put(key, entry := self._to_ram(entry))
+                self._ram.put(key, entry := self.to_ram(entry))
         self.loads.num_bytes += entry.num_bytes
         if self._copying is not None:
             sources.append(entry)
@@ -224,7 +235,7 @@ class PrefixStore:
         except DiskFullError:
             self.disk_is_full = self._room.is_full
 
-    def _to_ram(self, entry: Entry) -> Entry:
+    def to_ram(self, entry: Entry) -> Entry:
         """In RAM, page-locked where there is a GPU to copy from it."""
         if self._copying is None or entry.num_bytes < LOCKED_FROM:
             return Entry(entry.layout, entry.data.cpu())

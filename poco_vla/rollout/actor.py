@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,7 +13,7 @@ import torch
 from poco_vla.critic import ChunkCritic, aggregate
 from poco_vla.data import network_obs
 from poco_vla.errors import NonFiniteError
-from poco_vla.policy import FlowPolicy, propose
+from poco_vla.policy import FlowPolicy, Prefix, propose
 
 
 class Actor:
@@ -28,9 +28,11 @@ class Actor:
 
     Attributes:
         weights_version: of the weights that the last chunks are samples of: updates made until then.
+        on_encoded: is told raw observations, their tasks and the prefix of each.
     """
 
     weights_version: int = 0
+    on_encoded: Callable[[Mapping[str, np.ndarray], Sequence[str], Prefix], None] | None = None
 
     def __init__(
         self,
@@ -60,6 +62,8 @@ class Actor:
             if column.dtype.kind == "f" and not np.isfinite(column).all():
                 raise NonFiniteError(f'the environment returned a non-finite "{key}": nothing was sent to it')
         prefix = self.policy.encode(network_obs(self.policy, obs, tasks))
+        if self.on_encoded is not None:
+            self.on_encoded(obs, tasks, prefix)
         n = best_of_n or self.best_of_n
         x = propose(self.policy, prefix, n, generator=self.generator)
         if self.critic is not None and n > 1:

@@ -12,6 +12,7 @@ import numpy as np
 
 from poco_vla.config import EnvSpec, TrainConfig
 from poco_vla.data import DatasetInfo
+from poco_vla.data.acted import ActedPrefixes
 from poco_vla.errors import ConfigError
 from poco_vla.rollout import Actor, EnvPool, EpisodeRecorder
 from poco_vla.rollout.actor import ActingCopy, Weights
@@ -64,6 +65,7 @@ class Acting:
         info: of the demonstrations.
         task: the instruction that robots are told.
         say: tells a person one line.
+        acted: is told what actors beside the learner encode.
         rank: this process.
         num_ranks: processes that act.
     """
@@ -75,6 +77,7 @@ class Acting:
     info: DatasetInfo
     task: str
     say: Callable[[str], None]
+    acted: ActedPrefixes | None = None
     rank: int = 0
     num_ranks: int = 1
 
@@ -95,6 +98,8 @@ class Acting:
         if config.interaction.mode == "ray":
             return self._hire(next_seed, taken)
         copy = ActingCopy(self.actor, self.weights, config.seed + 1 + RANK_SEED * self.rank)
+        if self.acted is not None:
+            copy.on_encoded = self.acted.note
         if config.interaction.mode == "asynchronous":
             own = taken / self.num_ranks
             return AsynchronousInteraction(self._envs(), copy, recorder, next_seed, taken=own)

@@ -1,12 +1,14 @@
 """Which prefix store a run has, from its configuration."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from poco_vla.config import TrainConfig
+from poco_vla.config import PrefixConfig, TrainConfig
 from poco_vla.data import Episode, PrefixSource, PrefixStore, Replay
+from poco_vla.data.acted import ActedPrefixes
 from poco_vla.data.identity import identity, shelf_folder
 from poco_vla.data.prefixes import Demand
 from poco_vla.errors import ConfigError
@@ -14,6 +16,8 @@ from poco_vla.policy import FlowPolicy
 
 FOLDER = "prefixes"
 """Of a run's folder."""
+ACTED = 8
+"""Which part of the RAM is for what acting has encoded, until the episodes end that it belongs to."""
 
 
 def open_prefixes(
@@ -39,7 +43,7 @@ def open_prefixes(
         return None
     if settings.mode != "on" and all(p.requires_grad for p in policy.parameters()):
         return None  # nothing is frozen: what encodes is next to nothing
-    store, demand = None, None
+    store, acted, demand = None, None, None
     if not off:
         folder = None
         if settings.disk_bytes:
@@ -50,15 +54,22 @@ def open_prefixes(
             }
             about = identity(policy, demos, **settled)
             folder = shelf_folder(settings.folder or config.output_dir / FOLDER, about)
+        # Acting is never under autocast: with it, learning would be given something else.
+        beside = config.interaction.mode in ("asynchronous", "remote") and accelerator.mixed_precision == "no"
+        apart = settings.ram_bytes // ACTED if beside else 0
+        settings = replace(settings, ram_bytes=settings.ram_bytes - apart)
         store = PrefixStore(settings, accelerator.device, folder)
+        if beside:
+            acted = ActedPrefixes(policy, store.to_ram, apart, settings.dtype)
         if folder is not None and store.num_kept:
             say(f"prefix store: {store.num_kept:,} prefixes of earlier runs in {folder}")
     if settings.mode == "auto" and not off:
-        demand = _demand(config, replay, accelerator)
+        demand = _demand(config, settings, replay, accelerator)
     return PrefixSource(
         policy,
         replay,
         store,
+        acted=acted,
         demand=demand,
         shares=shares,
         dtype=settings.dtype,
@@ -76,11 +87,11 @@ def _unfit(policy: FlowPolicy, accelerator: Accelerator) -> str:
     return ""
 
 
-def _demand(config: TrainConfig, replay: Replay, accelerator: Accelerator) -> Demand:
+def _demand(config: TrainConfig, settings: PrefixConfig, replay: Replay, accelerator: Accelerator) -> Demand:
     """Of one process. Each of them sees every state sooner or later."""
     rows = config.optim.batch_size // accelerator.num_processes
     online = int(config.online_steps * config.updates_per_step)
-    settings, on_gpu = config.prefixes, accelerator.device.type == "cuda"
+    on_gpu = accelerator.device.type == "cuda"
     return Demand(
         states=replay.num_demo_steps + min(config.online_steps, config.replay.capacity),
         draws=rows * (config.sft_steps + 2 * online),

@@ -8,10 +8,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from poco_vla.flow import Draws
 from poco_vla.guard import CollapseGuard
 from poco_vla.policy import FlowPolicy
 from poco_vla.progress import Bar, Display
-from poco_vla.registry import load_adapter
+from poco_vla.registry import installed_versions, load_adapter
 from poco_vla.rollout import Actor, EnvPool, EpisodeRecorder, ensure_demonstrations, environment
 from poco_vla.rollout.actor import Weights
 from poco_vla.rollout.demonstrations import demonstrations_root
@@ -65,6 +64,8 @@ UPDATES_PER_ROUND = 8
 """Updates after which a learner that is never idle looks what acting has brought."""
 EPISODES_AT_ONCE = 50
 """Episodes with pictures that are read together."""
+PACKAGES = ("poco-vla", "lerobot", "torch", "transformers", "accelerate", "peft")
+"""Whose versions a run notes."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -455,7 +456,8 @@ class Trainer:
         recorder = self._open_recorder() if self.is_main else None
         ranks = (rank, world_size) if each else (0, 1)
         say = self.display.say
-        self.acting = Acting(config, self.actor, self.weights, recorder, self.info, demos[0].task, say, *ranks)
+        acted = self.prefixes.acted if self.prefixes is not None else None
+        self.acting = Acting(config, self.actor, self.weights, recorder, self.info, demos[0].task, say, acted, *ranks)
         steps = self.replay.num_demo_steps
         trained = sum(p.numel() for p in self.actor_parameters)
         self.display.say(
@@ -547,9 +549,12 @@ class Trainer:
     def _pool(self, episode: Episode) -> None:
         """Into the pool; an episode that does not fit there stays on disk alone."""
         try:
-            self._written("an episode of the pool", partial(self.replay.add, episode, is_demo=False))
+            first = self._written("an episode of the pool", partial(self.replay.add, episode, is_demo=False))
         except DataError as error:
             self.display.say(f"an episode stays out of the pool: {error}")
+            return
+        if self.prefixes is not None:
+            self.prefixes.adopt(episode, first)
 
     def _tell_guard(self) -> None:
         """How well the imitating policy does, on every process: all of them watch."""
@@ -638,7 +643,7 @@ class Trainer:
                 "horizon": self.policy.spec.horizon,
                 "action_dim": self.policy.spec.action_dim,
             },
-            "versions": _versions(),
+            "versions": {"python": platform.python_version()} | installed_versions(PACKAGES),
             "device": self.accelerator.device.type,
             "prefixes": self.prefixes.figures() if self.prefixes is not None else {"on": False},
             "policy": "policy",
@@ -736,9 +741,9 @@ class Trainer:
         (values, _), *others = given
         return values | ({"others": [one for one, _ in others]} if others else {}), tensors
 
-    def _written(self, what: str, write: Callable[[], Any]) -> None:
+    def _written[T](self, what: str, write: Callable[[], T]) -> T:
         """Write something; while the disk is full, the run pauses and says so."""
-        wait_for_space(
+        return wait_for_space(
             write, what=what, where=self.config.output_dir, tell=self.display.say, give_up=lambda: self._stop
         )
 
@@ -870,15 +875,6 @@ class Trainer:
             resumable = checkpoint.can_resume(folder)
             state = "a run. Continue it with --resume" if resumable else "a run that has no checkpoint yet"
             raise ConfigError(f"{folder} already holds {state}, choose another --output-dir, or delete it.")
-
-
-def _versions() -> dict[str, str]:
-    """What this run ran on."""
-    found = {"python": platform.python_version()}
-    for name in ("poco-vla", "lerobot", "torch", "transformers", "accelerate", "peft"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _where_lerobot_finds(env_config: Any) -> list[str]:

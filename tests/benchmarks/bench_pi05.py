@@ -38,7 +38,7 @@ from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
-from measure import device_name, table_of, thread_count
+from measure import HERE, device_name, keep_in, table_of, thread_count
 from poco_vla_pi05 import processors
 from poco_vla_pi05.adapter import Pi05
 from poco_vla_pi05.architecture import TINY, Architecture, empty_policy, in_head
@@ -132,6 +132,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             console.print(table_of(title, rows))
             figures[name] = rows
             release(args.device)
+        if not (args.quick or args.tiny):
+            kept = {
+                case.key(name): {"case": case.description, "rows": figures[name]} for name in sections.keys() & figures
+            }
+            console.print(f"kept in {keep_in(HERE / 'results', kept).name}")
     if args.json:
         figures["date"] = datetime.now(UTC).date().isoformat()
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
@@ -176,6 +181,11 @@ class Case:
             f"{int(mask.sum(1).max())} valid"
         )
         return replace(case, description=description)
+
+    def key(self, section: str) -> str:
+        """Under which a section is kept."""
+        dtype, threads = self.adapter.policy.config.dtype, torch.get_num_threads()
+        return f"pi05 {section}, {dtype}, B {self.states}, {threads} threads"
 
     @property
     def device(self) -> str:
