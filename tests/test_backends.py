@@ -41,6 +41,11 @@ def run_of(root, name, **changes):
     return replace(config, optim=optim, poco=poco, **changes)
 
 
+def each_of(root, name):
+    """The same, with each process acting."""
+    return run_of(root, name, interaction=InteractionConfig(ranks="each"))
+
+
 def in_parts(config):
     """Eight rows of a batch of a process as 3, 3 and 2."""
     return replace(config, optim=replace(config.optim, micro_batch=3))
@@ -116,14 +121,22 @@ def vla_one(root):
 
 @pytest.fixture(scope="module")
 def ddp(root, one, vla_one):
-    runs = (in_parts(run_of(root, "ddp")), None), (run_of(root, "ddp_since_one"), one)
+    runs = (
+        (in_parts(run_of(root, "ddp")), None),
+        (run_of(root, "ddp_since_one"), one),
+        (each_of(root, "ddp_each"), None),
+    )
     launch(root, "ddp_cpu", 2, *runs, vla_of="vla_ddp")
     return root / "ddp"
 
 
 @pytest.fixture(scope="module")
 def fsdp(root, ddp):
-    runs = (in_parts(run_of(root, "fsdp")), None), (run_of(root, "fsdp_since_ddp"), ddp)
+    runs = (
+        (in_parts(run_of(root, "fsdp")), None),
+        (run_of(root, "fsdp_since_ddp"), ddp),
+        (each_of(root, "fsdp_each"), None),
+    )
     launch(root, "fsdp2", 2, *runs, vla_of="vla_fsdp")
     return root / "fsdp"
 
@@ -131,7 +144,11 @@ def fsdp(root, ddp):
 @pytest.fixture(scope="module")
 def zero(root, fsdp):
     pytest.importorskip("deepspeed")
-    runs = (in_parts(run_of(root, "zero")), None), (run_of(root, "zero_since_fsdp"), fsdp)
+    runs = (
+        (in_parts(run_of(root, "zero")), None),
+        (run_of(root, "zero_since_fsdp"), fsdp),
+        (each_of(root, "zero_each"), None),
+    )
     launch(root, "zero2", 2, *runs, vla_of="vla_zero")
     return root / "zero"
 
@@ -196,6 +213,12 @@ def test_the_configuration_of_one_process_is_one_process(root, one):
 
 
 # -- who acts ---------------------------------------------------------------------------------------------------------
+
+
+@slow
+@pytest.mark.parametrize("backend", ["fsdp", "zero"])
+def test_each_process_acts_under_a_sharded_learner_as_under_ddp(backend, root, zero):
+    assert_same_run(root / f"{backend}_each", root / "ddp_each")
 
 
 @slow

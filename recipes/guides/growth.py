@@ -18,9 +18,8 @@ PICTURE = 224 * 224 * 3
 """Bytes of one camera's picture as the robot sends it and the pool keeps it."""
 STATE = 4 * (14 + 7) + 4 * 4
 """Bytes of a step without pictures: state, action, reward, flags, version."""
-RECORDED = {"state alone": (403, 0.7), "2 cameras, PNG": (27_400, 24.0), "2 cameras, video": (8_560, 8.5)}
-"""Kind -> (bytes, milliseconds) per step on disk by this library's recorder, by `measure`; video's time is that of the
-118 steps/s in the README."""
+RECORDED = {"state alone": (403, 0.16), "2 cameras, PNG": (27_400, 8.1), "2 cameras, video": (8_560, 4.6)}
+"""Kind -> (bytes, milliseconds) per step on disk by this library's recorder, by `measure`."""
 HOUR, DAY = 3600, 86_400
 
 
