@@ -46,7 +46,10 @@ class ActedPrefixes:
     @torch.no_grad()
     def note(self, obs: Mapping[str, np.ndarray], tasks: Sequence[str], prefix: Prefix) -> None:
         """Keep the prefixes of B raw observations."""
-        shrunk = {key: self._policy.shrink_images(x) if x.dtype == np.uint8 else x for key, x in obs.items()}
+        if self._entries.budget == 0:
+            return
+        seen = {key: obs[key] for key in self._policy.input_keys}
+        shrunk = {key: self._policy.shrink_images(x) if x.dtype == np.uint8 else x for key, x in seen.items()}
         packed = self._policy.pack(prefix)
         for i, (task, tensors) in enumerate(zip(tasks, packed, strict=True)):
             entry = self._to_ram(Entry.of(tensors, dtype=self._dtype))
@@ -64,6 +67,11 @@ class ActedPrefixes:
                 found[step] = entry
         self.num_taken += len(found)
         return found
+
+    def close(self) -> None:
+        """Keep nothing any more."""
+        with self._lock:
+            self._entries = MemoryTier(0)
 
     def _key(self, obs: Mapping[str, np.ndarray], row: int, task: str) -> int:
         digest = hashlib.blake2b(task.encode(), digest_size=16)

@@ -287,6 +287,8 @@ class PrefixSource:
         if not on:
             store.close()
             self.store = None
+            if self.acted is not None:
+                self.acted.close()
 
 
 def _alike(entry: Entry, other: Entry) -> bool:

@@ -8,10 +8,10 @@ import torch
 from lerobot_policy_flow_mlp.adapter import FlowMlp
 from test_prefixes import VLAS, H, episode, pool, short, store
 
-from poco_vla.data import PrefixSource, Replay, network_obs
+from poco_vla.data import BatchSource, PrefixSource, Replay, network_obs
 from poco_vla.data.acted import ActedPrefixes
 from poco_vla.data.entries import Entry
-from poco_vla.data.prefixes import _alike
+from poco_vla.data.prefixes import TRIALS, Demand, _alike
 from poco_vla.rollout import Actor
 
 
@@ -126,15 +126,21 @@ def test_in_eight_bits_what_acting_encoded_is_what_learning_would_have_kept():
     assert any(dtype == torch.float8_e4m3fn for _, dtype, _ in entry.layout)
 
 
-def test_a_store_that_was_given_up_takes_nothing():
+def test_once_a_store_does_not_pay_nothing_is_kept(monkeypatch):
     policy = short(FlowMlp)
     replay, _ = pool(policy)
     kept = store()
     acted, actor = acting(policy, kept)
-    source = PrefixSource(policy, replay, kept, acted=acted)
-    source.store = None
+    demand = Demand(states=10, draws=10, memory=10**6, disk=0)
+    source = PrefixSource(policy, replay, kept, acted=acted, demand=demand)
+    batches = BatchSource(replay, policy, 8, seed=0, prefixes=source)
     played = episode(policy, H, 5)
     act_on(actor, played, [0])
+    for _ in range(TRIALS + 1):
+        batches.draw()
+    assert source.store is None
     source.adopt(played, replay.add(played, is_demo=False))
-    assert acted.num_taken == 0
+    monkeypatch.setattr(type(policy), "pack", lambda *_: pytest.fail("packed for nothing"))
+    act_on(actor, played, [0])
+    assert acted.take(played) == {}
     source.close()
