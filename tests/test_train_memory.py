@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 from pointmass_run import small
 
 from poco_vla.algorithm import STAGES
-from poco_vla.config import DatasetConfig, OptimConfig, PocoConfig, num_bytes
+from poco_vla.config import DatasetConfig, OptimConfig, PocoConfig, PrefixConfig, num_bytes
 from poco_vla.errors import ConfigError, NonFiniteError
 from poco_vla.rollout.demonstrations import ensure_demonstrations
 from poco_vla.train import Trainer
@@ -88,6 +88,18 @@ def test_an_update_keeps_to_the_memory_it_is_given(stage, trainer, monkeypatch):
     monkeypatch.setattr(bound.poco, "plan", lambda *_: plan)
     took = held + peak_bytes(lambda: bound._backward(batch, stage), CPU)
     assert 0.5 * given < took <= given
+
+
+def test_prefixes_that_are_read_ahead_are_counted(trainer):
+    """256 states and 256 next ones, of 4 numbers each; as many again for the next batch."""
+    held = {}
+    for mode in ("off", "on"):
+        made = trainer(memory="1GB", prefixes=PrefixConfig(mode=mode))
+        batch = made.batches.draw()
+        held[mode] = made.budget._held(batch, made.poco.plan(batch, "online"))
+        observed = sum(x.nbytes for x in (*batch.obs.values(), *batch.next_obs.values()) if isinstance(x, torch.Tensor))
+        held[mode] -= observed
+    assert held["on"] - held["off"] == 2 * 512 * 4 * 4
 
 
 def test_a_memory_that_holds_no_update_is_refused_with_what_takes_it(trainer):

@@ -98,6 +98,11 @@ class PrefixSource:
         dtype: of what is stored.
         autocast: the context in which the policy is trained.
         say: tells a person one line.
+
+    Attributes:
+        hits: states that were found.
+        encoded: states that were not.
+        batch_bytes: of what the last batch was given.
     """
 
     def __init__(
@@ -115,7 +120,7 @@ class PrefixSource:
     ) -> None:
         self.policy, self.replay, self.store, self.acted = policy, replay, store, acted
         self.costs: Costs | None = None
-        self.shares, self.hits, self.encoded = shares, 0, 0
+        self.shares, self.hits, self.encoded, self.batch_bytes = shares, 0, 0, 0
         self._demand, self._autocast, self._say = demand, autocast, say
         self._dtype: Literal["exact", "fp8"] = dtype
         self._trials: list[Costs] = []
@@ -155,6 +160,7 @@ class PrefixSource:
         if self.store is not None and self.store.disk_is_full and not self._told_full:
             self._told_full = True
             self._say("the disk of the prefix store is full: it keeps what it has, and the run goes on")
+        self.batch_bytes = sum(found[key].num_bytes for keys in wanted for key in keys.tolist())
         first, *second = (self.policy.unpack([found[key].tensors() for key in keys.tolist()]) for keys in wanted)
         return first, second[0] if second else None
 

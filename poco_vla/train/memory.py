@@ -39,6 +39,7 @@ class Budget:
         accelerator: its device and processes: all of them get the same size.
         run: loss and gradients of a batch, no step. The gradients are dropped afterwards.
         beside: bytes on the device that the memory is not about.
+        prefixes: bytes of those that a batch brings along: while it is learned from, the next one's are loaded.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class Budget:
         accelerator: Accelerator,
         run: Run,
         beside: Callable[[], int] = lambda: 0,
+        prefixes: Callable[[], int] = lambda: 0,
     ) -> None:
         self.config, self.module, self.optimizer = config, module, optimizer
-        self.accelerator, self.run, self.beside = accelerator, run, beside
+        self.accelerator, self.run, self.beside, self.prefixes = accelerator, run, beside, prefixes
         self._sizes: dict[Stage, int] = {}
 
     def part(self, batch: ChunkBatch, plan: Plan, stage: Stage) -> int:
@@ -98,14 +100,16 @@ class Budget:
         return size
 
     def _held(self, batch: ChunkBatch, plan: Plan) -> int:
-        """Bytes of what is there however it is cut: weights, batch and plan, and the optimizer's moments, be they there
-        yet or not."""
+        """Bytes of what is there however it is cut: weights, batch and plan, and, be they there yet or not, the
+        optimizer's moments and the next batch's prefixes."""
         trained = [p for p in self.module.parameters() if p.requires_grad]
         if self.accelerator.device.type == "cuda":
             missing = 2 * sum(_bytes(p) for p in trained if p not in self.optimizer.state)
-            return torch.cuda.memory_allocated(self.accelerator.device) - self.beside() + missing
+            there = torch.cuda.memory_allocated(self.accelerator.device) - self.beside()
+            return there + missing + self.prefixes()
         weights = sum(map(_bytes, [*self.module.parameters(), *self.module.buffers()]))
-        return weights + 2 * sum(map(_bytes, trained)) + sum(map(_bytes, _tensors(vars(batch)) + _tensors(vars(plan))))
+        drawn = sum(map(_bytes, _tensors(vars(batch)) + _tensors(vars(plan))))
+        return weights + 2 * sum(map(_bytes, trained)) + drawn + 2 * self.prefixes()
 
     def _peak(self, batch: ChunkBatch, plan: Plan, stage: Stage, size: int) -> int:
         """Most bytes that a part of this size takes beside what is there, gradients included."""

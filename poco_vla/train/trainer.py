@@ -435,7 +435,15 @@ class Trainer:
         late = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
         late = late and self.accelerator.device.type == "cuda"
         self.finite = FiniteWatch(self.optimizer.optimizer, self._processes, late=late)
-        self.budget = Budget(config, self.poco, self.optimizer, self.accelerator, self.learner.rehearse, self._stored)
+        self.budget = Budget(
+            config,
+            self.poco,
+            self.optimizer,
+            self.accelerator,
+            self.learner.rehearse,
+            self._stored,
+            lambda: self.prefixes.batch_bytes if self.prefixes is not None else 0,
+        )
         self.prefixes = open_prefixes(config, self.policy, self.replay, demos, self.accelerator, self.display.say)
         if self.prefixes is not None:
             self.logbook.beside = self.prefixes.rates
