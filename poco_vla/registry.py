@@ -1,9 +1,6 @@
-"""What is installed: adapters by name, entry points of group ``poco_vla.adapters``, and versions of distributions.
-Nothing is imported before it is asked for."""
+"""Adapters by name: entry points of group ``poco_vla.adapters``. Nothing is imported before it is asked for."""
 
-from collections.abc import Iterable
-from contextlib import suppress
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from importlib.metadata import EntryPoint, entry_points
 
 from poco_vla.errors import PolicyError, UnknownAdapterError
 from poco_vla.policy import FlowPolicy
@@ -30,15 +27,6 @@ def load_adapter(name: str) -> type[FlowPolicy]:
     if not (isinstance(loaded, type) and issubclass(loaded, FlowPolicy)):
         raise PolicyError(f'adapter "{name}" is {points[name].value}, which is not a subclass of poco_vla.FlowPolicy')
     return loaded
-
-
-def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
-    """Versions of those of these distributions that are installed."""
-    found = {}
-    for name in distributions:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _points() -> dict[str, EntryPoint]:

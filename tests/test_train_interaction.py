@@ -99,7 +99,8 @@ def test_neither_side_runs_further_ahead_than_it_may(tmp_path, data):
 
 @pytest.mark.parametrize("mode", ["asynchronous", "remote"])
 def test_learning_takes_over_the_prefix_of_every_state_that_acting_saw(mode, tmp_path, data):
-    """One of five states of each episode in the pool: those at which a chunk was chosen."""
+    """One of five states of each episode in the pool, those at which a chunk was chosen; and any that is the same, as
+    at a wall."""
     config = beside(tmp_path, data, mode, ahead=200, prefixes=PrefixConfig(mode="on"))
     trainer = Trainer(config)
     if mode == "remote":
@@ -107,7 +108,8 @@ def test_learning_takes_over_the_prefix_of_every_state_that_acting_saw(mode, tmp
     try:
         trainer.run()
         episodes = recorded(config)[: trainer.progress.episodes]
-        assert trainer.prefixes.acted.num_taken == sum(-(-len(episode) // 5) for episode in episodes) > 150
+        chosen = sum(-(-len(episode) // 5) for episode in episodes)
+        assert 150 < chosen <= trainer.prefixes.acted.num_taken < 1.3 * chosen
     finally:
         trainer.close()
     assert json.loads((config.output_dir / "result.json").read_text())["prefixes"]["acted"] > 150

@@ -58,13 +58,11 @@ class ActedPrefixes:
 
     def take(self, episode: Episode) -> dict[int, Entry]:
         """Prefixes of an episode's steps, by their number in it, where there are any. They are given away."""
-        found = {}
-        for step in range(len(episode) if len(self._entries) else 0):
-            key = self._key(episode.obs, step, episode.task)
-            with self._lock:
-                entry = self._entries.pop(key)
-            if entry is not None:
-                found[step] = entry
+        steps = range(len(episode) if len(self._entries) else 0)
+        keys = [self._key(episode.obs, step, episode.task) for step in steps]
+        with self._lock:  # a state may come several times
+            entries = {key: self._entries.pop(key) for key in set(keys)}
+        found = {step: entry for step, key in enumerate(keys) if (entry := entries[key]) is not None}
         self.num_taken += len(found)
         return found
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ from torch import Tensor
 from poco_vla.data.batches import network_obs, pipeline_of
 from poco_vla.data.episode import Episode
 from poco_vla.policy import FlowPolicy
-from poco_vla.registry import installed_versions
 
 FORMAT = 1
 """Of the files; goes up when they change."""
@@ -115,3 +116,12 @@ def _hashed(parts: Iterable[Any]) -> str:
             text = str(part).encode()
             digest.update(f"{len(text)}:".encode() + text)
     return digest.hexdigest()
+
+
+def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Versions of those of these distributions that are installed."""
+    found = {}
+    for name in distributions:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -34,6 +34,7 @@ from poco_vla.data import (
     read_episodes,
 )
 from poco_vla.data.dataset import info_of
+from poco_vla.data.identity import installed_versions
 from poco_vla.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UnknownNameError
 from poco_vla.evaluate import SuccessRate, evaluate
 from poco_vla.files import wait_for_space, write_json
@@ -41,7 +42,7 @@ from poco_vla.flow import Draws
 from poco_vla.guard import CollapseGuard
 from poco_vla.policy import FlowPolicy
 from poco_vla.progress import Bar, Display
-from poco_vla.registry import installed_versions, load_adapter
+from poco_vla.registry import load_adapter
 from poco_vla.rollout import Actor, EnvPool, EpisodeRecorder, ensure_demonstrations, environment
 from poco_vla.rollout.actor import Weights
 from poco_vla.rollout.demonstrations import demonstrations_root

@@ -102,6 +102,16 @@ def test_whatever_differs_is_not_found(what):
     assert acted.num_taken == 3
 
 
+def test_a_state_that_comes_again_is_found_again():
+    """Acted on at steps 0 and 2; the states of steps 0 to 2 are one, the last is another."""
+    policy = FlowMlp.tiny()
+    acted, actor = acting(policy, store())
+    played = episode(policy, 4, 6)
+    played.obs["observation.state"][:3] = played.obs["observation.state"][0]
+    act_on(actor, played, (0, 2))
+    assert sorted(acted.take(played)) == [0, 1, 2]
+
+
 def test_what_no_episode_came_for_goes_first():
     """Room for two states of five."""
     policy = FlowMlp.tiny()
