@@ -19,7 +19,7 @@ from pointmass_run import small
 from safetensors.torch import load_file
 from vla_run import assert_same_updates, prepare, updates, vla
 
-from poco_vla.config import InteractionConfig, to_json
+from poco_vla.config import InteractionConfig, PrefixConfig, to_json
 from poco_vla.errors import ConfigError
 from poco_vla.train import train
 
@@ -121,8 +121,10 @@ def vla_one(root):
 
 @pytest.fixture(scope="module")
 def ddp(root, one, vla_one):
+    stored = PrefixConfig(mode="on", disk_bytes=10**7, folder=root / "prefixes")
     runs = (
         (in_parts(run_of(root, "ddp")), None),
+        (in_parts(run_of(root, "ddp_stored", prefixes=stored)), None),
         (run_of(root, "ddp_since_one"), one),
         (each_of(root, "ddp_each"), None),
     )
@@ -157,6 +159,18 @@ def zero(root, fsdp):
 @pytest.mark.parametrize("run", ["ddp", "ddp_since_one"])
 def test_ddp_on_two_processes_is_the_run_of_one(run, root, one, ddp):
     assert_same_run(root / run, one)
+
+
+@slow
+def test_processes_with_a_store_each_make_the_run_without_bit_for_bit(root, ddp):
+    stored = root / "ddp_stored"
+    assert metrics_of(stored) == metrics_of(ddp)
+    for name in ("episodes.jsonl", "policy/model.safetensors"):
+        assert (stored / name).read_bytes() == (ddp / name).read_bytes()
+    assert json.loads((stored / "result.json").read_text())["prefixes"]["hits"] > 0
+    (shelf,) = (root / "prefixes").iterdir()
+    assert sorted(path.name for path in shelf.glob("*.data")) == ["0.data", "1.data"]
+    assert all(path.stat().st_size > 1000 for path in shelf.glob("*.data"))
 
 
 @slow

@@ -1,9 +1,6 @@
 """Runs with a prefix store are the runs without: same losses, same episodes, same weights."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,41 +122,6 @@ def test_a_policy_that_cannot_say_how_a_prefix_is_stored_is_refused_only_where_a
         train(small(tmp_path / "on", data, prefixes=ON))
     AcceleratorState._reset_state(reset_partial_state=True)
     train(small(tmp_path / "auto", data, online_steps=0))
-
-
-@pytest.mark.slow
-def test_two_processes_with_a_store_each_give_the_losses_of_two_without(tmp_path, data):
-    """Over gloo, each with its rows: the same losses, and a shelf of each."""
-    found = {}
-    for mode in ("off", "on"):
-        run = tmp_path / mode
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-        launch += [
-            "--num_machines",
-            "1",
-            "--main_process_port",
-            "0",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-        ]
-        options = ["--output-dir", run, "--demonstrations.root", data, "--prefixes.mode", mode]
-        options += ["--prefixes.disk-bytes", "10000000", "--prefixes.folder", tmp_path / "prefixes"]
-        done = subprocess.run(
-            [str(word) for word in (*launch, HERE / "pointmass_run.py", *options)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        found[mode] = outcome(run)
-    assert found["on"] == found["off"]
-    assert figures(tmp_path / "on")["hits"] > 0
-    (shelf,) = (tmp_path / "prefixes").iterdir()
-    assert sorted(path.name for path in shelf.glob("*.data")) == ["0.data", "1.data"]
-    assert all(path.stat().st_size > 1000 for path in shelf.glob("*.data"))
 
 
 @pytest.fixture(scope="module")
