@@ -250,6 +250,11 @@ class PrefixConfig:
     def __post_init__(self) -> None:
         for name in ("device_bytes", "ram_bytes", "disk_bytes"):
             _require(getattr(self, name) >= 0, f"prefixes.{name} is {getattr(self, name)}; it must not be negative")
+        _require(
+            self.folder is None or self.disk_bytes > 0 or self.mode == "off",
+            f"prefixes.folder is {self.folder}, but prefixes.disk_bytes is 0, which keeps nothing there: say how many "
+            "bytes it may take, such as --prefixes.disk-bytes 200000000000",
+        )
 
 
 @dataclass(frozen=True)
@@ -474,6 +479,11 @@ class TrainConfig:
             '(interaction.mode "remote"), or set online_steps to 0',
         )
         _require(
+            self.memory is None or self.optim.micro_batch is None,
+            f"memory {self.memory} finds how much of a batch is computed at once, and optim.micro_batch "
+            f"{self.optim.micro_batch} says it: give one of them",
+        )
+        _require(
             self.demonstrations is None or self.env is not None,
             "demonstrations are made by the environment's scripted expert, but env is None",
         )
@@ -481,7 +491,7 @@ class TrainConfig:
 
 def num_bytes(text: str) -> int:
     """Bytes that a text such as "24GB", "22.5 GiB" or "500 MB" stands for. Raises ConfigError for any other."""
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
     if found is None or found[2].upper() not in units or float(found[1]) == 0:
         raise ConfigError(f'"{text}" is no amount of memory; write it like 24GB, 22.5GiB or 500MB')

@@ -139,6 +139,14 @@ def test_the_exported_folder_succeeds_under_lerobots_own_loader(learned):
 # -- resume ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_in_which_no_episode_ends_says_that_nothing_was_learned_online(tmp_path, data, capfd):
+    """Episodes of up to 50 steps, of which three environments take 15 at a time."""
+    train(small(tmp_path / "run", data, online_steps=15))
+    told = " ".join(capfd.readouterr().out.split())
+    assert "no episode came into the pool within 15 steps: neither critic nor actor was trained online" in told
+    assert "--online-steps" in told
+
+
 def interruptible(output_dir, data, **changes):
     """A small run with many checkpoints, evaluations between, and a partly filled log window at each of them."""
     config = small(output_dir, data, sft_steps=300, online_steps=600, checkpoint_every=16, **changes)

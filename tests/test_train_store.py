@@ -105,6 +105,14 @@ def test_budgets_may_change_at_a_resume_and_eight_bit_prefixes_may_not(tmp_path,
         train(replace(config, resume=True, prefixes=replace(ON, dtype="fp8")))
 
 
+def test_a_folder_that_cannot_be_is_one_sentence(tmp_path, data):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"prefixes cannot be kept in .*file \(prefixes.folder\): Not a directory"):
+        train(small(tmp_path / "run", data, prefixes=replace(ON, disk_bytes=10**6, folder=tmp_path / "file")))
+    with pytest.raises(ConfigError, match=r"prefixes.folder is .*prefixes.disk_bytes is 0, which keeps nothing there"):
+        replace(ON, folder=tmp_path)
+
+
 def test_consecutive_transitions_train_and_are_part_of_the_configuration(tmp_path, data, plain):
     config = small(tmp_path / "run", data)
     train(replace(config, replay=replace(config.replay, consecutive=4)))

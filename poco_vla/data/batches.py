@@ -117,7 +117,11 @@ class BatchSource(Iterator[ChunkBatch]):
         prefixes: "PrefixSource | None" = None,
     ) -> None:
         if batch_size % world_size:
-            raise ConfigError(f"batch_size {batch_size} is not a multiple of the {world_size} processes that share it")
+            near = batch_size // world_size * world_size
+            raise ConfigError(
+                f"batch_size {batch_size} is not a multiple of the {world_size} processes that share it: take "
+                f"{near or world_size} or {near + world_size} (--optim.batch-size)"
+            )
         self.replay = replay
         self.policy = policy
         self.batch_size = batch_size

@@ -109,8 +109,8 @@ class Shelf:
         for path in sorted(folder.glob("*.index")):
             self._open(path, int(path.stem))
         flags = os.O_RDWR | os.O_CREAT
-        self._data = os.open(folder / f"{number}.data", flags)
-        self._index = os.open(folder / f"{number}.index", flags)
+        self._data = os.open(folder / f"{number}.data", flags, 0o644)
+        self._index = os.open(folder / f"{number}.index", flags, 0o644)
         if number in self._files:
             os.close(self._files[number])
         self._files[number], self._number = self._data, number

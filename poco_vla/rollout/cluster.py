@@ -15,6 +15,7 @@ the middle of a motion, while `poco-vla robot` halts its arm and keeps its episo
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -47,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 POLL = 0.02
 """Seconds after which the driver looks whether acting may go on or has to end."""
+PATIENCE = 10.0
+"""Seconds that an address may take to answer."""
 SILENCE = 60.0
 """Seconds without an answer of any worker after which a person is told."""
 MOST_DEATHS = 3
@@ -487,13 +490,30 @@ class ClusterInteraction(BackgroundInteraction):
         )
 
 
+def check(settings: InteractionConfig) -> None:
+    """Find out what would keep `connect` from its cluster, before anything is trained.
+
+    Raises:
+        ConfigError: nobody listens at the address, or this machine has not the GPUs for a cluster of its own.
+    """
+    address, gpus = _address(settings), settings.workers * settings.worker_gpus
+    if address is None and gpus > torch.cuda.device_count():
+        raise ConfigError(_too_few_gpus(settings, float(torch.cuda.device_count())))
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+        except OSError as error:  # Ray itself would try for a quarter of an hour
+            raise ConfigError(_no_cluster(address, error)) from error
+
+
 def connect(settings: InteractionConfig) -> bool:
     """Connect this process to the cluster of `settings`; says whether it was not before.
 
     Raises:
         ConfigError: no cluster answers there, or this machine has not the GPUs for one.
     """
-    address = settings.address or os.environ.get("RAY_ADDRESS")
+    address = _address(settings)
     if address is None:
         # Read when Ray is imported: node and workers listen on this machine alone.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -509,20 +529,33 @@ def connect(settings: InteractionConfig) -> bool:
             try:
                 ray.init(address, **quiet)
             except (ConnectionError, ValueError, RuntimeError) as error:
-                raise ConfigError(
-                    f"no Ray cluster at {address}: {error}. The learner's machine has to belong to it: "
-                    f"ray start --address=HEAD:6379 (on the head: ray start --head)"
-                ) from error
+                raise ConfigError(_no_cluster(address, error)) from error
             return True
         ray.init("local", num_cpus=int(np.ceil(settings.workers * settings.worker_cpus)), **quiet)
-    gpus, wanted = ray.cluster_resources().get("GPU", 0.0), settings.workers * settings.worker_gpus
-    if gpus < wanted:
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if gpus < settings.workers * settings.worker_gpus:
         ray.shutdown()
-        raise ConfigError(
-            f"{settings.workers} workers with worker_gpus {settings.worker_gpus} need {wanted:g} GPUs, and Ray sees "
-            f"{gpus:g} on this machine"
-        )
+        raise ConfigError(_too_few_gpus(settings, gpus))
     return True
+
+
+def _address(settings: InteractionConfig) -> str | None:
+    return settings.address or os.environ.get("RAY_ADDRESS")
+
+
+def _no_cluster(address: str | None, error: Exception) -> str:
+    return (
+        f"no Ray cluster at {address}: {error}. The learner's machine has to belong to it: "
+        "ray start --address=HEAD:6379 (on the head: ray start --head)"
+    )
+
+
+def _too_few_gpus(settings: InteractionConfig, found: float) -> str:
+    wanted = settings.workers * settings.worker_gpus
+    return (
+        f"{settings.workers} workers with worker_gpus {settings.worker_gpus} need {wanted:g} GPUs, and there are "
+        f"{found:g} on this machine"
+    )
 
 
 @contextmanager

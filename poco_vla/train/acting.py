@@ -82,8 +82,12 @@ class Acting:
     num_ranks: int = 1
 
     def __post_init__(self) -> None:
-        if self.config.interaction.mode == "ray" and find_spec("ray") is None:
-            raise ConfigError('interaction.mode is "ray", but Ray is not installed: pip install "poco-vla[ray]"')
+        if self.config.interaction.mode == "ray":
+            if find_spec("ray") is None:
+                raise ConfigError('interaction.mode is "ray", but Ray is not installed: pip install "poco-vla[ray]"')
+            from poco_vla.rollout import cluster
+
+            cluster.check(self.config.interaction)
 
     def begin(self, taken: int, episodes: int) -> Interaction:
         """The interaction that the configuration asks for, after `taken` control steps and `episodes`, of all that act

@@ -47,8 +47,12 @@ class Logbook:
         self._sums = torch.zeros(0)
         self._num_summed = 0
         self._ages = (0, 0)
-        self._logged = (time.monotonic(), 0, 0)
+        self.begin()
         self.beside: Callable[[], Mapping[str, float]] = dict
+
+    def begin(self) -> None:
+        """Updates begin now: rates count from here."""
+        self._logged = (time.monotonic(), self.progress.update, self.progress.env_steps)
 
     def updated(self, stage: Stage, metrics: Mapping[str, Tensor], bar: Bar) -> None:
         """An update was made; `metrics` are scalars on its device, fetched only when a line is due."""
@@ -91,7 +95,7 @@ class Logbook:
         self._num_summed = state["num_summed"]
         self._ages = tuple(state["ages"])
         now = self.progress
-        self._logged = (time.monotonic(), now.update, now.env_steps)
+        self.begin()
         if self.accelerator.is_main_process:
             made = [line for line in self._lines("metrics.jsonl") if line["update"] <= now.update]
             self._rewrite("metrics.jsonl", made)

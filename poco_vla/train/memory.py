@@ -1,6 +1,8 @@
 """How many transitions of a batch are computed at once: as many as the memory that a user gives allows."""
 
-import logging
+import math
+import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,8 +15,6 @@ from poco_vla.algorithm import Plan, Stage
 from poco_vla.config import TrainConfig, num_bytes
 from poco_vla.errors import ConfigError
 from poco_vla.types import ChunkBatch
-
-logger = logging.getLogger(__name__)
 
 CPU_ROWS = 2048
 """Chunks, candidates and data, that a CPU takes through a network at once: with 4 x 512 their activations stay in its
@@ -40,6 +40,7 @@ class Budget:
         run: loss and gradients of a batch, no step. The gradients are dropped afterwards.
         beside: bytes on the device that the memory is not about.
         prefixes: bytes of those that a batch brings along: while it is learned from, the next one's are loaded.
+        say: tells a person one line.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class Budget:
         run: Run,
         beside: Callable[[], int] = lambda: 0,
         prefixes: Callable[[], int] = lambda: 0,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.config, self.module, self.optimizer = config, module, optimizer
         self.accelerator, self.run, self.beside, self.prefixes = accelerator, run, beside, prefixes
+        self.say = say
         self._sizes: dict[Stage, int] = {}
 
     def part(self, batch: ChunkBatch, plan: Plan, stage: Stage) -> int:
@@ -90,13 +93,14 @@ class Budget:
             size = sizes[-2] + int((sizes[-1] - sizes[-2]) * (room - peaks[-2]) / (peaks[-1] - peaks[-2]))
         size = int(self.accelerator.gather(torch.tensor([size], device=self.accelerator.device)).min())  # pyright: ignore[reportAttributeAccessIssue]
         if size < 1:
-            one = f"{peaks[1] / 1e9:.2f} GB" if peaks[1] < NEVER else "more than the device has"
+            one = _shown(peaks[1]) if peaks[1] < NEVER else "more than the device has"
+            least = f" (at least {_shown((held + peaks[1]) / MARGIN)})" if peaks[1] < NEVER else ""
             raise ConfigError(
-                f"memory is {self.config.memory}, but weights, optimizer and batch take {held / 1e9:.2f} GB and one "
-                f"transition {one} beside them, gradients included. Give more, train less (a LoRA), "
-                "or keep the frozen part in bfloat16."
+                f"memory is {self.config.memory}, but weights, optimizer and batch take {_shown(held)} and one "
+                f"transition {one} beside them, gradients included. Give more{least}, draw smaller batches, or, of a "
+                "large model, train less (a LoRA) or keep the frozen part in bfloat16."
             )
-        logger.info("%s: %d of %d transitions at once fit %s", stage, size, len(batch), self.config.memory)
+        self.say(f"{stage}: {size} of {len(batch)} transitions at once fit {self.config.memory}")
         return size
 
     def _held(self, batch: ChunkBatch, plan: Plan) -> int:
@@ -131,8 +135,11 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        work()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports the GPU that is not there as an error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning: Profiler clears events", UserWarning)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            work()
     assert seen.profiler is not None
     assert seen.profiler.kineto_results is not None
     events: list[Any] = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -147,6 +154,14 @@ def _tensors(values: Mapping[str, Any]) -> list[Tensor]:
     """The tensors of a batch or a plan."""
     nested = [_tensors(value) if isinstance(value, Mapping) else [value] for value in values.values()]
     return [value for some in nested for value in some if isinstance(value, Tensor)]
+
+
+def _shown(count: float | int) -> str:
+    """Bytes in a unit that `memory` is written in, rounded up."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{math.ceil(100 * count / size) / 100:g}{unit}"
+    return f"{math.ceil(count / 1e3)}KB"
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -53,7 +53,11 @@ def open_prefixes(
                 "device": accelerator.device.type,
             }
             about = identity(policy, demos, **settled)
-            folder = shelf_folder(settings.folder or config.output_dir / FOLDER, about)
+            root = settings.folder or config.output_dir / FOLDER
+            try:
+                folder = shelf_folder(root, about)
+            except OSError as error:
+                raise ConfigError(f"prefixes cannot be kept in {root} (prefixes.folder): {error.strerror}") from error
         # Acting is never under autocast: with it, learning would be given something else.
         beside = config.interaction.mode in ("asynchronous", "remote") and accelerator.mixed_precision == "no"
         apart = settings.ram_bytes // ACTED if beside else 0

@@ -200,6 +200,7 @@ class Trainer:
     def _imitate(self) -> None:
         self._set_actor_lr(self.config.optim.sft_lr or self.config.optim.actor_lr)
         total = self.config.sft_steps
+        self.logbook.begin()
         with self.display.stage("SFT", total, self.progress.stage_update) as bar:
             while self.progress.stage_update < total:
                 self._update("sft", bar)
@@ -211,6 +212,7 @@ class Trainer:
         config, now = self.config, self.progress
         if self.interaction is None and self.acts and config.online_steps:
             self.interaction = self.acting.begin(now.env_steps, now.episodes)
+        self.logbook.begin()
         with self.display.stage("online", config.online_steps, now.env_steps) as bar:
             while now.env_steps < config.online_steps and not now.stopped:
                 self._act()
@@ -229,7 +231,12 @@ class Trainer:
             while not now.stopped and now.owed_updates >= 1 and self.replay.num_online_steps:
                 self._learn_what_is_owed(bar, ahead=False)
                 self._after_update()
-        if 0 < now.stage_update <= config.warmup_steps:
+        if config.online_steps and not self.replay.num_online_steps:
+            self.display.say(
+                f"no episode came into the pool within {now.env_steps} steps: neither critic nor actor was trained "
+                "online. Give more (--online-steps), or fewer environments at once (--env.num-envs)"
+            )
+        elif 0 < now.stage_update <= config.warmup_steps:
             self.display.say(f"critic warm-up took all {now.stage_update} updates: the actor was never trained online")
 
     def _act(self) -> None:
@@ -444,6 +451,7 @@ class Trainer:
             self.learner.rehearse,
             self._stored,
             lambda: self.prefixes.batch_bytes if self.prefixes is not None else 0,
+            self.display.say,
         )
         self.prefixes = open_prefixes(config, self.policy, self.replay, demos, self.accelerator, self.display.say)
         if self.prefixes is not None:

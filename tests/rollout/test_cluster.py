@@ -5,6 +5,7 @@ Workers take seconds to start: a test asks much of each.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -212,6 +213,17 @@ def test_without_ray_or_with_another_kind_of_address_words_say_what_to_do(monkey
     object.__setattr__(parts, "config", TrainConfig(online_steps=0, interaction=InteractionConfig(mode="ray")))
     with pytest.raises(ConfigError, match=r'pip install "poco-vla\[ray\]"'):
         parts.__post_init__()
+    monkeypatch.undo()
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+    for settings, words in (
+        (InteractionConfig(mode="ray", address=address), rf"no Ray cluster at {address}: .*ray start --address"),
+        (InteractionConfig(mode="ray", workers=3, worker_gpus=50.0), "3 workers with worker_gpus 50.0 need 150 GPUs"),
+    ):
+        object.__setattr__(parts, "config", TrainConfig(online_steps=0, interaction=settings))
+        with pytest.raises(ConfigError, match=words):
+            parts.__post_init__()
     with pytest.raises(ConfigError, match="has no object store"):
         InteractionConfig(mode="ray", address="ray://head:10001")
     for changes in ({"workers": 0}, {"worker_cpus": 0.0}, {"worker_gpus": -1.0}):
