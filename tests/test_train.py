@@ -136,15 +136,15 @@ def test_the_exported_folder_succeeds_under_lerobots_own_loader(learned):
     assert successes >= 16
 
 
-# -- resume ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_run_in_which_no_episode_ends_says_that_nothing_was_learned_online(tmp_path, data, capfd):
     """Episodes of up to 50 steps, of which three environments take 15 at a time."""
     train(small(tmp_path / "run", data, online_steps=15))
     told = " ".join(capfd.readouterr().out.split())
     assert "no episode came into the pool within 15 steps: neither critic nor actor was trained online" in told
     assert "--online-steps" in told
+
+
+# -- resume ---------------------------------------------------------------------------------------------------------
 
 
 def interruptible(output_dir, data, **changes):

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -14,7 +13,6 @@ from poco_vla.config import PrefixConfig
 from poco_vla.errors import CheckpointError, ConfigError
 from poco_vla.train import Interrupted, Trainer, train
 
-HERE = Path(__file__).parent
 ON = PrefixConfig(mode="on")
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

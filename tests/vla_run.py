@@ -53,7 +53,6 @@ def vla(folder, output_dir, **changes):
 def updates(config, check=lambda trainer: None):
     """Make the updates of `STAGES` on demonstrations alone, then let `check` look at the trainer."""
     trainer = Trainer(config)
-    trainer.progress.env_steps = 1  # the log divides by it
     try:
         with trainer.display.stage("updates", len(STAGES)) as bar:
             for stage in STAGES:
