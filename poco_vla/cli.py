@@ -2,7 +2,6 @@
 recipes."""
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -15,11 +14,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, differences, from_json
 from poco_vla.errors import ConfigError, PocoError, UnknownNameError
+from poco_vla.terminal import SafeConsole, format_logs_safely
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -106,9 +106,7 @@ def run_sweep(
             _run_variant(one)
         if os.environ.get("RANK", "0") == "0":
             folders = [one.output_dir for one in runs]
-            Console(highlight=False, soft_wrap=True).print(
-                write_page(folders, folders[0].parent.parent / "report.html")
-            )
+            SafeConsole().print(write_page(folders, folders[0].parent.parent / "report.html"))
 
     _guarded(run)
 
@@ -529,7 +527,7 @@ def _with_options(env: EnvSpec, options: EnvSpec) -> EnvSpec:
 
 
 def _run(command: object) -> None:
-    console = Console(highlight=False, soft_wrap=True)  # a path that is broken into lines cannot be copied
+    console = SafeConsole()
     match command:
         case Train():
             _train(command.config)
@@ -556,7 +554,7 @@ def _run(command: object) -> None:
                 raise ConfigError(f"--output {command.output} ends in {kind or 'nothing'}; .html, .png, .pdf or .svg")
             runs, problems = find_runs(command.runs)
             for problem in problems:
-                _stderr().print(f"[yellow]left out[/yellow]: {escape(problem)}")
+                _stderr().print(Text.assemble(("left out", "yellow"), f": {problem}"))
             console.print(result_table(runs))
             if kind == ".html":
                 console.print(write_page(runs, command.output, max_video_bytes=command.max_video_bytes))
@@ -602,12 +600,12 @@ def _push(command: Push, console: Console) -> None:
     table = Table("file", "bytes", box=None, pad_edge=False)
     table.columns[1].justify = "right"
     for name, size in pushed.files.items():
-        table.add_row(escape(name), f"{size:,}")
-    table.add_row("[bold]in all[/bold]", f"[bold]{sum(pushed.files.values()):,}[/bold]")
+        table.add_row(name, f"{size:,}")
+    table.add_row("in all", f"{sum(pushed.files.values()):,}", style="bold")
     console.print(table)
     where = f"{pushed.repo_id} ({'private' if pushed.private else 'public'})"
     if pushed.url is None:
-        console.print(escape(pushed.card), f"\nnothing was uploaded; this would go to {where}")
+        console.print(pushed.card, f"\nnothing was uploaded; this would go to {where}")
     else:
         console.print(f"pushed to {where}: {pushed.url}")
 
@@ -704,19 +702,19 @@ def _train(config: TrainConfig) -> None:
 
 def _guarded(work: object) -> None:
     """Run, and turn what a user can mend into one line on stderr."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    format_logs_safely("%(levelname)s %(name)s: %(message)s")
     assert callable(work)
     # A launcher that waits for its children ignores Ctrl-C, and they inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         work()
     except PocoError as error:
-        _stderr().print(f"[bold red]{type(error).__name__}[/bold red]: {escape(str(error))}")
+        _stderr().print(Text.assemble((type(error).__name__, "bold red"), f": {error}"))
         sys.exit(1)
     except KeyboardInterrupt as stop:
-        _stderr().print(escape(str(stop)) or "interrupted")
+        _stderr().print(str(stop) or "interrupted")
         sys.exit(INTERRUPTED)
 
 
 def _stderr() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return SafeConsole(stderr=True)

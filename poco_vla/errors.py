@@ -7,9 +7,33 @@ All derive from :class:`PocoError`, which is a ``ValueError``: a caller who catc
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_UNSAFE = (
+    *(code for code in range(0x20) if chr(code) not in "\n\t"),
+    *range(0x7F, 0xA0),  # delete, and the C1 controls: 0x9B alone begins a terminal's command
+    *(0x061C, 0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)),  # direction, line ends
+    *range(0xD800, 0xE000),  # lone surrogates: no terminal takes them
+)
+_ESCAPES = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _UNSAFE}
+_LINE_ESCAPES = _ESCAPES | {ord("\n"): "\\n", ord("\t"): "\\t"}
+
+
+def printable(text: str, *, lines: bool = True) -> str:
+    """Return a text with control characters written as escapes, so that a terminal shows them and obeys none.
+
+    Names in files and messages are somebody else's: one may hold codes that retitle a window or overwrite a line.
+
+    Args:
+        text: any text.
+        lines: keep line feeds and tabs; False writes them as escapes, too, for a name within a line.
+    """
+    return text.translate(_ESCAPES if lines else _LINE_ESCAPES)
+
 
 class PocoError(ValueError):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and mend. Its text holds no control characters."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(PocoError):
@@ -20,7 +44,7 @@ class UnknownNameError(PocoError):
     """A name that is not among those on offer."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        known = sorted(known)
+        known, name = sorted(known), printable(name, lines=False)
         close = get_close_matches(name, known, n=1)
         listed = ", ".join(known) or "none"
         guess = f' Did you mean "{close[0]}"?' if close else ""

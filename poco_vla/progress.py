@@ -4,10 +4,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+
+from poco_vla.terminal import SafeConsole
 
 
 class Display:
@@ -19,19 +21,19 @@ class Display:
     """
 
     def __init__(self, *, enabled: bool = True, interval: float = 10.0) -> None:
-        self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        self.console = SafeConsole(quiet=not enabled)
         self.interval = interval
         self._started = time.monotonic()
 
     def say(self, text: str) -> None:
-        """One line that stays, with the seconds since the start."""
-        self.console.print(f"[dim]{time.monotonic() - self._started:6.1f}s[/dim]  {text}")
+        """Print one line that stays, with the seconds since the start. The text is shown as it is: no markup."""
+        self.console.print(Text.assemble((f"{time.monotonic() - self._started:6.1f}s", "dim"), "  ", text))
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator["Bar"]:
         """A bar for `total` steps, `done` of which lie behind."""
         progress = Progress(
-            TextColumn("[bold]{task.description:<20}"),
+            TextColumn("{task.description:<20}", style="bold", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -19,6 +19,7 @@ ACTING = MATHS | BASE | {"config", "data", "rollout", "lazy"}
 DOORS = {
     "errors": set(),
     "types": set(),
+    "terminal": {"errors"},  # what a person sees: control characters of foreign names are shown, not obeyed
     **dict.fromkeys(MATHS, BASE | {"flow"}),
     "critic": {"dense"},
     "config": {"errors"},
@@ -26,7 +27,7 @@ DOORS = {
     "registry": {"policy", *BASE},
     "testing": MATHS | BASE,  # it probes the contract with the flow's own equations
     "data": {"policy", "config", "lazy", *BASE},
-    "rollout": ACTING | {"files"},
+    "rollout": ACTING | {"files", "terminal"},
     "files": {"errors"},
     "lazy": set(),
     "lora": {"errors"},
@@ -36,7 +37,7 @@ DOORS = {
     "checkpoint": ALGORITHM | {"registry", "files"},
     "hub": ALGORITHM | {"registry", "checkpoint", "report", "files", "heads", "sources"},
     "lerobot_rl": ALGORITHM | {"data", "checkpoint"},
-    "progress": set(),
+    "progress": {"terminal"},
     "evaluate": ACTING,
     "report": ACTING | {"evaluate", "files"},
     "guard": {"config", "evaluate"},
@@ -46,7 +47,7 @@ DOORS = {
     "cli": {
         *{"train", "tiny", "evaluate", "report", "hub", "registry", "checkpoint", "config", "errors"},
         "heads",  # which adapter a folder or a repository is of
-        *{"rollout", "progress"},  # `poco-vla data` makes datasets and shows how far it is
+        *{"rollout", "progress", "terminal"},  # `poco-vla data` makes datasets and shows how far it is
     },
     "__init__": ALGORITHM | {"registry", "testing", "files", "lora", "lazy", "hub"},
 }
@@ -72,6 +73,7 @@ THIRD_PARTY = {
     "hub": PURE | {"safetensors", "huggingface_hub", "httpx", "peft"},
     "lerobot_rl": PURE | {"numpy", "lerobot"},
     "progress": {"rich"},
+    "terminal": {"rich"},
     "guard": set(),
     "files": set(),
     "lazy": set(),

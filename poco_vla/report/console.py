@@ -8,8 +8,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.console import Group as Lines
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from poco_vla.report.curves import write_curve
 from poco_vla.report.plots import draw_curves
@@ -52,11 +52,11 @@ def result_table(runs: Sequence[Path]) -> RenderableType:
     for path, name in zip(runs, _names(runs), strict=True):
         run = read_run(path)
         result = run.result
-        notes += [] if run.finished else [f"{escape(name)} (seed {result['seed']}): {_so_far(run)}"]
+        notes += [] if run.finished else [f"{name} (seed {result['seed']}): {_so_far(run)}"]
         before, after = result["before"], result["after"]
         minutes, seconds = divmod(round(result["seconds"]), 60)
         table.add_row(
-            escape(name),
+            Text(name),
             str(result["seed"]),
             _rate(before),
             _rate(after) if run.finished else "unfinished",
@@ -65,7 +65,7 @@ def result_table(runs: Sequence[Path]) -> RenderableType:
             f"{result['updates']:,}",
             f"{minutes}:{seconds:02d}",
         )
-    return Lines(table, *notes)
+    return Lines(table, *(Text(note) for note in notes))
 
 
 def _so_far(run: Run) -> str:

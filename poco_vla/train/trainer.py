@@ -353,7 +353,7 @@ class Trainer:
                 self.policy, self._eval_envs, episodes=settings.episodes, seed=settings.seed, on_episode=bar.to
             )
         now = self.progress
-        self.display.say(f"success {label}: [bold]{result.success}[/bold] of {settings.episodes} episodes")
+        self.display.say(f"success {label}: {result.success} of {settings.episodes} episodes")
         figures = {"label": label, "env_steps": now.env_steps, "update": now.update} | result.success.figures()
         now.evaluations.append(figures)
         self.logbook.evaluated(figures)
@@ -599,7 +599,7 @@ class Trainer:
             self.poco.beta.mul_(self.config.guard.beta_factor if go_on else 1)
             self.progress.stopped = not go_on
             self.display.say(
-                f"[bold]collapse[/bold]: {sum(recent)} of the last {len(recent)} episodes succeeded; after SFT "
+                f"collapse: {sum(recent)} of the last {len(recent)} episodes succeeded; after SFT "
                 f"{successes} of {episodes} did. The last good head is back; "
                 + (f"going on with beta {self.poco.beta.item():g}" if go_on else "the run ends here")
             )

@@ -12,7 +12,6 @@ from typing import Literal, Protocol, runtime_checkable
 from lerobot.robots import Robot
 from lerobot.teleoperators import Teleoperator
 from lerobot.utils.visualization_utils import init_visualization, log_visualization_data, shutdown_visualization
-from rich.console import Console
 
 from poco_vla.errors import ConfigError, PocoError
 from poco_vla.rollout.robots.devices import make_devices
@@ -24,6 +23,7 @@ from poco_vla.rollout.robots.spool import Spool
 from poco_vla.rollout.robots.view import View, log_lines
 from poco_vla.rollout.serving import client as client_module
 from poco_vla.rollout.serving.client import ConnectionLostError, PolicyClient, Retry
+from poco_vla.terminal import SafeConsole
 
 PATIENCE = 10.0
 """Seconds that a robot holds within an episode while the learner is away; then the episode is discarded."""
@@ -73,7 +73,7 @@ def run_robot(
         PocoError: it cannot be run like that.
     """
     robot, teleoperator = make_devices(devices)
-    view = View(Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
+    view = View(SafeConsole(soft_wrap=not sys.stdout.isatty()))
     with ExitStack() as stack:
         stack.enter_context(_interrupted_by_signals())
         stack.enter_context(log_lines(view, silent=client_module.__name__))
