@@ -59,7 +59,7 @@ class ActedPrefixes:
     def take(self, episode: Episode) -> dict[int, Entry]:
         """Prefixes of an episode's steps, by their number in it, where there are any. They are given away."""
         steps = range(len(episode) if len(self._entries) else 0)
-        keys = [self._key(episode.obs, step, episode.task) for step in steps]
+        keys = [self._key(episode.obs, step, episode.task_at(step)) for step in steps]
         with self._lock:  # a state may come several times
             entries = {key: self._entries.pop(key) for key in set(keys)}
         found = {step: entry for step, key in enumerate(keys) if (entry := entries[key]) is not None}

@@ -36,7 +36,7 @@ def chunk_batch(policy: FlowPolicy, raw: Transitions, *, bootstrap: bool = True)
     Chunks are normalised together with the state they start from (a processor may express them relative to it) and
     padded with zeros to the network's width. Without `bootstrap`, ``next_obs`` stays empty: imitation reads none.
     """
-    next_obs = network_obs(policy, raw.next_obs, raw.tasks) if bootstrap else {}
+    next_obs = network_obs(policy, raw.next_obs, raw.next_tasks or raw.tasks) if bootstrap else {}
     processed = policy.preprocess(_with_actions(raw))
     return _batch(policy, raw, processed["action"], obs=_observations(processed), next_obs=next_obs)
 

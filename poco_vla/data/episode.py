@@ -1,12 +1,18 @@
 """One episode as column arrays: what environments produce, recorders write, datasets hold and the pool takes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from poco_vla.config import RewardConfig
 from poco_vla.errors import DataError
+
+NO_REWARD = (
+    'reward.source is "recorded", but the demonstrations have no column next.reward: record it (OGBench\'s and '
+    'robosuite\'s own reward is in what `poco-vla data make` writes), or take a reward of source "success" such as '
+    "--reward.source success"
+)
 
 
 @dataclass(frozen=True)
@@ -20,11 +26,13 @@ class Episode:
         success: [T] bool: the step reached success (next.success).
         terminal: [T] bool: nothing of value follows the step. An episode whose last step is not terminal was cut off
             by a time limit.
-        task: the instruction.
+        task: the instruction, of the first step where `step_tasks` says more.
         seed: the seed that the environment began from, None where there was none.
         policy_version: [T] int64: of the weights that chose each action (updates made until they were published), -1
             where no policy did; None where nobody noted it, as in demonstrations.
         interventions: [T] bool: a person drove this step; None where nobody could.
+        step_tasks: [T] the instruction of each step where it changes within the episode; None where all have `task`.
+        has_reward: False where no reward was recorded and `reward` repeats `success`.
     """
 
     obs: Mapping[str, np.ndarray]
@@ -36,6 +44,8 @@ class Episode:
     seed: int | None = None
     policy_version: np.ndarray | None = None
     interventions: np.ndarray | None = None
+    step_tasks: tuple[str, ...] | None = None
+    has_reward: bool = True
 
     def __len__(self) -> int:
         return len(self.action)
@@ -45,8 +55,24 @@ class Episode:
         """Success at any step."""
         return bool(self.success.any())
 
+    @property
+    def tasks(self) -> dict[str, int]:
+        """Return each instruction of the episode and the first step that has it."""
+        tasks = self.step_tasks or (self.task,)
+        return {task: tasks.index(task) for task in dict.fromkeys(tasks)}
+
+    def task_at(self, step: int) -> str:
+        """Return the instruction of one step."""
+        return self.task if self.step_tasks is None else self.step_tasks[step]
+
     def rewards(self, config: RewardConfig) -> np.ndarray:
-        """[T] float32: the reward that the critic learns, by the rule of `config`."""
+        """[T] float32: the reward that the critic learns, by the rule of `config`.
+
+        Raises:
+            DataError: the recorded reward is asked for and none was recorded.
+        """
+        if config.source == "recorded" and not self.has_reward:
+            raise DataError(NO_REWARD)
         earned = self.reward if config.source == "recorded" else config.success * self.success
         return (config.step + earned).astype(np.float32)
 
@@ -56,6 +82,7 @@ class Episode:
 
     def check(self, where: str) -> None:
         """Raise DataError, naming column and frame, when a number is not finite."""
+        assert self.step_tasks is None or len(self.step_tasks) == len(self), "an instruction for each step"
         columns = {"action": self.action, "next.reward": self.reward, **self.obs}
         for name, column in columns.items():
             if column.dtype.kind == "f":
@@ -66,3 +93,12 @@ class Episode:
                         f'{where}: "{name}" is not finite at frame {frame} ({column[frame]}); '
                         f"{int(bad.sum())} of {len(column)} frames are affected. Remove the episode or repair it."
                     )
+
+
+def first_of_each_task(episodes: Iterable[Episode]) -> dict[str, tuple[Episode, int]]:
+    """Return each instruction of some episodes with an episode and a step that has it."""
+    found: dict[str, tuple[Episode, int]] = {}
+    for episode in episodes:
+        for task, step in episode.tasks.items():
+            found.setdefault(task, (episode, step))
+    return found

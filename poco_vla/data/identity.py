@@ -83,13 +83,17 @@ def _of_processed(policy: FlowPolicy, demos: Sequence[Episode]) -> str:
     """Observations as the network gets them: some, and one of each instruction."""
     ends = np.cumsum([len(episode) for episode in demos])
     chosen = {int(step) for step in np.linspace(0, ends[-1] - 1, PROBES)}
-    firsts = {episode.task: int(end) - len(episode) for episode, end in zip(demos, ends, strict=True)}
+    firsts = {
+        task: int(end) - len(episode) + step
+        for episode, end in zip(demos, ends, strict=True)
+        for task, step in episode.tasks.items()
+    }
     parts: list[Any] = []
     for step in sorted(chosen | set(firsts.values())):
         number = int(np.searchsorted(ends, step, side="right"))
         episode, row = demos[number], step - int(ends[number]) + len(demos[number])
         obs = {key: column[row : row + 1].copy() for key, column in episode.obs.items()}
-        processed = network_obs(policy, obs, [episode.task])
+        processed = network_obs(policy, obs, [episode.task_at(row)])
         parts += [part for name in sorted(processed) for part in (name, processed[name])]
     return _hashed(parts)
 
@@ -98,7 +102,11 @@ def _of_episodes(demos: Sequence[Episode]) -> str:
     return _hashed(
         part
         for episode in demos
-        for part in (episode.task, *(x for key in sorted(episode.obs) for x in (key, episode.obs[key])))
+        for part in (
+            episode.task,
+            *(episode.step_tasks or ()),
+            *(x for key in sorted(episode.obs) for x in (key, episode.obs[key])),
+        )
     )
 
 

@@ -5,7 +5,7 @@ transition's return, bootstrap state and masks are is decided here, once, for of
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Transitions:
         ids: [B] int64, which state each starts from: demonstrations' steps count from 0 on in the order in which they
             were added, online episodes' from `ONLINE`.
         next_ids: [B] likewise, of the bootstrap states.
+        next_tasks: [B] instructions at the bootstrap states; empty where they are `tasks`.
     """
 
     obs: Mapping[str, np.ndarray]
@@ -42,6 +43,7 @@ class Transitions:
     tasks: list[str]
     ids: np.ndarray
     next_ids: np.ndarray
+    next_tasks: list[str] = field(default_factory=list)
 
     def rows(self, rows: slice) -> "Transitions":
         """Some of the transitions."""
@@ -135,7 +137,8 @@ class Replay:
         # its chunks bootstrap one step earlier, exactly, from the last stored state.
         num_starts = len(episode) if terminal[-1] else len(episode) - 1
         ring, task = self._demos if is_demo else self._online, self._task_id(episode.task)
-        number = ring.add(columns, num_starts, succeeded=episode.succeeded, task=task)
+        several = None if episode.step_tasks is None else np.array([*map(self._task_id, episode.step_tasks)], np.int32)
+        number = ring.add(columns, num_starts, succeeded=episode.succeeded, task=task, step_tasks=several)
         self.version += 1
         return number if is_demo else ONLINE + number
 
@@ -226,6 +229,7 @@ class Replay:
             tasks=[self._tasks[i] for part in parts for i in part.starts.task.tolist()],
             ids=np.concatenate([part.ids(part.starts.step) for part in parts]),
             next_ids=np.concatenate([part.ids(part.bootstrap) for part in parts]),
+            next_tasks=[self._tasks[i] for part in parts for i in part.next_tasks().tolist()],
         )
 
     def _obs_keys(self, *, pictures: bool) -> list[str]:
@@ -301,3 +305,7 @@ class _Part:
     def ids(self, steps: np.ndarray) -> np.ndarray:
         """[B] ids of a step of each transition's episode."""
         return steps + self.starts.number + (0 if self.is_demo else ONLINE)
+
+    def next_tasks(self) -> np.ndarray:
+        """Return the number of the task at each bootstrap state [B]."""
+        return self.ring.tasks(self.starts, self.bootstrap)

@@ -41,7 +41,8 @@ class Starts:
         number: [B] what a step's index and its number differ by in each one's episode: steps are numbered in the order
             in which they entered, and keep their number.
         succeeded: [B] bool: that episode reached success.
-        task: [B] number of its task.
+        task: [B] number of the task at the start step.
+        row: [B] row of each one's episode in the ring's table.
     """
 
     step: np.ndarray
@@ -49,6 +50,7 @@ class Starts:
     number: np.ndarray
     succeeded: np.ndarray
     task: np.ndarray
+    row: np.ndarray
 
 
 class EpisodeRing:
@@ -84,8 +86,23 @@ class EpisodeRing:
         """Take room for `steps` more at once, when the next episode comes."""
         self._reserved = self._pointer + steps
 
-    def add(self, columns: Mapping[str, np.ndarray], num_starts: int, *, succeeded: bool, task: int) -> int:
+    def add(
+        self,
+        columns: Mapping[str, np.ndarray],
+        num_starts: int,
+        *,
+        succeeded: bool,
+        task: int,
+        step_tasks: np.ndarray | None = None,
+    ) -> int:
         """Append an episode of which the first `num_starts` steps start transitions; gives its first step's number.
+
+        Args:
+            columns: [T, ...] each.
+            num_starts: steps that start transitions.
+            succeeded: the episode reached success.
+            task: number of its task.
+            step_tasks: [T] number of each step's task where they differ.
 
         Raises:
             DataError: it is longer than the capacity, or the disk is full; the ring stays as it was.
@@ -104,6 +121,8 @@ class EpisodeRing:
         for name, column in columns.items():
             self._columns[name].rows[begin:end] = column
         number = self._spans.num_steps
+        if step_tasks is not None:
+            self._spans.step_tasks[number] = step_tasks
         self._spans.append(begin=begin, length=length, num_starts=num_starts, succeeded=succeeded, task=task)
         self.num_steps += length
         self._pointer = end
@@ -126,6 +145,10 @@ class EpisodeRing:
         """Indices of the steps of these numbers, which it holds, and the number of each one's task."""
         return self._spans.steps(numbers)
 
+    def tasks(self, starts: Starts, steps: np.ndarray) -> np.ndarray:
+        """Return the number of the task at a step [B] of each transition's episode."""
+        return self._spans.tasks(starts.row, steps - self._spans.begin[starts.row])
+
     def _hold(self, columns: Mapping[str, np.ndarray], steps: int, limit: int | None) -> None:
         wanted = max(steps, self._reserved)
         if not self._columns:
@@ -138,6 +161,7 @@ class EpisodeRing:
         spans = self._spans
         while spans.head < spans.tail and begin <= spans.begin[spans.head] < end:
             self.num_steps -= int(spans.length[spans.head])
+            spans.step_tasks.pop(int(spans.first[spans.head]), None)
             spans.head += 1
 
 
@@ -148,11 +172,13 @@ def bytes_per_step(columns: Mapping[str, np.ndarray]) -> int:
 
 class _Spans:
     """Live episodes, oldest first, in rows head to tail: where each begins, how long it is, how many steps and how many
-    start steps came before it since the beginning, its success and task."""
+    start steps came before it since the beginning, its success and task. Few episodes have several tasks: theirs lie
+    beside, by the number of the episode's first step."""
 
     def __init__(self) -> None:
         self.begin, self.length, self.first, self.before = (np.zeros(0, dtype=np.int64) for _ in range(4))
         self.succeeded, self.task = np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int32)
+        self.step_tasks: dict[int, np.ndarray] = {}
         self.head = self.tail = self.total = self.num_steps = 0
 
     @property
@@ -179,8 +205,18 @@ class _Spans:
             last=begin + self.length[row] - 1,
             number=self.first[row] - begin,
             succeeded=self.succeeded[row],
-            task=self.task[row],
+            task=self.tasks(row, within),
+            row=row,
         )
+
+    def tasks(self, row: np.ndarray, within: np.ndarray) -> np.ndarray:
+        """Return the task of a step of each of these rows' episodes, counted from the episode's first step."""
+        task = self.task[row]
+        first = self.first[row] if self.step_tasks else np.zeros(0, dtype=np.int64)
+        for number in set(first.tolist()) & self.step_tasks.keys():
+            here = first == number
+            task[here] = self.step_tasks[number][within[here]]
+        return task
 
     def arcs(self, order: np.ndarray, run: int, stride: int) -> np.ndarray:
         """Numbers of start steps, [len(order) * run]: from each one on, `stride` apart, round the episode's end."""
@@ -199,7 +235,7 @@ class _Spans:
         within = numbers - self.first[row]
         assert (within >= 0).all(), "a step that is not there any more"
         assert (within < self.length[row]).all(), "a step that is not there yet"
-        return self.begin[row] + within, self.task[row]
+        return self.begin[row] + within, self.tasks(row, within)
 
     def _find(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row of each start step's episode, and which of its steps it is."""

@@ -296,6 +296,7 @@ def _same(a: Episode, b: Episode) -> bool:
     return (
         len(a) == len(b)
         and a.task == b.task
+        and a.step_tasks == b.step_tasks
         and all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("action", "reward", "success"))
         and all(np.array_equal(column, b.obs[key]) for key, column in a.obs.items())
     )
@@ -369,7 +370,7 @@ def _frames(episode: Episode) -> list[dict[str, Any]]:
             "next.done": np.array([k == last]),
             "next.truncated": np.array([k == last and not episode.terminal[k]]),
             "next.success": episode.success[k : k + 1],
-            "task": episode.task,
+            "task": episode.task_at(k),
         }
         | {name: column[k : k + 1] for name, column in notes.items()}
         for k in range(len(episode))

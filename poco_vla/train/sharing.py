@@ -34,7 +34,7 @@ class Sharing:
 
     def episodes(self, episodes: Sequence[Episode], steps: int) -> tuple[list[Episode], int]:
         """Episodes, and a number of control steps, which adds up."""
-        facts = [{"task": e.task, "seed": e.seed} for e in episodes]
+        facts = [{"task": e.task, "seed": e.seed, "step_tasks": e.step_tasks} for e in episodes]
         given = self.values({"episodes": facts, "steps": steps}, [_columns_of(e) for e in episodes])
         found = [_episode(*one) for values, columns in given for one in zip(columns, values["episodes"], strict=True)]
         return found, sum(values["steps"] for values, _ in given)
@@ -79,4 +79,9 @@ def _columns_of(episode: Episode) -> dict[str, np.ndarray]:
 
 def _episode(columns: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Episode:
     obs = {key: column for key, column in columns.items() if key.startswith("observation.")}
-    return Episode(obs, **{key: column for key, column in columns.items() if key not in obs}, **facts)
+    tasks = facts["step_tasks"]  # a list where it came as JSON
+    return Episode(
+        obs,
+        **{key: column for key, column in columns.items() if key not in obs},
+        **facts | {"step_tasks": tasks and tuple(tasks)},
+    )

@@ -34,6 +34,7 @@ from poco_vla.data import (
     read_episodes,
 )
 from poco_vla.data.dataset import info_of
+from poco_vla.data.episode import first_of_each_task
 from poco_vla.data.identity import installed_versions
 from poco_vla.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UnknownNameError
 from poco_vla.evaluate import SuccessRate, evaluate
@@ -498,9 +499,9 @@ class Trainer:
     def _rehearse(self, demos: list[Episode]) -> None:
         """Show the policy every instruction and a first observation of the environment: what it cannot read, and what
         of the two does not fit together, is told before any work."""
-        for episode in {episode.task: episode for episode in demos}.values():
-            first = {key: column[:1].copy() for key, column in episode.obs.items()}
-            network_obs(self.policy, first, [episode.task])
+        for task, (episode, step) in first_of_each_task(demos).items():
+            first = {key: column[step : step + 1].copy() for key, column in episode.obs.items()}
+            network_obs(self.policy, first, [task])
         if self.is_main and self.config.env is not None:
             self._eval_envs = EnvPool(self._env, self.config.horizon)
             self._eval_envs.reset(self.config.eval.seed)

@@ -737,3 +737,50 @@ def test_a_growing_ring_wraps_at_its_capacity():
     assert replay.num_online_episodes == 2
     seen = replay.sample(200, np.random.default_rng(0)).obs["observation.state"]
     assert set(seen[:, 0]) == {10, 11, 12, 20, 21, 22}
+
+
+# -- several instructions in one episode ------------------------------------------------------------------------------
+
+
+def pick_then_place(length=6):
+    """An episode whose state says the step, and whose instruction changes at half of it."""
+    steps = np.arange(length, dtype=np.float32)
+    return Episode(
+        obs={"observation.state": steps[:, None]},
+        action=np.zeros((length, 2), np.float32),
+        reward=np.zeros(length, np.float32),
+        success=steps == length - 1,
+        terminal=steps == length - 1,
+        task="pick",
+        step_tasks=("pick",) * (length // 2) + ("place",) * (length - length // 2),
+    )
+
+
+@pytest.mark.parametrize("is_demo", [True, False])
+def test_each_transition_has_the_instructions_of_its_own_two_states(is_demo):
+    pool = Replay(horizon=2, gamma=0.9)
+    pool.extend([replace(pick_then_place(4), step_tasks=None, task="wait"), pick_then_place()], is_demo=is_demo)
+    drawn = pool.sample(200, np.random.default_rng(0))
+    said = {("pick", step) for step in range(3)} | {("place", step) for step in range(3, 6)}
+    said |= {("wait", step) for step in range(4)}
+    assert {(t, int(x[0])) for t, x in zip(drawn.tasks, drawn.obs["observation.state"], strict=True)} == said
+    nexts = {(t, int(x[0])) for t, x in zip(drawn.next_tasks, drawn.next_obs["observation.state"], strict=True)}
+    assert nexts <= said
+    assert ("place", 3) in nexts
+
+
+def test_a_state_has_its_own_steps_instruction_by_its_id():
+    pool = Replay(horizon=2, gamma=0.9)
+    first = pool.add(pick_then_place(), is_demo=True)
+    _, tasks = pool.observations(np.arange(first, first + 6))
+    assert tasks == ["pick"] * 3 + ["place"] * 3
+
+
+def test_instructions_of_evicted_episodes_are_forgotten_and_the_others_keep_theirs():
+    pool = Replay(horizon=2, gamma=0.9, config=ReplayConfig(capacity=12))
+    for _ in range(5):
+        pool.add(pick_then_place(), is_demo=False)
+    assert len(pool._online._spans.step_tasks) == pool.num_online_episodes == 2
+    drawn = pool.sample(100, np.random.default_rng(0))
+    for task, x in zip(drawn.tasks, drawn.obs["observation.state"], strict=True):
+        assert task == ("pick" if x[0] < 3 else "place")
