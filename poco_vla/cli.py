@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +18,8 @@ from rich.text import Text
 
 from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, differences, from_json
 from poco_vla.errors import ConfigError, PocoError, UnknownNameError
+from poco_vla.open_options import chosen_names
+from poco_vla.open_options import with_open_options as _with_open_options
 from poco_vla.terminal import SafeConsole, format_logs_safely
 
 INTERRUPTED = 130
@@ -138,8 +139,9 @@ def _parsed(config: TrainConfig, given: Sequence[str], *, tiny: bool, smoke: boo
     from poco_vla.tiny import smoke_run, tiny_pick_task
 
     about = (
-        "Every value of this recipe, with its default. Options of adapter and environment that are not listed can be "
-        "added: --policy-options.NAME VALUE, --env.options.NAME VALUE (JSON, or a plain word). --seeds 0 1 2 runs once "
+        "Every value of this recipe, with its default. Options of adapter and environment, listed or not, are given as "
+        "--policy-options.NAME VALUE and --env.options.NAME VALUE (JSON, or plain words), or several in one as "
+        "--policy-options '{\"NAME\": VALUE}'. --seeds 0 1 2 runs once "
         f"for each. {NO_ENV} takes the environment out: for robots (--interaction.mode remote), or SFT alone "
         "(--online-steps 0)."
     )
@@ -150,13 +152,14 @@ def _parsed(config: TrainConfig, given: Sequence[str], *, tiny: bool, smoke: boo
     if smoke:
         smaller["--smoke"] = smoke_run
         about += " --smoke runs every stage within a minute, on little data and with small networks."
-    adapter = _chosen(given).get("--adapter", config.adapter)
+    adapter = chosen_names(given).get("--adapter", config.adapter)
     if adapter != config.adapter:  # before --tiny, which makes a base of it
         config = replace(config, adapter=adapter, policy_options={})
     for flag, shrink in smaller.items():
         config = shrink(config) if flag in given else config
     default, rest = _with_open_options(config, [word for word in given if word not in (*smaller, NO_ENV)])
     parsed = tyro.cli(TrainConfig, description=about, default=default, args=rest, config=(tyro.conf.AvoidSubcommands,))
+    parsed = _with_options_of(parsed, default)
     return _without_env(parsed) if NO_ENV in given else parsed
 
 
@@ -185,51 +188,6 @@ def _taken(given: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
     if end == begin + 1:
         raise ConfigError(f"{flag} needs at least one value")
     return words[:begin] + words[end:], words[begin + 1 : end]
-
-
-def _with_open_options(config: TrainConfig, args: Sequence[str]) -> tuple[TrainConfig, list[str]]:
-    """Take `--policy-options.NAME VALUE` and `--env.options.NAME VALUE` into `config` where its defaults have no such
-    name: what an adapter or environment offers is not known here. Another adapter or environment than the default's
-    begins without the default's options. Gives the rest of the command line back."""
-    words, chosen = _split(args), _chosen(args)
-    policy_options, env = dict(config.policy_options), config.env
-    if chosen.get("--adapter", config.adapter) != config.adapter:
-        policy_options = {}
-    env_options = dict(env.options) if env else {}
-    if env is not None and chosen.get("--env.type", env.type) != env.type:
-        env_options = {}
-    rest: list[str] = []
-    waiting = iter(words)
-    for word in waiting:
-        for prefix, options in (("--policy-options.", policy_options), ("--env.options.", env_options)):
-            name = word[len(prefix) :].replace("-", "_")
-            if word.replace("_", "-").startswith(prefix) and name not in options:
-                value = next(waiting, None)
-                if value is None:
-                    raise ConfigError(f"{word} needs a value")
-                options[name] = _json_or_word(value)
-                break
-        else:
-            rest.append(word)
-    env = replace(env, options=env_options) if env is not None else None
-    return replace(config, policy_options=policy_options, env=env), rest
-
-
-def _split(args: Sequence[str]) -> list[str]:
-    """A command line with `--flag=value` in two words."""
-    return [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") and "=" in arg else [arg])]
-
-
-def _chosen(args: Sequence[str]) -> dict[str, str]:
-    """Adapter and environment type, where a command line names them."""
-    return {flag: value for flag, value in pairwise(_split(args)) if flag in ("--adapter", "--env.type")}
-
-
-def _json_or_word(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return value
 
 
 @dataclass
@@ -481,13 +439,15 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _command(args: Sequence[str]) -> object:
-    """What is asked for."""
+    """Return the command that a command line stands for."""
+    if args[:1] == ["train"]:
+        return _train_command(args[1:])
+    if args[:2] == ["data", "make"]:
+        options, rest = _with_open_options(TrainConfig(env=EnvSpec()), args[2:])
+        assert options.env is not None
+        made = tyro.cli(MakeData, prog="poco-vla data make", default=MakeData(options.env), args=rest)
+        return Data(replace(made, env=replace(made.env, options=options.env.options)))
     args, devices = _devices(args) if args[:1] == ["robot"] else (args, ())
-    no_env = args[:1] == ["train"] and NO_ENV in args
-    options, rest = _with_open_options(
-        TrainConfig(env=EnvSpec()), [word for word in args if word != NO_ENV or not no_env]
-    )
-    assert options.env is not None
     command = tyro.extras.subcommand_cli_from_dict(
         {
             **{"train": Train, "eval": Eval, "serve": Serve, "robot": Robot, "data": Data, "report": Report},
@@ -495,18 +455,26 @@ def _command(args: Sequence[str]) -> object:
         },
         prog="poco-vla",
         description="POCO for vision-language-action policies: imitate first, then succeed.",
+        args=args,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    if isinstance(command, Robot):
+        command.devices = tuple(devices)
+    return command
+
+
+def _train_command(args: Sequence[str]) -> Train:
+    options, rest = _with_open_options(TrainConfig(env=EnvSpec()), [word for word in args if word != NO_ENV])
+    parsed = tyro.cli(
+        TrainConfig,
+        prog="poco-vla train",
+        description=Train.__doc__,
+        default=options,
         args=rest,
         config=(tyro.conf.AvoidSubcommands,),
     )
-    if isinstance(command, Train):
-        env = command.config.env and _with_options(command.config.env, options.env)
-        command.config = replace(command.config, policy_options=options.policy_options, env=env)
-        command.config = _without_env(command.config) if no_env else command.config
-    elif isinstance(command, Robot):
-        command.devices = tuple(devices)
-    elif isinstance(command, Data) and isinstance(command.source, MakeData):
-        command.source.env = _with_options(command.source.env, options.env)
-    return command
+    parsed = _with_options_of(parsed, options)
+    return Train(_without_env(parsed) if NO_ENV in args else parsed)
 
 
 def _devices(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -522,8 +490,10 @@ def _devices(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, devices
 
 
-def _with_options(env: EnvSpec, options: EnvSpec) -> EnvSpec:
-    return replace(env, options=env.options | options.options)
+def _with_options_of(config: TrainConfig, options: TrainConfig) -> TrainConfig:
+    """Return `config` with the open options that were read before the parser saw the command line."""
+    env = replace(config.env, options=options.env.options) if config.env and options.env else config.env
+    return replace(config, policy_options=options.policy_options, env=env)
 
 
 def _run(command: object) -> None:

@@ -14,6 +14,10 @@ from typing import Any, Literal, get_type_hints
 from poco_vla.errors import ConfigError, UnknownNameError
 
 
+DEFAULT_ENV, DEFAULT_TASK = "ogbench", "cube-single-singletask-task1-v0"
+"""Environment type of an :class:`EnvSpec`, and its task."""
+
+
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
@@ -142,10 +146,10 @@ class DatasetConfig:
 class EnvSpec:
     """A simulated environment, by its LeRobot name."""
 
-    type: str = "ogbench"
+    type: str = DEFAULT_ENV
     """LeRobot environment type (an `EnvConfig` choice), such as "ogbench" or "pusht"."""
-    task: str = "cube-single-singletask-task1-v0"
-    """Its task."""
+    task: str = ""
+    """Its task; empty takes the type's own default."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further fields of that EnvConfig, such as {"episode_length": 120}."""
     num_envs: int = 4
@@ -154,6 +158,8 @@ class EnvSpec:
     """Step them inside this process instead of in worker processes (debugging; small tests)."""
 
     def __post_init__(self) -> None:
+        if not self.task and self.type == DEFAULT_ENV:
+            object.__setattr__(self, "task", DEFAULT_TASK)
         _require(self.num_envs >= 1, f"num_envs is {self.num_envs}; at least 1")
 
 

@@ -69,6 +69,16 @@ class FlowPolicy(nn.Module):
     terms: str | None = None
     lerobot_arguments: tuple[str, ...] = ()
 
+    @classmethod
+    def option_names(cls, *, pretrained: bool) -> frozenset[str] | None:
+        """Return the names of arguments that `from_pretrained` or `from_dataset` takes; None if only loading can tell.
+        A run refuses other names in its `policy_options` before it loads anything.
+
+        Args:
+            pretrained: True if the policy starts from a checkpoint, False if it is built from a dataset alone.
+        """
+        return None
+
     def shrink_images(self, images: Any) -> Any:
         """Camera pictures as the pool keeps them: uint8 [T, height, width, 3] to what the network can still tell apart.
 

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parent / "rollout"))
 from published_files import collect, save_npz
 
 from poco_vla import available_adapters
-from poco_vla.cli import _with_open_options, main, run_recipe, run_sweep
+from poco_vla.cli import main, run_recipe, run_sweep
 from poco_vla.config import EnvSpec, TrainConfig
 from poco_vla.train import train
 
@@ -142,31 +142,6 @@ def test_a_value_that_cannot_work_is_refused_before_training(tmp_path, capsys):
     assert stop.value.code in (1, 2)
     assert "eta is 0" in "".join(capsys.readouterr())
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("given", "policy_options", "env_options", "rest"),
-    [
-        (["--policy-options.lora", "16"], {"dtype": "bfloat16", "lora": 16}, {"size": 64}, []),
-        (['--policy-options.lora={"rank": 4}'], {"dtype": "bfloat16", "lora": {"rank": 4}}, {"size": 64}, []),
-        (["--policy_options.max_length", "9"], {"dtype": "bfloat16", "max_length": 9}, {"size": 64}, []),
-        (
-            ["--policy-options.dtype", "float32"],
-            {"dtype": "bfloat16"},
-            {"size": 64},
-            ["--policy-options.dtype", "float32"],
-        ),
-        (["--env.type", "pusht", "--env.options.fps", "5"], {"dtype": "bfloat16"}, {"fps": 5}, ["--env.type", "pusht"]),
-        (["--adapter=flow_mlp", "--seed", "3"], {}, {"size": 64}, ["--adapter", "flow_mlp", "--seed", "3"]),
-    ],
-)
-def test_options_that_a_recipe_does_not_list_can_be_added(given, policy_options, env_options, rest):
-    """Known ones stay with the parser, which knows their types; another adapter or environment begins without any."""
-    config = TrainConfig(
-        adapter="pi05", policy_options={"dtype": "bfloat16"}, env=EnvSpec(type="ogbench", options={"size": 64})
-    )
-    found, left = _with_open_options(config, given)
-    assert (found.policy_options, found.env.options, left) == (policy_options, env_options, rest)
 
 
 def test_an_added_option_without_a_value_is_told(capsys):

@@ -44,8 +44,10 @@ DOORS = {
     # Deviation from the house plan: the loop shows a bar, evaluates between updates and draws its report at the end.
     "train": ALGORITHM | ACTING | {"registry", "checkpoint", "files", "hub", "progress", "evaluate", "report", "guard"},
     "tiny": {"config", "registry"},
+    "open_options": {"config", "errors", "rollout"},  # an environment type's own task
     "cli": {
         *{"train", "tiny", "evaluate", "report", "hub", "registry", "checkpoint", "config", "errors"},
+        "open_options",
         "heads",  # which adapter a folder or a repository is of
         *{"rollout", "progress", "terminal"},  # `poco-vla data` makes datasets and shows how far it is
     },
@@ -79,6 +81,7 @@ THIRD_PARTY = {
     "lazy": set(),
     "lora": {"torch", "peft"},
     "tiny": set(),
+    "open_options": set(),
     "evaluate": PURE | {"numpy", "rich"},
     "report": {"numpy", "pandas", "matplotlib", "rich"},
     "train": PURE | {"numpy", "accelerate"},

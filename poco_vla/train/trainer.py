@@ -43,7 +43,7 @@ from poco_vla.flow import Draws
 from poco_vla.guard import CollapseGuard
 from poco_vla.policy import FlowPolicy
 from poco_vla.progress import Bar, Display
-from poco_vla.registry import load_adapter
+from poco_vla.registry import check_options, load_adapter
 from poco_vla.rollout import Actor, EnvPool, EpisodeRecorder, ensure_demonstrations, environment
 from poco_vla.rollout.actor import Weights
 from poco_vla.rollout.demonstrations import demonstrations_root
@@ -128,6 +128,7 @@ class Trainer:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self._refuse_unknown_trackers(config)
+        check_options(load_adapter(config.adapter), config.policy_options, pretrained=config.policy is not None)
         self.accelerator = open_accelerator(config)
         self.config = config = replace(config, output_dir=self._choose_folder(config))
         self.is_main = self.accelerator.is_main_process

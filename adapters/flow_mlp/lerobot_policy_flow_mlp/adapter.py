@@ -1,7 +1,7 @@
 """``flow_mlp`` as a poco_vla adapter: the LeRobot policy behind :class:`poco_vla.FlowPolicy`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,6 +17,10 @@ from lerobot_policy_flow_mlp.configuration_flow_mlp import FlowMlpConfig
 from lerobot_policy_flow_mlp.modeling_flow_mlp import STATE_KEYS, FlowMlpPolicy
 from lerobot_policy_flow_mlp.processor_flow_mlp import make_flow_mlp_pre_post_processors
 from poco_vla import ActionSpec, FlowPolicy, PolicyError, heads, linear, whole_folder
+
+
+OF_DATASET = frozenset({"input_features", "output_features", "chunk_size", "n_action_steps", "push_to_hub"})
+"""Fields of FlowMlpConfig that :meth:`FlowMlp.from_dataset` sets itself."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,10 @@ class FlowMlp(FlowPolicy):
 
     def native_sample(self, obs: Mapping[str, Any], noise: Tensor) -> Tensor:
         return self.model.sample(self.model.features(dict(obs)), noise)
+
+    @classmethod
+    def option_names(cls, *, pretrained: bool) -> frozenset[str] | None:
+        return None if pretrained else frozenset(f.name for f in fields(FlowMlpConfig)) - OF_DATASET
 
     @classmethod
     def from_pretrained(

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -202,6 +203,11 @@ class GrootN1d6Adapter(FlowPolicy):
         return self.policy.sample(obs, noise)
 
     # -- loading and saving ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def option_names(cls, *, pretrained: bool) -> frozenset[str]:
+        settings = frozenset(f.name for f in fields(GrootN1d6Config))
+        return settings | (frozenset(signature(cls.from_pretrained).parameters) - {"options"})
 
     @classmethod
     def from_pretrained(

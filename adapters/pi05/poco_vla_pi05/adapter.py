@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -211,6 +212,10 @@ class Pi05(FlowPolicy):
         if "lora" in options:
             options["lora"] = Lora.of(options["lora"], LORA_TARGETS)
         return cls(policy, pipelines, **options)
+
+    @classmethod
+    def option_names(cls, *, pretrained: bool) -> frozenset[str]:
+        return frozenset(signature(cls.from_pretrained).parameters) - {"unknown"}
 
     @classmethod
     def from_pretrained(

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -159,6 +160,10 @@ class SmolVla(FlowPolicy):
         return self.policy.model.state_proj.weight.device
 
     # -- loading and saving -------------------------------------------------------------------------------------
+
+    @classmethod
+    def option_names(cls, *, pretrained: bool) -> frozenset[str]:
+        return frozenset(signature(cls.from_pretrained).parameters) - {"unknown"}
 
     @classmethod
     def from_pretrained(
