@@ -13,7 +13,6 @@ from typing import Any, Literal, get_type_hints
 
 from poco_vla.errors import ConfigError, UnknownNameError
 
-
 DEFAULT_ENV, DEFAULT_TASK = "ogbench", "cube-single-singletask-task1-v0"
 """Environment type of an :class:`EnvSpec`, and its task."""
 

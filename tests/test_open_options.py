@@ -49,7 +49,9 @@ def listed(ask, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         ask()
     text = capsys.readouterr().out
-    found = re.findall(r"^\W{2,3}(--[a-z][\w.-]+)(?:, (--[\w.-]+))?(?: (\S.*?))?(?: {2}.*| │)?$", text, flags=re.MULTILINE)
+    found = re.findall(
+        r"^\W{2,3}(--[a-z][\w.-]+)(?:, (--[\w.-]+))?(?: (\S.*?))?(?: {2}.*| │)?$", text, flags=re.MULTILINE
+    )
     return [(flag, negative, kind) for flag, negative, kind in found if flag != "--help"]
 
 

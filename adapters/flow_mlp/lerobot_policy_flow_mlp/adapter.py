@@ -18,7 +18,6 @@ from lerobot_policy_flow_mlp.modeling_flow_mlp import STATE_KEYS, FlowMlpPolicy
 from lerobot_policy_flow_mlp.processor_flow_mlp import make_flow_mlp_pre_post_processors
 from poco_vla import ActionSpec, FlowPolicy, PolicyError, heads, linear, whole_folder
 
-
 OF_DATASET = frozenset({"input_features", "output_features", "chunk_size", "n_action_steps", "push_to_hub"})
 """Fields of FlowMlpConfig that :meth:`FlowMlp.from_dataset` sets itself."""
 
