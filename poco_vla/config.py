@@ -136,9 +136,21 @@ class DatasetConfig:
     """A dataset that records neither success nor reward is taken as demonstrations that succeed at their last step."""
     success_reward: float | None = None
     """Where next.success is not recorded: a step whose next.reward reaches this is a success. None understands 0/1 and
-    -1/0 rewards by itself."""
+    -1/0 rewards by itself, by one convention for the whole dataset."""
+    success_threshold: float | None = None
+    """Where next.success is a number: a step at which it reaches this is a success. None understands true/false and 0/1
+    by itself (ours)."""
+    cameras: tuple[str, ...] | None = None
+    """Cameras to use, by their columns, in the order in which the policy is to see them; None takes all that are not
+    depth cameras (ours)."""
+    tolerance_s: float = 1e-4
+    """Most by which a video frame may be off the time of its row, in seconds (LeRobot)."""
     max_image_bytes: int = 8 * 1024**3
     """Most memory that decoded images may take, in bytes."""
+
+    def __post_init__(self) -> None:
+        _require(self.tolerance_s > 0, f"dataset.tolerance_s is {self.tolerance_s}; it must be above 0 seconds")
+        _require(self.cameras is None or len(self.cameras) > 0, "dataset.cameras is empty; leave it out to use all")
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ DOORS = {
 PURE = {"torch", "jaxtyping"}
 THIRD_PARTY = {
     **dict.fromkeys(BASE | MATHS | {"config", "algorithm", "registry", "testing", "__init__"}, PURE),
-    "data": PURE | {"numpy", "lerobot", "filelock"},
+    "data": PURE | {"numpy", "lerobot", "filelock", "pyarrow"},  # of a dataset's files what LeRobot does not read
     "rollout": PURE
     | {
         *{"numpy", "lerobot", "gymnasium", "mujoco", "OpenGL", "ogbench", "robosuite"},

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from poco_vla.data.folder import TASKS, data_path, read_info, video_path
 from poco_vla.errors import DataError
 from poco_vla.files import replace_folder
 
@@ -24,13 +25,13 @@ def consolidate(source: Path, root: Path) -> Path:
     Raises:
         DataError: `source` is none, or `root` holds something else than a dataset.
     """
-    from lerobot.datasets.io_utils import load_info, write_info
+    from lerobot.datasets.io_utils import write_info
 
     if not (source / "meta" / "info.json").is_file():
         raise DataError(f"no LeRobot dataset in {source}: give the folder of a run that has recorded episodes")
     if root.exists() and (root.resolve() == source.resolve() or not (root / "meta" / "info.json").is_file()):
         raise DataError(f"{root} is not replaced: it is the source, or holds something else than a dataset")
-    info = load_info(source)
+    info = read_info(source)
     partial = root.with_name(f".{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -43,8 +44,8 @@ def consolidate(source: Path, root: Path) -> Path:
                 _join_videos(source, partial, info, rows, key)
         _write_metadata(partial, table, rows)
         write_info(info, partial)
-        for name in ("tasks.parquet", "stats.json"):
-            shutil.copy(source / "meta" / name, partial / "meta" / name)
+        for name in (TASKS, "meta/stats.json"):
+            shutil.copy(_there(source / name, source), partial / name)
         replace_folder(partial, root)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -80,9 +81,9 @@ def _read(path: Path) -> pa.Table:
 
 def _join_data(source: Path, partial: Path, info: Any, rows: dict[str, list[Any]]) -> None:
     """Tables one after the other, a row group per episode as LeRobot writes them."""
-    paths = [source / info.data_path.format(**place) for place in _places(rows, "data")]
+    paths = [_there(data_path(source, info, **place), source) for place in _places(rows, "data")]
     for number, group in enumerate(_groups(paths, info.data_files_size_in_mb)):
-        target = partial / info.data_path.format(**_move(rows, "data", group, number, info))
+        target = data_path(partial, info, **_move(rows, "data", group, number, info))
         target.parent.mkdir(parents=True, exist_ok=True)
         with pq.ParquetWriter(target, pq.read_schema(paths[group[0]])) as writer:
             for i in group:
@@ -94,10 +95,10 @@ def _join_videos(source: Path, partial: Path, info: Any, rows: dict[str, list[An
     from lerobot.datasets.video_utils import concatenate_video_files
 
     tree = f"videos/{key}"
-    paths = [source / info.video_path.format(video_key=key, **place) for place in _places(rows, tree)]
+    paths = [_there(video_path(source, info, key, **place), source) for place in _places(rows, tree)]
     for number, group in enumerate(_groups(paths, info.video_files_size_in_mb)):
         place = _move(rows, tree, group, number, info)
-        concatenate_video_files([paths[i] for i in group], partial / info.video_path.format(video_key=key, **place))
+        concatenate_video_files([paths[i] for i in group], video_path(partial, info, key, **place))
         begin = 0.0
         for i in group:
             length = rows[f"{tree}/to_timestamp"][i]
@@ -106,8 +107,17 @@ def _join_videos(source: Path, partial: Path, info: Any, rows: dict[str, list[An
 
 
 def _places(rows: dict[str, list[Any]], tree: str) -> list[dict[str, int]]:
-    pairs = zip(rows[f"{tree}/chunk_index"], rows[f"{tree}/file_index"], strict=True)
-    return [{"chunk_index": chunk, "file_index": file} for chunk, file in pairs]
+    try:
+        pairs = zip(rows[f"{tree}/chunk_index"], rows[f"{tree}/file_index"], strict=True)
+        return [{"chunk_index": int(chunk), "file_index": int(file)} for chunk, file in pairs]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"meta/episodes does not say in which file of {tree}/ each episode is ({error!r})") from error
+
+
+def _there(path: Path, source: Path) -> Path:
+    if not path.is_file():
+        raise DataError(f"{source} lacks {path.relative_to(source)}: put it back, or consolidate another folder")
+    return path
 
 
 def _move(rows: dict[str, list[Any]], tree: str, group: Sequence[int], number: int, info: Any) -> dict[str, int]:

@@ -83,5 +83,5 @@ def _episode(columns: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Epi
     return Episode(
         obs,
         **{key: column for key, column in columns.items() if key not in obs},
-        **facts | {"step_tasks": tasks and tuple(tasks)},
+        **(dict(facts) | {"step_tasks": tasks and tuple(tasks)}),
     )

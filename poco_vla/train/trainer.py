@@ -36,6 +36,7 @@ from poco_vla.data import (
 from poco_vla.data.dataset import info_of
 from poco_vla.data.episode import first_of_each_task
 from poco_vla.data.identity import installed_versions
+from poco_vla.data.signals import check_reward
 from poco_vla.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UnknownNameError
 from poco_vla.evaluate import SuccessRate, evaluate
 from poco_vla.files import wait_for_space, write_json
@@ -406,6 +407,7 @@ class Trainer:
             self.dataset_config = replace(config.dataset, repo_id=f"local/{root.name}", root=root)
         self.dataset = open_dataset(self.dataset_config)
         self.info = info_of(self.dataset)
+        check_reward(self.info.features, config.reward)
         if env_config is not None:
             check_fit(self.info, env_config)
         self.env_config = env_config
@@ -421,6 +423,7 @@ class Trainer:
             self.policy.input_keys,
             horizon=config.horizon,
             shrink=self.policy.shrink_images,
+            say=self.display.say,
         )
         self.replay = Replay(
             horizon=config.horizon,

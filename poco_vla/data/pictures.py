@@ -1,0 +1,193 @@
+"""Pictures of an open LeRobot dataset, decoded to uint8 [S, height, width, 3] within a byte budget."""
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from poco_vla.data.folder import check_videos, video_file
+from poco_vla.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+DEEP = ("I", "F")
+"""First letters of PIL's modes of more than 8 bits per pixel: depth, not colour."""
+
+type Shrink = Callable[[np.ndarray], np.ndarray]
+
+
+def read_pictures(
+    dataset: Any,
+    keys: Sequence[str],
+    columns: Mapping[str, np.ndarray],
+    budget: int,
+    name: str,
+    shrink: Shrink,
+    per_call: int,
+) -> dict[str, np.ndarray]:
+    """Return each camera's pictures.
+
+    Args:
+        dataset: an open LeRobotDataset.
+        keys: of the cameras.
+        columns: its episode_index and timestamp, [S] each.
+        budget: most bytes of all pictures together.
+        name: of the dataset, for messages.
+        shrink: what is kept of pictures [T, height, width, 3].
+        per_call: video frames decoded at once.
+
+    Raises:
+        DataError: too many pictures, or some that cannot be read; the message names episode, camera and file.
+    """
+    if not keys:
+        return {}
+    videos = [key for key in keys if dataset.meta.features[key]["dtype"] == "video"]
+    check_videos(dataset, videos, name)
+    cameras = {
+        key: _Video(dataset, key, columns, name, per_call) if key in videos else _Column(dataset, key, columns, name)
+        for key in keys
+    }
+    num_frames = len(dataset)
+    shapes = {key: shrink(camera.frames(0, 1)).shape[1:] for key, camera in cameras.items()}
+    needed = num_frames * sum(int(np.prod(shape)) for shape in shapes.values())
+    if needed > budget:
+        raise DataError(
+            f"{name}: {num_frames} frames of {', '.join(keys)} take {needed / 1e9:.1f} GB decoded, more than "
+            f"dataset.max_image_bytes ({budget / 1e9:.1f} GB). Raise it, or use fewer episodes."
+        )
+    logger.info("decoding %d frames of %s", num_frames, ", ".join(keys))
+    out = {key: np.empty((num_frames, *shape), dtype=np.uint8) for key, shape in shapes.items()}
+    with ThreadPoolExecutor() as pool:  # a camera each: they share no file, and decoders leave Python's lock
+        list(pool.map(lambda key: cameras[key].fill(out[key], shrink), keys))
+    return out
+
+
+class _Camera:
+    """Pictures of one camera, by the steps of the dataset."""
+
+    def __init__(self, dataset: Any, key: str, columns: Mapping[str, np.ndarray], name: str) -> None:
+        self.dataset, self.key, self.name = dataset, key, name
+        self.episodes, self.stamps = columns["episode_index"], columns["timestamp"]
+
+    def fill(self, out: np.ndarray, shrink: Shrink) -> None:
+        """Decode all pictures into `out`."""
+        for begin, end in self.pieces():
+            frames = shrink(self.frames(begin, end))
+            if frames.shape[1:] != out.shape[1:]:
+                raise self._error(
+                    begin, f"its pictures are {frames.shape[1]}x{frames.shape[2]}, others {out.shape[1]}x{out.shape[2]}"
+                )
+            out[begin:end] = frames
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """Begin and end of steps that are decoded at once, which belong to one episode."""
+        raise NotImplementedError
+
+    def frames(self, begin: int, end: int) -> np.ndarray:
+        """uint8 [end - begin, height, width, 3]."""
+        raise NotImplementedError
+
+    def _error(self, step: int, why: str, file: Path | None = None) -> DataError:
+        where = f"{self.name}, episode {int(self.episodes[step])}"
+        named = "" if file is None else f" ({file})"
+        return DataError(f'{where}: camera "{self.key}"{named}: {why}')
+
+
+class _Column(_Camera):
+    """Pictures in the table itself."""
+
+    def __init__(self, dataset: Any, key: str, columns: Mapping[str, np.ndarray], name: str) -> None:
+        super().__init__(dataset, key, columns, name)
+        self._rows = dataset.hf_dataset.select_columns([key]).with_format(None)
+
+    def pieces(self) -> list[tuple[int, int]]:
+        return [(i, i + 1) for i in range(len(self.dataset))]
+
+    def frames(self, begin: int, end: int) -> np.ndarray:
+        return np.stack([self._picture(i) for i in range(begin, end)])
+
+    def _picture(self, step: int) -> np.ndarray:
+        try:
+            picture = self._rows[step][self.key]
+            mode = "none" if picture is None else picture.mode
+            pixels = None if picture is None or mode.startswith(DEEP) else np.asarray(picture.convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:  # PIL's own for damaged files
+            raise self._error(step, f"the picture of step {step} cannot be read ({_first_line(error)})") from error
+        if pixels is None:
+            raise self._error(
+                step,
+                f"step {step} has no picture of 8 bits per colour (PIL mode {mode}), which policies here read; depth "
+                "has more. Name the cameras to use in dataset.cameras.",
+            )
+        return pixels  # grey thrice, of RGBA the colours
+
+
+class _Video(_Camera):
+    """Pictures in video files, many per call (18 times faster than frame by frame)."""
+
+    def __init__(self, dataset: Any, key: str, columns: Mapping[str, np.ndarray], name: str, per_call: int) -> None:
+        super().__init__(dataset, key, columns, name)
+        self._per_call = per_call
+
+    def pieces(self) -> list[tuple[int, int]]:
+        bounds = np.flatnonzero(np.diff(self.episodes, prepend=-1, append=-1)).tolist()
+        return [
+            (first, min(first + self._per_call, end))
+            for begin, end in pairwise(bounds)
+            for first in range(begin, end, self._per_call)
+        ]
+
+    def frames(self, begin: int, end: int) -> np.ndarray:
+        from lerobot.datasets.video_utils import FrameTimestampError, decode_video_frames
+
+        index = int(self.episodes[begin])
+        path = video_file(self.dataset, index, self.key)
+        offset = self.dataset.meta.episodes[index][f"videos/{self.key}/from_timestamp"]
+        stamps = [offset + stamp for stamp in self.stamps[begin:end].tolist()]
+        try:
+            frames = decode_video_frames(path, stamps, self.dataset.tolerance_s, return_uint8=True)
+        except FrameTimestampError as error:
+            raise self._error(begin, self._late(str(error)), path) from error
+        except Exception as error:  # each decoder raises its own
+            raise self._error(
+                begin,
+                f"the video cannot be decoded ({_first_line(error)}): copy or download the file again, or leave the "
+                "episode out with dataset.episodes",
+                path,
+            ) from error
+        return frames.permute(0, 2, 3, 1).numpy()
+
+    def _late(self, said: str) -> str:
+        """Say how far rows and frames are apart in time, from LeRobot's message, and which option accepts it."""
+        tolerance, frame = self.dataset.tolerance_s, 1 / self.dataset.meta.fps
+        found = re.search(r"tolerance \(tensor\(\[(.*?)\]", said, re.DOTALL)
+        gaps = [float(number) for number in re.findall(r"\d[\d.]*(?:e[-+]?\d+)?", found[1])] if found else []
+        if not gaps:
+            return (
+                f"the video has no frames at the times of the rows ({said.splitlines()[0]}): it is shorter than its "
+                "table, or of another episode; leave the episode out with dataset.episodes"
+            )
+        accepts = f"dataset.tolerance_s {_rounded_up(1.05 * max(gaps) + 1e-6):g} accepts the nearest frame"
+        text = (
+            f"its frames are up to {max(gaps):.4g} s away from the times of the rows, more than dataset.tolerance_s "
+            f"({tolerance:g}); a frame lasts {frame:.4g} s"
+        )
+        if max(gaps) > frame / 2:
+            return f"{text}, so that rows and frames may not belong together. Check the recording; {accepts}."
+        return f"{text}. {accepts}."
+
+
+def _rounded_up(value: float) -> float:
+    """The next number of two significant digits."""
+    scale = 10.0 ** (np.floor(np.log10(value)) - 1)
+    return float(np.ceil(value / scale) * scale)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().split("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
