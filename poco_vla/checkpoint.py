@@ -5,7 +5,8 @@ A checkpoint is a folder ``checkpoints/<update>``:
     weights.safetensors    what trains (head or LoRA), critic, target critic, zeta, beta
     optimizer.safetensors  Adam's moments and step counts
     random.safetensors     states of torch generators; chunks of the running episodes
-    state.json             stage, step counts, numpy generators, seeds of the running episodes, recorded parts
+    state.json             stage, step counts, numpy generators, seeds of the running episodes, recorded parts, and
+                           size and checksum of the other files
     config.json            the run's configuration
     good_head.safetensors  the head that the collapse guard would go back to
 
@@ -15,28 +16,35 @@ The frozen backbone is not in it: the base model is loaded again.
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from poco_vla.config import TrainConfig, differences, from_json, to_json
 from poco_vla.errors import CheckpointError
-from poco_vla.files import replace_folder, whole_file, write_json
+from poco_vla.files import discard_partial, recover_folders, replace_folder, whole_file, write_json
+from poco_vla.locks import FolderLock, HeldError
 from poco_vla.types import ChunkBatch
 
 GOOD_HEAD = "good_head.safetensors"
+SET_ASIDE = "checkpoints.set_aside"
+"""Folder of a run that damaged checkpoints are moved to."""
+BLOCK = 1 << 24
+"""Bytes of a file that are read at once."""
 FREE_TO_CHANGE = {
     "resume",
     "checkpoint_every",
     "checkpoint_keep_every",
+    "checkpoint_minutes",
+    "accept_changed_data",
     "log_every",
     "trackers",
     "num_threads",
@@ -91,10 +99,11 @@ def save(
         moments, groups = _flatten_optimizer(optimizer)
         save_file(moments, partial / "optimizer.safetensors")
         save_file(_contiguous(tensors), partial / "random.safetensors")
-        write_json(partial / "state.json", {**state, "optimizer_groups": groups})
-        write_json(partial / "config.json", to_json(config))
         if head is not None and head.exists():
             _link(head, partial / GOOD_HEAD)
+        sums = {path.name: _checksum(path) for path in sorted(partial.glob("*.safetensors"))}
+        write_json(partial / "state.json", {**state, "optimizer_groups": groups, "files": sums})
+        write_json(partial / "config.json", to_json(config))
         replace_folder(partial, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -104,6 +113,15 @@ def save(
     for old in _superfluous(sorted(root.glob("[0-9]*")), keep, keep_every):
         shutil.rmtree(old)
     return final
+
+
+def _checksum(path: Path) -> dict[str, int]:
+    """Size in bytes and CRC-32 of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            crc = zlib.crc32(block, crc)
+    return {"bytes": path.stat().st_size, "crc32": crc}
 
 
 def _link(path: Path, name: Path) -> None:
@@ -125,41 +143,126 @@ def latest(root: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
+    return available(root)[-1]
+
+
+def available(root: Path) -> list[Path]:
+    """All checkpoints under `root`, oldest first. One whose replacement was cut short is put back.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    recover_folders(root)
     found = sorted(root.glob("[0-9]*"))
     if not found:
         raise CheckpointError(f"nothing to resume: no checkpoint in {root}. Run without --resume to start.")
-    return found[-1]
+    return found
 
 
 def can_resume(folder: Path) -> bool:
     """Whether a run's folder holds a checkpoint."""
-    return any((folder / "checkpoints").glob("[0-9]*"))
+    return any(any((folder / "checkpoints").glob(pattern)) for pattern in ("[0-9]*", ".[0-9]*.old"))
 
 
-def load(
-    path: Path, config: TrainConfig
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+class DamagedError(CheckpointError):
+    """A checkpoint with a file that is missing, cut short, emptied or not what was written."""
+
+
+type Loaded = tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor], dict[str, Any]]
+
+
+def load(path: Path, config: TrainConfig) -> Loaded:
     """Weights, optimizer state, tensors and state of a checkpoint.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the run had another configuration (differences are listed).
+        DamagedError: a file is missing or damaged.
+        CheckpointError: the run had another configuration (differences are listed).
     """
     try:
-        old = from_json(TrainConfig, json.loads((path / "config.json").read_text()))
-        changed = [d for d in differences(old, config) if d.split(":")[0] not in FREE_TO_CHANGE]
-        if changed:
-            listed = "\n  ".join(changed)
-            raise CheckpointError(
-                f"{path} belongs to a run of another configuration (saved -> now):\n  {listed}\n"
-                "Resume with the same values, or choose another output_dir."
-            )
-        state = json.loads((path / "state.json").read_text())
+        old = from_json(TrainConfig, _read_json(path / "config.json"))
+        state = _read_json(path / "state.json")
+        _check_files(path, state.pop("files", {}))
         weights = load_file(path / "weights.safetensors")
         moments = load_file(path / "optimizer.safetensors")
         tensors = load_file(path / "random.safetensors")
-    except (OSError, json.JSONDecodeError, SafetensorError, KeyError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
-    return weights, _unflatten_optimizer(moments, state.pop("optimizer_groups")), tensors, state
+        groups = state.pop("optimizer_groups")
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError) as error:
+        raise DamagedError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+    if not moments and weights and any(group.get("params") for group in groups) and _updates(state):
+        raise DamagedError(f"checkpoint {path} is damaged: optimizer.safetensors is empty")
+    changed = [d for d in differences(old, config) if d.split(":")[0] not in FREE_TO_CHANGE]
+    if changed:
+        listed = "\n  ".join(changed)
+        raise CheckpointError(
+            f"{path} belongs to a run of another configuration (saved -> now):\n  {listed}\n"
+            "Resume with the same values, or choose another output_dir."
+        )
+    return weights, _unflatten_optimizer(moments, groups), tensors, state
+
+
+def load_newest(
+    root: Path, config: TrainConfig, tell: Callable[[str], None], needed: Sequence[str] = ()
+) -> tuple[Path, Loaded]:
+    """The newest checkpoint under `root` that is whole, and what it holds; `tell` is told where a newer one is not.
+    `needed` are names that its state must have.
+
+    Raises:
+        DamagedError: none is.
+        CheckpointError: there is none, or the run had another configuration.
+    """
+    first: DamagedError | None = None
+    for path in reversed(available(root)):
+        try:
+            loaded = load(path, config)
+            _check_state(path, loaded[3], needed)
+        except DamagedError as error:
+            first = first or error
+            continue
+        if first is not None:
+            tell(f"{first}. Going on from the checkpoint before, {path}.")
+        return path, loaded
+    assert first is not None
+    raise first
+
+
+def set_newer_aside(path: Path) -> None:
+    """Move checkpoints newer than `path`, which are damaged, to where no run looks for them."""
+    aside = path.parent.with_name(SET_ASIDE)
+    for newer in (found for found in available(path.parent) if found.name > path.name):
+        aside.mkdir(exist_ok=True)
+        shutil.rmtree(aside / newer.name, ignore_errors=True)
+        newer.rename(aside / newer.name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises KeyError for any other value."""
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise KeyError(f"{path.name} holds no JSON object")
+    return found
+
+
+def _check_files(path: Path, sums: Mapping[str, Mapping[str, int]]) -> None:
+    """Compare a checkpoint's files with what was noted when they were written (nothing, in one of an older version)."""
+    for name, noted in sums.items():
+        size = (path / name).stat().st_size
+        if size != noted["bytes"]:
+            raise DamagedError(f"checkpoint {path} is damaged: {name} has {size} bytes, {noted['bytes']} were written")
+        if _checksum(path / name) != noted:
+            raise DamagedError(
+                f"checkpoint {path} is damaged: {name} is not what was written (its checksum differs; who has changed "
+                'it on purpose removes its entry from "files" in state.json)'
+            )
+
+
+def _check_state(path: Path, state: Mapping[str, Any], needed: Sequence[str]) -> None:
+    if missing := [name for name in needed if name not in state]:
+        raise DamagedError(f"checkpoint {path} is damaged: state.json lacks {', '.join(missing)}")
+
+
+def _updates(state: Mapping[str, Any]) -> int:
+    progress = state.get("progress")
+    return progress.get("update", 0) if isinstance(progress, Mapping) else 0
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:
@@ -198,8 +301,8 @@ def save_batch(folder: Path, batch: ChunkBatch, rank: int) -> Path:
             tensors[field.name] = value
         elif value is not None:
             tensors[f"{field.name}.features"] = value.features
-    with suppress(OSError):
-        save_file(_contiguous(tensors), path)
+    with suppress(OSError, SafetensorError), whole_file(path) as partial:
+        save_file(_contiguous(tensors), partial)
     return path
 
 
@@ -230,8 +333,9 @@ def load_good_head(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
-def claim_folder(path: Path, *, lock: bool = True) -> FileLock:
-    """Make sure that a run can write in `path`, and is alone in it, before any long work.
+def claim_folder(path: Path, *, lock: bool = True) -> FolderLock:
+    """Make sure that a run can write in `path`, and is alone in it, before any long work. What a run that was killed
+    left half written there is put in order.
 
     Args:
         path: the run's folder.
@@ -241,7 +345,6 @@ def claim_folder(path: Path, *, lock: bool = True) -> FileLock:
     Raises:
         CheckpointError: it cannot, or another run is at work there.
     """
-    own = FileLock(path / ".lock")
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-test-{os.getpid()}"
@@ -251,13 +354,19 @@ def claim_folder(path: Path, *, lock: bool = True) -> FileLock:
         raise CheckpointError(
             f"cannot write in output_dir {path}: {error.strerror or error}. Choose another."
         ) from error
+    own = FolderLock(path)
+    if not lock:
+        return own
     try:
-        if lock:
-            own.acquire(timeout=0)
-    except Timeout as error:
+        own.acquire()
+    except HeldError as error:
         raise CheckpointError(
-            f"another process is training in {path}. Wait for it, stop it, or choose another output_dir."
+            f"another process is training in {path} ({error}). Wait for it, stop it (it saves first), or choose "
+            "another output_dir."
         ) from error
+    for folder in (path, path / "checkpoints"):
+        recover_folders(folder)
+        discard_partial(folder)
     return own
 
 

@@ -461,8 +461,13 @@ class TrainConfig:
     """Continue the run in `output_dir` (with "{time}": the newest one) from its last checkpoint."""
     checkpoint_every: int = 10_000
     """Updates between checkpoints; 0 saves at the end of each stage and on Ctrl-C only. The newest two are kept."""
+    checkpoint_minutes: float = 5.0
+    """Minutes after which a checkpoint is written besides, so that a kill takes no more back; 0 writes none by time.
+    Where writing takes long, at most 5 % of the time goes into it (ours)."""
     checkpoint_keep_every: int = 0
     """Checkpoints that are kept besides: those of every so many updates; 0 keeps none besides."""
+    accept_changed_data: bool = False
+    """Resume although demonstrations or online episodes are not those that the run was trained on (ours)."""
     log_every: int = 50
     """Updates between log lines."""
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -479,6 +484,10 @@ class TrainConfig:
         _require(self.horizon >= 1, f"horizon (H) is {self.horizon}; at least 1")
         for name in ("sft_steps", "warmup_steps", "online_steps", "checkpoint_every", "checkpoint_keep_every"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        _require(
+            0 <= self.checkpoint_minutes < float("inf"),
+            f"checkpoint_minutes is {self.checkpoint_minutes}; it must not be negative (0 writes none by time)",
+        )
         _require(self.log_every >= 1, f"log_every is {self.log_every}; at least 1")
         _require(self.best_of_n >= 1, f"best_of_n is {self.best_of_n}; at least 1")
         _require(self.updates_per_step > 0, f"updates_per_step is {self.updates_per_step}; it must be above 0")

@@ -4,9 +4,10 @@ import errno
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,105 @@ def write_json(path: Path, values: Any) -> None:
         partial.write_text(json.dumps(values, indent=2, default=str) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """The JSON value in a file.
+
+    Raises:
+        PocoError: it is missing, or is no JSON (cut short, emptied, overwritten); the message names it.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise PocoError(f"{path} is missing") from error
+    except OSError as error:
+        raise PocoError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise PocoError(f"{path} is damaged: no JSON ({type(error).__name__})") from error
+
+
 def replace_folder(partial: Path, final: Path) -> None:
-    """Put a finished folder in the place of an older one, which stays whole until then."""
-    old = final.with_name(f".{final.name}.old")
+    """Put a finished folder in the place of an older one, which stays whole until then. A process that is killed in
+    between leaves the older one as ``.NAME.old``; :func:`recover_folder` puts it back."""
+    recover_folder(final)
+    old = _old(final)
+    for attempt in range(3):
+        if final.exists():
+            final.rename(old)
+        try:
+            partial.rename(final)
+            break
+        except OSError as error:  # a reader has just put the older one back
+            if attempt == 2 or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(final: Path) -> bool:
+    """Put a folder back whose replacement was cut short; True if it was. Where the new one is in its place already,
+    what is left of the older one goes."""
+    old = _old(final)
+    if not old.is_dir():
+        return False
     if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        return False
+    with suppress(OSError):  # its writer was faster
+        old.rename(final)
+        return True
+    return False
+
+
+def recover_folders(parent: Path) -> list[Path]:
+    """:func:`recover_folder` for every folder in `parent`; those that were put back."""
+    finals = [path.with_name(path.name[1 : -len(".old")]) for path in sorted(parent.glob(".*.old"))]
+    return [final for final in finals if recover_folder(final)]
+
+
+def discard_partial(parent: Path) -> list[Path]:
+    """Remove what processes that were killed left half written in `parent` (``.NAME.partial``); what was removed. Only
+    for who is alone in `parent`."""
+    left = sorted(parent.glob(".*.partial"))
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    return left
+
+
+def partial_of_process(final: Path) -> Path:
+    """A name beside `final` for what this process of this machine is writing; others may write the same at once."""
+    return final.with_name(f".{final.name}.{host()}.{os.getpid()}.partial")
+
+
+def discard_partial_of_dead(final: Path) -> list[Path]:
+    """Remove what processes of this machine that are gone left half written for `final` (:func:`partial_of_process`);
+    what was removed."""
+    removed = []
+    for path in sorted(final.parent.glob(f".{final.name}.*.partial")):
+        *_, machine, number = path.name.removesuffix(".partial").split(".")
+        own = machine == host() or path.name == f".{final.name}.{number}.partial"  # without a machine: as before 0.2
+        if own and number.isdigit() and not is_alive(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path)
+    return removed
+
+
+def host() -> str:
+    """This machine's name, as part of a file's."""
+    return socket.gethostname().split(".")[0] or "localhost"
+
+
+def is_alive(pid: int) -> bool:
+    """True if this machine has a process of this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _old(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
 
 
 @contextmanager
@@ -51,6 +143,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         PocoError: at `path` is something that is no policy's folder, which would be lost.
     """
     final = Path(path).resolve()
+    recover_folder(final)
     if final.exists() and not (final.is_dir() and (not any(final.iterdir()) or _is_policy(final))):
         raise PocoError(
             f"{final} holds something else than a policy (no config.json, or a whole run) and is not replaced; choose "

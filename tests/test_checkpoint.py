@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from toy_policies import ToyPolicy, toy_batch
 
 from poco_vla import Poco, PocoConfig, checkpoint
@@ -209,3 +210,68 @@ def test_a_checkpoint_keeps_its_head_when_a_newer_one_takes_its_place(tmp_path):
     assert torch.equal(checkpoint.load_good_head(old)["w"], first["w"])
     assert torch.equal(checkpoint.load_good_head(new)["w"], second["w"])
     assert checkpoint.load_good_head(saved(tmp_path / "checkpoints", 3)) == {}
+
+
+# -- damage ----------------------------------------------------------------------------------------------------------
+
+
+def damaged(path, how):
+    """The optimizer's file: emptied by a valid file of nothing, cut to nothing, or one byte changed."""
+    file = path / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    if how == "emptied":
+        save_file({}, file)
+    else:
+        content[-1] ^= 1
+        file.write_bytes(b"" if how == "truncated" else bytes(content))
+
+
+@pytest.mark.parametrize("how", ["emptied", "truncated", "changed"])
+def test_a_damaged_optimizer_is_named_and_the_checkpoint_before_is_taken(how, tmp_path):
+    root = tmp_path / "checkpoints"
+    older, newer = saved(root, 5), saved(root, 9)
+    damaged(newer, how)
+    told = []
+    path, (_, moments, _, state) = checkpoint.load_newest(root, CONFIG, told.append, ("progress",))
+    assert (path, state["progress"]["update"]) == (older, 5)
+    assert moments["state"]
+    (line,) = told
+    assert "00000009 is damaged: optimizer.safetensors" in line
+    checkpoint.set_newer_aside(path)
+    assert checkpoint.latest(root) == older
+    assert (tmp_path / "checkpoints.set_aside" / "00000009").is_dir()
+
+
+def test_without_another_checkpoint_damage_is_an_error(tmp_path):
+    damaged(saved(tmp_path), "emptied")
+    with pytest.raises(CheckpointError, match=r"is damaged: optimizer\.safetensors has \d+ bytes"):
+        checkpoint.load_newest(tmp_path, CONFIG, print)
+
+
+def test_an_emptied_optimizer_of_an_older_version_is_damage_too(tmp_path):
+    """Its state.json notes no sizes."""
+    path = saved(tmp_path)
+    state = json.loads((path / "state.json").read_text())
+    del state["files"]
+    write_json(path / "state.json", state)
+    checkpoint.load(path, CONFIG)
+    damaged(path, "emptied")
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is empty"):
+        checkpoint.load(path, CONFIG)
+
+
+@pytest.mark.parametrize("content", [bytes(64), b"\xff\xfe", b"[]", b"null"])
+def test_a_state_that_is_no_json_object_is_damage(content, tmp_path):
+    path = saved(tmp_path)
+    (path / "state.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="00000007 is damaged"):
+        checkpoint.load(path, CONFIG)
+
+
+def test_a_checkpoint_whose_replacement_was_cut_short_is_resumed(tmp_path):
+    """The same update saved twice, killed between the two renames."""
+    path = saved(tmp_path / "checkpoints")
+    path.rename(path.with_name(".00000007.old"))
+    assert checkpoint.can_resume(tmp_path)
+    assert checkpoint.latest(tmp_path / "checkpoints") == path
+    checkpoint.load(path, CONFIG)

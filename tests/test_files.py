@@ -14,7 +14,19 @@ import torch
 from safetensors.torch import save_file
 
 from poco_vla.errors import PocoError
-from poco_vla.files import is_out_of_space, sync, wait_for_space, write_json
+from poco_vla.files import (
+    discard_partial,
+    discard_partial_of_dead,
+    host,
+    is_out_of_space,
+    partial_of_process,
+    read_json,
+    recover_folders,
+    sync,
+    wait_for_space,
+    whole_folder,
+    write_json,
+)
 
 
 def full():
@@ -128,3 +140,63 @@ def test_files_and_folders_can_be_synced(tmp_path):
     sync(tmp_path)
     with pytest.raises(FileNotFoundError):
         sync(tmp_path / "b")
+
+
+# -- what a kill leaves ----------------------------------------------------------------------------------------------
+
+
+def killed_between_the_renames(final):
+    """An older folder moved aside, the newer one not in its place yet."""
+    for name, text in ((f".{final.name}.old", "older"), (f".{final.name}.partial", "newer")):
+        folder = final.with_name(name)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(text)
+    return final
+
+
+def test_a_folder_whose_replacement_was_cut_short_comes_back(tmp_path):
+    final = killed_between_the_renames(tmp_path / "best")
+    assert recover_folders(tmp_path) == [final]
+    assert discard_partial(tmp_path) == [tmp_path / ".best.partial"]
+    assert (final / "config.json").read_text() == "older"
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_the_next_writer_keeps_the_older_folder_until_its_own_is_whole(tmp_path):
+    final = killed_between_the_renames(tmp_path / "policy")
+    with pytest.raises(OSError, match="no room"), whole_folder(final):
+        raise OSError("no room")
+    assert (final / "config.json").read_text() == "older"
+    with whole_folder(final) as partial:
+        (partial / "config.json").write_text("newest")
+    assert (final / "config.json").read_text() == "newest"
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
+def test_a_replacement_that_was_all_but_done_stays(tmp_path):
+    """Killed after both renames: the newer folder is in its place."""
+    final = killed_between_the_renames(tmp_path / "7")
+    final.with_name(".7.partial").rename(final)
+    assert recover_folders(tmp_path) == []
+    assert (final / "config.json").read_text() == "newer"
+    assert [path.name for path in tmp_path.iterdir()] == ["7"]
+
+
+def test_half_written_folders_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
+    root = tmp_path / "data"
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    own, elsewhere = partial_of_process(root), tmp_path / f".data.another-machine.{ended.pid}.partial"
+    dead = [tmp_path / f".data.{host()}.{ended.pid}.partial", tmp_path / f".data.{ended.pid}.partial"]
+    for folder in (own, elsewhere, *dead):
+        folder.mkdir()
+    assert sorted(discard_partial_of_dead(root)) == sorted(dead)
+    assert own.is_dir()
+    assert elsewhere.is_dir()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', bytes(40), b"[" * 100_000])
+def test_json_that_is_damaged_is_named(content, tmp_path):
+    (tmp_path / "result.json").write_bytes(content)
+    with pytest.raises(PocoError, match=r"result\.json is damaged: no JSON"):
+        read_json(tmp_path / "result.json")

@@ -34,7 +34,8 @@ DOORS = {
     "sources": {"errors"},
     "heads": {"errors", "files", "lora", "sources"},
     "normalization": {"errors", "heads"},
-    "checkpoint": ALGORITHM | {"registry", "files"},
+    "checkpoint": ALGORITHM | {"registry", "files", "locks"},
+    "locks": {"errors", "files"},
     "hub": ALGORITHM | {"registry", "checkpoint", "report", "files", "heads", "sources"},
     "lerobot_rl": ALGORITHM | {"data", "checkpoint"},
     "progress": {"terminal"},
@@ -42,7 +43,9 @@ DOORS = {
     "report": ACTING | {"evaluate", "files"},
     "guard": {"config", "evaluate"},
     # Deviation from the house plan: the loop shows a bar, evaluates between updates and draws its report at the end.
-    "train": ALGORITHM | ACTING | {"registry", "checkpoint", "files", "hub", "progress", "evaluate", "report", "guard"},
+    "train": ALGORITHM
+    | ACTING
+    | {"registry", "checkpoint", "files", "locks", "hub", "progress", "evaluate", "report", "guard"},
     "tiny": {"config", "registry"},
     "open_options": {"config", "errors", "rollout"},  # an environment type's own task
     "cli": {
@@ -68,7 +71,7 @@ THIRD_PARTY = {
         "ray",
         *{"safetensors", "draccus", "rich"},  # a robot's session: its spool, LeRobot's options, what a person sees
     },
-    "checkpoint": PURE | {"numpy", "safetensors", "filelock", "huggingface_hub", "peft"},
+    "checkpoint": PURE | {"numpy", "safetensors", "huggingface_hub", "peft"},
     "sources": {"huggingface_hub"},
     "heads": {"torch", "safetensors"},
     "normalization": {"torch"},
@@ -78,6 +81,7 @@ THIRD_PARTY = {
     "terminal": {"rich"},
     "guard": set(),
     "files": set(),
+    "locks": {"filelock"},
     "lazy": set(),
     "lora": {"torch", "peft"},
     "tiny": set(),

@@ -25,7 +25,16 @@ EVALUATED = ("env_steps", "success_rate", "episodes", "interval_95")
 """What a report needs of an evaluation."""
 NO_SETTING = (
     *("seed", "output_dir", "resume", "demonstrations.root", "demonstrations.workers"),
-    *("checkpoint_every", "log_every", "trackers", "num_threads", "eval.videos"),
+    *(
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "checkpoint_keep_every",
+        "accept_changed_data",
+        "log_every",
+        "trackers",
+        "num_threads",
+        "eval.videos",
+    ),
 )
 """Fields that do not change what is learned: runs that differ in these alone belong together."""
 

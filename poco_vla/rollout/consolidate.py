@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from poco_vla.data.folder import TASKS, data_path, read_info, video_path
 from poco_vla.errors import DataError
-from poco_vla.files import replace_folder
+from poco_vla.files import recover_folder, replace_folder
 
 MB = 1024**2
 
@@ -29,6 +29,7 @@ def consolidate(source: Path, root: Path) -> Path:
 
     if not (source / "meta" / "info.json").is_file():
         raise DataError(f"no LeRobot dataset in {source}: give the folder of a run that has recorded episodes")
+    recover_folder(root)
     if root.exists() and (root.resolve() == source.resolve() or not (root / "meta" / "info.json").is_file()):
         raise DataError(f"{root} is not replaced: it is the source, or holds something else than a dataset")
     info = read_info(source)

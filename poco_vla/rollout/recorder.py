@@ -1,7 +1,6 @@
 """Episodes written back as LeRobot v3 datasets."""
 
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from poco_vla.config import DatasetConfig
 from poco_vla.data import Episode, open_dataset, read_episodes
 from poco_vla.data.dataset import INTERVENTION, POLICY_VERSION
 from poco_vla.errors import DataError
-from poco_vla.files import wait_for_space
+from poco_vla.files import discard_partial_of_dead, partial_of_process, wait_for_space
 from poco_vla.rollout.consolidate import consolidate
 from poco_vla.rollout.growing import KEY, GrowingDataset
 from poco_vla.rollout.video import keep_scheduling, silent_stderr
@@ -51,7 +50,8 @@ def write_dataset(episodes: Iterable[Episode], root: Path, *, fps: int, repo_id:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     root.parent.mkdir(parents=True, exist_ok=True)
-    partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
+    discard_partial_of_dead(root)
+    partial = partial_of_process(root)
     shutil.rmtree(partial, ignore_errors=True)
     waiting = iter(episodes)
     first = next(waiting)

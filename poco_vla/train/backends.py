@@ -12,7 +12,7 @@ Actor and critic are one module with two groups of parameters, so most of it is 
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from datetime import timedelta
@@ -33,6 +33,7 @@ from torch import Tensor, distributed, nn
 from poco_vla.algorithm import Plan, Poco, Stage
 from poco_vla.config import OptimConfig, TrainConfig
 from poco_vla.errors import ConfigError
+from poco_vla.train.launcher import launched_precision, refuse_unfit_deepspeed, refuse_unheeded
 from poco_vla.types import ChunkBatch, Metrics
 
 type Group = Literal["actor", "critic"]
@@ -49,6 +50,7 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         ConfigError: what was asked for is not what would run, or cannot be combined.
     """
+    refuse_unheeded()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     fsdp, zero = _asked_for("FSDP"), _asked_for("DEEPSPEED")
     gloo = (launched > 1 or fsdp or zero) and not torch.accelerator.is_available()
@@ -63,7 +65,7 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
     )
     accelerator = Accelerator(
         cpu=gloo and not zero,
-        mixed_precision=config.mixed_precision,
+        mixed_precision=launched_precision(config),
         log_with=list(config.trackers) or None,
         project_dir=config.output_dir,  # trackers want one here; it becomes the run's own folder later
         # Before the critic learns, and while the actor is frozen, one of the two has no gradient.
@@ -103,7 +105,7 @@ def _check(accelerator: Accelerator, config: TrainConfig, launched: int, *, fsdp
     if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return
     name = "FSDP" if kind == DistributedType.FSDP else "DeepSpeed"
-    if config.mixed_precision != "no" or accelerator.mixed_precision != "no":
+    if launched_precision(config) != "no" or accelerator.mixed_precision != "no":
         raise ConfigError(
             f"mixed precision under {name} would take the critic along, whose values need float32: leave "
             "mixed_precision at no (an adapter's own options may keep its backbone in bfloat16), or use DDP"
@@ -137,6 +139,7 @@ def _check_zero(accelerator: Accelerator) -> None:
         "an offload device is set, expected none": devices != ["none", "none"],
         f"gradient_accumulation_steps is {steps}, expected 1 (optim.micro_batch does that)": steps not in (1, "auto"),
         f"gradient_clipping is {clip}, expected 0.0 (optim.max_grad_norm does that)": clip not in (0, "auto"),
+        **dict.fromkeys(refuse_unfit_deepspeed(settings), True),
     }
     _refuse(unfit, "recipes/accelerate/zero2.yaml")
 
@@ -188,14 +191,18 @@ class Learner:
         with self.accelerator.no_sync(self.module):
             self.accelerator.backward(self.module(batch, stage, plan)[0])
 
-    def step(self, stage: Stage, max_norm: float | None) -> Metrics:
-        """Clip each group by itself, step, and drop the gradients; the norms [] of those that there were."""
+    def step(
+        self, stage: Stage, max_norm: float | None, look: Callable[[Metrics], None] = lambda norms: None
+    ) -> Metrics:
+        """Clip each group by itself, step, and drop the gradients; the norms [] of those that there were. `look` gets
+        these norms before the step; when it raises, weights and optimizer are as they were."""
         norms: Metrics = {}
         for name, group in zip(GROUPS, self.optimizer.param_groups, strict=True):
             if any(p.grad is not None for p in group["params"]):
                 norm = self.accelerator.clip_grad_norm_(group["params"], max_norm or float("inf"))
                 assert norm is not None
                 norms[f"{name}_grad_norm"] = _whole(norm.detach())
+        look(norms)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norms
@@ -308,15 +315,30 @@ class ZeroLearner(_ApartLearner):
         self.module.backward(loss * share)
         return loss.detach(), metrics
 
-    def step(self, stage: Stage, max_norm: float | None) -> Metrics:
+    def step(
+        self, stage: Stage, max_norm: float | None, look: Callable[[Metrics], None] = lambda norms: None
+    ) -> Metrics:
         learning = {"sft": {"actor"}, "warmup": {"critic"}, "online": {"actor", "critic"}}[stage]
         if stage == "warmup" and self.poco.config.warmup_bc:
             learning = {"actor", "critic"}
         self._adam.begin({id(g) for g, name in zip(self._zero.param_groups, GROUPS, strict=True) if name in learning})
         self._adam.max_norm = max_norm
+        look(self._norms(learning))  # DeepSpeed steps one group after the other: both are looked at before
         self.module.step()
         norms = {id(g): name for g, name in zip(self._zero.param_groups, GROUPS, strict=True)}
         return {f"{norms[key]}_grad_norm": norm for key, norm in self._adam.norms.items()}
+
+    def _norms(self, learning: set[str]) -> Metrics:
+        """Norm [] of each learning group's averaged gradient, of which this process holds a part."""
+        parts: dict[int, list[Tensor]] = self._zero.averaged_gradients
+        squares = [
+            sum((part.float().square().sum() for part in parts.get(i) or []), torch.zeros((), device=flat.device))
+            for i, flat in enumerate(self._flats())
+        ]
+        total = torch.stack(squares)
+        if distributed.get_world_size() > 1:
+            distributed.all_reduce(total)
+        return {f"{name}_grad_norm": norm for name, norm in zip(GROUPS, total.sqrt(), strict=True) if name in learning}
 
     def scatter(self) -> None:
         super().scatter()

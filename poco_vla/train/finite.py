@@ -1,6 +1,6 @@
-"""What happens at a loss that is not finite: no weight is changed by it, and the run ends."""
+"""What happens at a loss or a gradient that is not finite: no weight is changed by it, and the run ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -8,11 +8,13 @@ from torch.optim import Optimizer
 
 
 class FiniteWatch:
-    """Looks whether losses are finite, without making the host wait for the device where that would cost time.
+    """Looks whether losses and gradients are finite, without making the host wait for the device where that would cost
+    time.
 
-    On a CPU each loss is looked at before the optimizer's step. `late`, the device itself keeps the optimizer from
-    changing anything from the first such loss on (torch's fused optimizers have that for gradient scalers), and the
-    host looks when the next update is under way: the device never idles for it.
+    On a CPU each loss, and the norm of each gradient, is looked at before the optimizer's step. `late`, the device
+    itself keeps the optimizer from changing anything from the first one on that is not finite (torch's fused optimizers
+    have that for gradient scalers), and the host looks when the next update is under way: the device never idles for
+    it.
 
     Args:
         optimizer: torch's own, `fused` where `late`.
@@ -41,6 +43,22 @@ class FiniteWatch:
         self._bad, self._failed = bad, error
         if not self._late:
             self.look()
+
+    def see_gradients(self, norms: Mapping[str, Tensor]) -> None:
+        """The norms [] of the gradients of the loss that was seen last, alike on all processes; its step is yet to
+        come. A finite loss may have a gradient that is not.
+
+        Raises:
+            Exception: as `see`; `late`, when it is looked at next.
+        """
+        if norms and self._bad is not None:
+            bad = (~torch.isfinite(torch.stack(list(norms.values())))).any().float()
+            self._bad = torch.maximum(self._bad, bad.to(self._bad.device))
+            if self._late:
+                self._optimizer.found_inf = self._bad  # pyright: ignore[reportAttributeAccessIssue]
+                return
+            self.look()
+        if not self._late:
             self._bad = self._failed = None  # it holds the batch
 
     def look(self) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class Logbook:
     def acted(self, versions: np.ndarray) -> None:
         """Steps have come that weights of these versions chose."""
         total, count = self._ages
-        self._ages = total + int((self.progress.update - versions).sum()), count + len(versions)
+        self._ages = total + int((self.progress.version - versions).sum()), count + len(versions)
 
     def episode(self, length: int, success: bool) -> None:
         """An episode has entered the pool."""
@@ -97,9 +98,9 @@ class Logbook:
         now = self.progress
         self.begin()
         if self.accelerator.is_main_process:
-            made = [line for line in self._lines("metrics.jsonl") if line["update"] <= now.update]
+            made = [line for line in self._lines("metrics.jsonl", "update") if line["update"] <= now.update]
             self._rewrite("metrics.jsonl", made)
-            self._rewrite("episodes.jsonl", self._lines("episodes.jsonl")[: now.episodes])
+            self._rewrite("episodes.jsonl", self._lines("episodes.jsonl", "env_steps")[: now.episodes])
             self._rewrite("evaluations.jsonl", now.evaluations)
 
     def _log(self, stage: Stage, bar: Bar) -> None:
@@ -115,7 +116,8 @@ class Logbook:
         shown |= {"stored": f"{beside['prefix_hits']:.0%}"} if "prefix_hits" in beside else {}
         bar.note(_headline(scalars, now.recent) | shown)
         tracked = scalars | {f"{name}_per_s": value for name, value in rates.items()} | beside
-        self.accelerator.log({f"{stage}/{name}": value for name, value in tracked.items()}, step=now.update)
+        shown_there = {f"{stage}/{name}": value for name, value in tracked.items()}
+        self.written("a line of the trackers", lambda: self.accelerator.log(shown_there, step=now.update))
         seconds = round(now.elapsed(), 2)
         line = {"stage": stage, "update": now.update, "env_steps": now.env_steps, "seconds": seconds}
         self._write("metrics.jsonl", line | scalars)
@@ -144,15 +146,24 @@ class Logbook:
         if self.accelerator.is_main_process:
             self.written(f"a line of {name}", lambda: _append(self.folder / name, json.dumps(values) + "\n"))
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
-        """What a file holds; a kill may have torn its last line."""
+    def _lines(self, name: str, needed: str) -> list[dict[str, Any]]:
+        """What a file holds. Lines that are no object with the number `needed` are left out: a kill may have torn the
+        last one, a loss of power may have emptied some."""
         path = self.folder / name
-        text = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in text if line.endswith("}")]
+        lines = []
+        for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            with suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and isinstance(line.get(needed), int):
+                    lines.append(line)
+        return lines
 
     def _rewrite(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        with whole_file(self.folder / name) as partial:
-            partial.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        def write() -> None:
+            with whole_file(self.folder / name) as partial:
+                partial.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+        self.written(name, write)
 
 
 def _append(path: Path, line: str) -> None:

@@ -24,6 +24,7 @@ class Progress:
         evaluations: figures of each.
         best: those of the best one.
         seconds: wall time until `stamp`.
+        version_offset: versions of the weights that a kill took back: their numbers are not given again.
     """
 
     stage: Stage | str = "sft"
@@ -38,6 +39,7 @@ class Progress:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
     seconds: float = 0.0
+    version_offset: int = 0
 
     def __post_init__(self) -> None:
         self._clock = time.monotonic()
@@ -45,6 +47,15 @@ class Progress:
     def elapsed(self) -> float:
         """Wall time in seconds, interruptions left out."""
         return self.seconds + time.monotonic() - self._clock
+
+    @property
+    def version(self) -> int:
+        """That of the learner's weights: updates that made them, and `version_offset`."""
+        return self.update + self.version_offset
+
+    def begin_at_version(self, newest_seen: int) -> None:
+        """Whatever comes next has a version above those that somebody may have seen."""
+        self.version_offset += max(0, newest_seen - self.version)
 
     def enter(self, stage: str) -> None:
         """The next stage begins."""

@@ -53,12 +53,19 @@ from poco_vla.rollout.interaction import Interaction, Received
 from poco_vla.rollout.video import write_episode_video
 from poco_vla.train.acting import RANK_SEED, Acting, open_recorder, picture_shapes, picture_shapes_of
 from poco_vla.train.backends import learner_of, open_accelerator
+from poco_vla.train.failures import Failures, OtherProcessError
 from poco_vla.train.finite import FiniteWatch
+from poco_vla.train.launcher import launched_precision, precision_told
 from poco_vla.train.logbook import Logbook
 from poco_vla.train.memory import Budget
+from poco_vla.train.outlook import Outlook
+from poco_vla.train.parent import ParentWatch
 from poco_vla.train.progress import Progress
+from poco_vla.train.provenance import Provenance
+from poco_vla.train.schedule import CheckpointClock
 from poco_vla.train.sharing import Sharing, shared
 from poco_vla.train.storing import open_prefixes
+from poco_vla.train.versions import VersionBound
 from poco_vla.types import ChunkBatch, Metrics
 
 logger = logging.getLogger(__name__)
@@ -67,6 +74,8 @@ UPDATES_PER_ROUND = 8
 """Updates after which a learner that is never idle looks what acting has brought."""
 EPISODES_AT_ONCE = 50
 """Episodes with pictures that are read together."""
+NEEDED = ("progress", "batches", "acting", "base_version", "guard", "logbook")
+"""What a checkpoint's state must hold."""
 PACKAGES = ("poco-vla", "lerobot", "torch", "transformers", "accelerate", "peft")
 """Whose versions a run notes."""
 
@@ -131,25 +140,39 @@ class Trainer:
         self._refuse_unknown_trackers(config)
         check_options(load_adapter(config.adapter), config.policy_options, pretrained=config.policy is not None)
         self.accelerator = open_accelerator(config)
-        self.config = config = replace(config, output_dir=self._choose_folder(config))
+        precision = launched_precision(config)
+        told = precision_told(config, precision)
+        config = replace(config, mixed_precision=precision, output_dir=self._choose_folder(config))
+        self.config = config
         self.is_main = self.accelerator.is_main_process
+        self.failures = Failures(config.output_dir, self.accelerator.process_index, self.accelerator.num_processes)
         self._lock = checkpoint.claim_folder(config.output_dir, lock=self.is_main)
         try:
-            self._prepare(config)
+            if self.is_main:
+                self.failures.forget()
+            self.accelerator.wait_for_everyone()  # the main process has put the folder in order
+            with self.failures.watch():
+                self._prepare(config, told)
         except BaseException:
             self._lock.release()
             raise
 
-    def _prepare(self, config: TrainConfig) -> None:
+    def _prepare(self, config: TrainConfig, told: str | None) -> None:
         """Data, policy and all else, in a folder that is the run's own."""
         self._refuse_to_overwrite()
         folders = self.accelerator.project_configuration
         folders.project_dir = folders.logging_dir = str(config.output_dir)
         self.display = Display(enabled=self.is_main)
+        if told is not None:
+            self.display.say(told)
         self.logbook = Logbook(config.output_dir, self.accelerator, self.progress, config.log_every, self._written)
         self.guard = CollapseGuard(config.guard)
         self._good_head: dict[str, Tensor] = {}
         self.weights = Weights()
+        beside = config.interaction.mode != "synchronous"  # else a resumed run makes the same weights again
+        self.versions = VersionBound(config.output_dir, self._written, used=self.is_main and beside)
+        self.clock = CheckpointClock(config.checkpoint_minutes)
+        self.outlook = Outlook(self.display.say)
         self.interaction: Interaction | None = None
         self._eval_envs: EnvPool | None = None
         self._stop = False
@@ -162,7 +185,7 @@ class Trainer:
         if config.resume:
             self._resume()
         elif self.is_main:
-            write_json(config.output_dir / "config.json", to_json(config))
+            self._written("config.json", lambda: write_json(config.output_dir / "config.json", to_json(config)))
         if config.trackers:
             self.accelerator.init_trackers("poco_vla", config=to_scalars(config))
 
@@ -170,9 +193,16 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """Both stages, evaluation before and after, export, report."""
-        with self._watch_interrupts():
+        with self.failures.watch():
+            self._run_stages()
+            return self._finish()
+
+    def _run_stages(self) -> None:
+        with self._watch_interrupts(), ParentWatch(self._orphaned):
             if self.progress.stage == "sft":
                 self._imitate()
+                if self.config.sft_steps and self._saved != self.progress.update:
+                    self._save()  # before anything else may fail
                 self._calibrate()
                 self._evaluate("after SFT" if self.config.sft_steps else "untrained", videos="before")
                 self._tell_guard()
@@ -185,7 +215,7 @@ class Trainer:
                     self._evaluate("after POCO", videos="after")
                 self.progress.enter("done")
                 self._save()
-        return self._finish()
+            self.versions.settle(self.weights.version)
 
     def close(self) -> None:
         """Stop workers and trackers."""
@@ -287,8 +317,11 @@ class Trainer:
             ) from error
         self.finite.see(loss, partial(self._not_finite, stage, self.progress.stage_update, batch, loss, metrics))
         self.progress.update += 1
+        self.versions.cover(self.progress.version)
         with self._changed(apart=False):
-            metrics |= self.learner.step(stage, self.config.optim.max_grad_norm)
+            # `metrics` is what `_not_finite` shows: it gets the norms before they are looked at.
+            look = partial(_seen, metrics, self.finite.see_gradients)
+            metrics |= self.learner.step(stage, self.config.optim.max_grad_norm, look)
             if stage != "sft":
                 self.learner.update_target()
         self.progress.stage_update += 1
@@ -314,20 +347,30 @@ class Trainer:
 
     def _changed(self, *, apart: bool) -> AbstractContextManager[None]:
         """While the weights that others read change: those of the learner itself, or of its copy `apart`."""
-        return self.weights.change(self.progress.update) if apart == self.learner.apart else nullcontext()
+        return self.weights.change(self.progress.version) if apart == self.learner.apart else nullcontext()
 
     def _gather(self) -> None:
         """What the learner has learned, for all that acts, evaluates or saves. All processes call this together."""
-        if self.learner.apart and self.weights.version != self.progress.update:
+        if self.learner.apart and self.weights.version != self.progress.version:
             with self._changed(apart=True):
                 self.learner.gather()
 
     def _not_finite(self, stage: Stage, update: int, batch: ChunkBatch, loss: Tensor, metrics: Metrics) -> Exception:
-        path = checkpoint.save_batch(self.config.output_dir, batch, self.accelerator.process_index)
+        """What a loss or a gradient that is not finite is told by, on the first process that has it; all of them call
+        this together."""
+        accelerator, name = self.accelerator, f"{stage} update {update}"
+        flags = accelerator.gather(~torch.isfinite(loss.detach()).reshape(1))
+        assert isinstance(flags, Tensor)
+        first = int(flags.int().argmax())  # the main process where only the gradient, which all share, is not finite
+        if accelerator.process_index != first:
+            return OtherProcessError(f"{name}: not finite on process {first}; that one says what, and keeps the batch")
+        what = (
+            f"the loss is {loss.item()}" if flags.any() else f"the loss is {loss.item():.4g}, its gradient not finite"
+        )
+        kept = checkpoint.save_batch(self.config.output_dir, batch, accelerator.process_index)
         return NonFiniteError(
-            f"{stage} update {update}: the loss is {loss.item()} "
-            f"({', '.join(f'{k} {v.item():.3g}' for k, v in metrics.items())}); nothing was changed by it. "
-            f"The batch is kept in {path}."
+            f"{name}: {what} ({', '.join(f'{k} {v.item():.3g}' for k, v in metrics.items())}); nothing was changed by "
+            "it. " + (f"The batch is kept in {kept}." if kept.is_file() else "There was no room to keep the batch.")
         )
 
     def _calibrate(self) -> None:
@@ -359,10 +402,11 @@ class Trainer:
         self.display.say(f"success {label}: {result.success} of {settings.episodes} episodes")
         figures = {"label": label, "env_steps": now.env_steps, "update": now.update} | result.success.figures()
         now.evaluations.append(figures)
+        self.outlook.evaluated(now)
         self.logbook.evaluated(figures)
         self._keep_best(figures)
         if settings.videos and videos:
-            self._write_videos(result.episodes, videos)
+            self._written(f"the videos {videos}", lambda: self._write_videos(result.episodes, videos))
         self.accelerator.wait_for_everyone()
 
     def _write_videos(self, episodes: Sequence[Episode], when: str) -> None:
@@ -380,11 +424,12 @@ class Trainer:
         before, after = (rates[0], rates[-1]) if rates else (None, None)
         self._gather()
         if self.is_main:
-            self.policy.save_pretrained(policy_dir)
+            self._written("the final policy", lambda: self.policy.save_pretrained(policy_dir))
             if self.policy.base is not None:
-                self.policy.save_head(config.output_dir / "head")
-            write_json(config.output_dir / "result.json", self._figures())
-            report.finish(config.output_dir, self.display.console)
+                self._written("the final head", lambda: self.policy.save_head(config.output_dir / "head"))
+            figures = self._figures()
+            self._written("result.json", lambda: write_json(config.output_dir / "result.json", figures))
+            self._written("the report", lambda: report.finish(config.output_dir, self.display.console))
             if self.interaction is not None:
                 self._tell(self.interaction)
                 self.interaction.finish()
@@ -433,6 +478,8 @@ class Trainer:
             folder=config.output_dir,
         )
         self.replay.extend(demos, is_demo=True)
+        self.provenance = Provenance.of(demos, self.info.stats, self.policy.input_keys)
+        self.outlook.demonstrated(demos)
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         each = config.interaction.ranks == "each"
         self.acts = self.is_main or each
@@ -484,7 +531,7 @@ class Trainer:
         trained = sum(p.numel() for p in self.actor_parameters)
         self.display.say(
             f"{config.adapter}: {trained:,} trained parameters on {self.accelerator.device}; "
-            f"{len(demos)} demonstrations, {steps:,} steps"
+            f"{len(demos)} demonstrations ({sum(demo.succeeded for demo in demos)} succeed), {steps:,} steps"
         )
 
     def _open_recorder(self) -> EpisodeRecorder:
@@ -560,6 +607,7 @@ class Trainer:
         now = self.progress
         for episode in episodes:
             self._pool(episode)
+            self.provenance.add(episode)
             now.episodes += 1
             now.recent = [*now.recent, episode.succeeded][-report.WINDOW :]
             self.logbook.episode(len(episode), episode.succeeded)
@@ -621,7 +669,7 @@ class Trainer:
     def _restore_head(self) -> None:
         """The last good head, its optimizer state begun anew."""
         self._gather()
-        with torch.no_grad(), self.weights.change(self.progress.update):
+        with torch.no_grad(), self.weights.change(self.progress.version):
             for name, parameter in self._head_parameters():
                 parameter.copy_(self._good_head[name])
             self.learner.scatter()
@@ -680,33 +728,43 @@ class Trainer:
         """The first Ctrl-C (or SIGTERM) lets the current update end and saves; a second one is Python's own."""
 
         def stop(signum: int, _: Any) -> None:
+            if not self._stop:  # launchers and clusters send it more than once
+                self.display.say("stopping after this update; press Ctrl-C again to stop at once without saving")
             self._stop = True
-            self.display.say("stopping after this update; press Ctrl-C again to stop at once without saving")
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a terminal that is closed; nohup ignores it
+            signals.append(signal.SIGHUP)
+        old = {s: signal.signal(s, stop) for s in signals}
         try:
             yield
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
+    def _orphaned(self, launcher: int) -> None:
+        """The launcher is gone: end as after Ctrl-C. Called in another thread."""
+        self.display.say(f"the launcher (process {launcher}) is gone: saving, then stopping")
+        self._stop = True
+
     def _after_update(self) -> None:
-        every = self.config.checkpoint_every
-        if self._asked_to_stop():
-            raise Interrupted(self._save())
-        if every and self.progress.update // every != self._saved // every:
+        every, now = self.config.checkpoint_every, self.progress
+        stop, due = self._on_any_process(self._stop, self.is_main and self.clock.is_due())
+        if stop:
+            path = self._save()
+            self.versions.settle(self.weights.version)
+            raise Interrupted(path)
+        if (every and now.update // every != self._saved // every) or (due and now.update != self._saved):
             self._save()
 
-    def _asked_to_stop(self) -> bool:
-        """Ctrl-C, agreed on by all processes: a signal may reach them on different sides of an update."""
-        return self._on_any_process(self._stop)
-
-    def _on_any_process(self, flag: bool) -> bool:
-        """Whether it is so on one of the processes: they go on together or not at all."""
+    def _on_any_process(self, *flags: bool) -> tuple[bool, ...]:
+        """Of each flag, whether it is up on one of the processes: they go on together or not at all, and a signal may
+        reach them on different sides of an update."""
         if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self._processes(torch.tensor(float(flag), device=self.accelerator.device)).item() > 0)
+            return flags
+        total = self._processes(torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device))
+        return tuple(bool(count > 0) for count in total.tolist())
 
     def _processes(self, flag: Tensor) -> Tensor:
         """On how many processes a flag is up."""
@@ -721,6 +779,7 @@ class Trainer:
         self._gather()
         optimizer = self.learner.optimizer_state()
         self._saved = now.update
+        self.clock.began()
         root = config.output_dir / "checkpoints"
         path = root / f"{now.update:08d}"
         acting, tensors = self._acting_state()
@@ -733,6 +792,7 @@ class Trainer:
                 "base_version": self.policy.base_version,
                 "guard": self.guard.state(),
                 "logbook": self.logbook.state(),
+                "data": self.provenance.state(),
             }
             write = partial(
                 checkpoint.save,
@@ -748,6 +808,7 @@ class Trainer:
             )
             self._written(f"checkpoint {path.name}", write)
         self.accelerator.wait_for_everyone()
+        self.clock.ended()
         return path
 
     def _acting_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -770,8 +831,11 @@ class Trainer:
         )
 
     def _resume(self) -> None:
-        path = checkpoint.latest(self.config.output_dir / "checkpoints")
-        weights, optimizer, tensors, state = checkpoint.load(path, self.config)
+        root = self.config.output_dir / "checkpoints"
+        path, (weights, optimizer, tensors, state) = checkpoint.load_newest(root, self.config, self.display.say, NEEDED)
+        self.accelerator.wait_for_everyone()  # all have read
+        if self.is_main:
+            checkpoint.set_newer_aside(path)
         if state["base_version"] != self.policy.base_version:
             raise CheckpointError(
                 f"{path} was trained on the base model {state['base_version']}, and {self.config.policy} is now "
@@ -781,16 +845,25 @@ class Trainer:
         self.learner.scatter()
         self.learner.load_optimizer_state(optimizer)
         self.progress.load(state["progress"])
+        self._check_data(state.get("data", {}))
+        (seen,) = shared(torch.tensor([self.versions.newest_seen()], device=self.accelerator.device)).tolist()
+        self.progress.begin_at_version(int(seen))
         self._saved = self.progress.update
         self.guard.load(state["guard"])
         self._good_head = checkpoint.load_good_head(path)
         self._set_draws(tensors["draws"])
         self.batches.rng.bit_generator.state = state["batches"]
         self.logbook.load(state["logbook"])
-        self.weights.version = self.progress.update
+        self.weights.version = self.progress.version
         if self.progress.stage == "online":
-            self._resume_acting(state["acting"], tensors)
+            self._resume_acting(state["acting"], tensors, state.get("data", {}))
         self.display.say(f"resumed from {path}: stage {self.progress.stage}, update {self.progress.update}")
+
+    def _check_data(self, noted: Mapping[str, Any]) -> None:
+        """Compare the demonstrations with those of the checkpoint; a run that is done learns from none any more."""
+        accept = self.config.accept_changed_data or self.progress.stage == "done"
+        where = str(self.dataset_config.root or self.dataset_config.repo_id)
+        self.provenance.check_demonstrations(noted, where, accept=accept, tell=self.display.say)
 
     def _set_draws(self, state: Tensor) -> None:
         """The random numbers go on where they were; on another kind of device than before they begin anew."""
@@ -801,7 +874,7 @@ class Trainer:
         generator.manual_seed(self.config.seed + self.progress.update)
         self.display.say("the run was on another kind of device: its random numbers begin anew")
 
-    def _resume_acting(self, acting: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def _resume_acting(self, acting: dict[str, Any], tensors: Mapping[str, Tensor], noted: Mapping[str, Any]) -> None:
         """Episodes back into the pool, and on from there. In step with learning, those that a checkpoint does not cover
         are run again, and come out the same; otherwise they count as if they had just come."""
         now, synchronous = self.progress, self.config.interaction.mode == "synchronous"
@@ -811,9 +884,14 @@ class Trainer:
                 f"{self._episodes} holds {total} episodes, the checkpoint has seen {taken}: put back what was taken "
                 "away"
             )
-        for episode in self._recorded(0, taken):
+        changed = []
+        for number, episode in enumerate(self._recorded(0, taken)):
+            accept = self.config.accept_changed_data
+            changed.append(self.provenance.check_episode(noted, number, episode, self._episodes, accept=accept))
             self._pool(episode)
             steps += len(episode)
+        if any(changed):
+            self.display.say(f"not what the run learned from before: {', '.join(filter(None, changed))}")
         if not synchronous:
             self._count(steps - now.env_steps)  # running episodes are gone
             for episode in self._recorded(taken, total):
@@ -906,6 +984,12 @@ def _where_lerobot_finds(env_config: Any) -> list[str]:
         return []
     package = module if hasattr(sys.modules[module], "__path__") else module.rpartition(".")[0] or module
     return [f"--env.discover_packages_path={package}"]
+
+
+def _seen(metrics: Metrics, look: Callable[[Metrics], None], norms: Metrics) -> None:
+    """Put norms among an update's metrics, then look at them."""
+    metrics |= norms
+    look(norms)
 
 
 def _cosine(start: float, end: float | None, progress: float) -> float:
