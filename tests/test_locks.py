@@ -42,7 +42,7 @@ def test_where_the_file_system_has_no_locks_the_noted_process_is_looked_at(alive
     monkeypatch.setattr(locks, "fcntl", None)
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        began = started(child.pid)
+        began = started(child.pid) or 0
         note = {"host": locks.host(), "pid": child.pid, "started": began if alive else began - 1}
         (tmp_path / NOTE).write_text(json.dumps(note))
         lock = FolderLock(tmp_path)

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from poco_vla.train.parent import launcher_of_this_process
 SHIPPED = Path(__file__).parents[1] / "recipes" / "accelerate"
 
 
-def config(precision="no"):
+def config(precision: Any = "no"):
     return TrainConfig(online_steps=0, mixed_precision=precision)
 
 
