@@ -9,6 +9,8 @@ adapter_model.safetensors, the same tensors under peft's names (:func:`peft_name
 """
 
 import hashlib
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +32,11 @@ FORMAT = 1
 POLICY_WEIGHTS = "model.safetensors"
 HEAD_WEIGHTS, PEFT_WEIGHTS = "head.safetensors", "adapter_model.safetensors"
 PEFT_PREFIX, IDLE = "base_model.model.", ".lora_"
+DTYPES = ("bfloat16", "float16", "float32")
+"""Dtypes that a frozen part may be of."""
+MAX_HORIZON = 4096
+"""Longest chunk that a head may be of, in control steps."""
+_REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ class Head:
         """
         try:
             base, weights, layout = about["base"], about["weights"], about["weights"].get("peft")
+            _check_kinds(about, where)
             return cls(
                 adapter=about["adapter"],
                 base=base["id"],
@@ -158,6 +166,7 @@ class Head:
         check_file(folder / self.file)
         tensors = read_tensors(folder / self.file)
         self.check(folder)
+        check_finite(tensors, folder / self.file)
         if self.file != PEFT_WEIGHTS:
             return tensors
         return {own: tensors[key] for own, key in peft_names(tensors, self.lora is not None).items()}
@@ -189,6 +198,18 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
+def saved_dtype(folder: Path) -> str | None:
+    """Return the dtype of the frozen part that a folder's poco.json says; None where it says none.
+
+    Raises:
+        PolicyError: it is not one of :data:`DTYPES`.
+    """
+    dtype = read_about(folder).get("options", {}).get("dtype")
+    if dtype is not None and dtype not in DTYPES:
+        raise PolicyError(f"{folder / ABOUT}: dtype is {dtype!r:.100}, expected one of {', '.join(DTYPES)}")
+    return dtype
+
+
 def read_head(folder: Path, adapter: str) -> Head | None:
     """The head that lies in a folder; None where a whole policy lies there, or nothing of ours.
 
@@ -203,6 +224,8 @@ def read_head(folder: Path, adapter: str) -> Head | None:
     head = Head.of(about, folder / ABOUT)
     if head.adapter != adapter:
         raise PolicyError(f'{folder} holds a head of the adapter "{head.adapter}", and this is "{adapter}"')
+    if head.lora is not None:
+        _check_rank(head.lora, folder / head.file)
     return head
 
 
@@ -337,11 +360,75 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         PolicyError: it is missing, or no safetensors file.
     """
+    with _opened(file) as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+
+
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a safetensors file; no tensor is read.
+
+    Raises:
+        PolicyError: it is missing, or no safetensors file.
+    """
+    with _opened(file) as handle:
+        return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    if file.exists() and not file.is_file():
+        raise PolicyError(f"{file} is damaged: it is no regular file, and is not read")
     try:
         with safe_open(file, framework="pt", device="cpu") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
+            yield handle
+    # A number format that this version of torch has not ends in the last two.
+    except (SafetensorError, OSError, AttributeError, RuntimeError) as error:
         raise PolicyError(f"{file} is damaged, cut short, or no safetensors file: {error}") from error
+
+
+def check_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Raise PolicyError if a number in these tensors is NaN or infinite.
+
+    Args:
+        tensors: by name.
+        file: that they come from, for the message.
+    """
+    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise PolicyError(
+            f"{file} holds weights that are NaN or infinite, in {bad[0]}{more}: take an earlier checkpoint, or fetch "
+            "it again"
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return True unless a floating-point tensor holds NaN or infinity; without a mask of its size in memory."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(tensor)).tolist())
+
+
+def _check_rank(lora: Lora, file: Path) -> None:
+    """Raise PolicyError unless a LoRA's matrices in the file are of the rank that takes memory before they are read."""
+    check_file(file)
+    ranks = {shape[0] for name, shape in read_shapes(file).items() if ".lora_A." in name and len(shape) == 2}
+    if ranks != {lora.rank}:
+        found = ", ".join(map(str, sorted(ranks))) or "no LoRA"
+        raise PolicyError(f"{file} holds {found} where {ABOUT} says a LoRA of rank {lora.rank}: fetch it again")
+
+
+def _check_kinds(about: Mapping[str, Any], where: Path) -> None:
+    """Raise PolicyError unless what poco.json says of a head's base has the kinds and sizes of one."""
+    base, horizon = about["base"], about["horizon"]
+    wrong = [name for name in ("id", "fingerprint") if not isinstance(base[name], str)]
+    wrong += [name for name in ("revision", "content") if not isinstance(base[name], str | None)]
+    if base["revision"] is not None and (".." in base["revision"] or not _REVISION.fullmatch(base["revision"])):
+        wrong.append("revision")
+    if isinstance(horizon, bool) or not isinstance(horizon, int) or not 1 <= horizon <= MAX_HORIZON:
+        wrong.append("horizon")
+    if wrong:
+        raise PolicyError(f"{where} is damaged: {', '.join(wrong)} is missing or of another kind or size")
 
 
 def check_tensors(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], file: Path) -> None:

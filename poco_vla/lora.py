@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from poco_vla.errors import PolicyError
 
+MAX_RANK = 4096
+"""Largest rank of a LoRA: the widest head that any adapter has is narrower."""
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -43,9 +46,16 @@ class Lora:
         rank, alpha, ends = fields.get("rank", 16), fields.get("alpha"), fields.get("targets", targets)
         if not isinstance(rank, int) or rank is True or rank < 1:
             raise PolicyError(f"lora.rank is {rank!r}; expected a positive whole number")
+        if rank > MAX_RANK:
+            raise PolicyError(f"lora.rank is {rank}; expected at most {MAX_RANK}, as wide as the layers that it is for")
         if alpha is not None and not (isinstance(alpha, int | float) and alpha > 0):
             raise PolicyError(f"lora.alpha is {alpha!r}; expected a positive number, or None for twice the rank")
-        if isinstance(ends, str) or not isinstance(ends, Sequence) or not ends:
+        if (
+            isinstance(ends, str)
+            or not isinstance(ends, Sequence)
+            or not ends
+            or not all(isinstance(e, str) for e in ends)
+        ):
             raise PolicyError(f"lora.targets is {ends!r}; expected a list of ends of names")
         return cls(tuple(ends), rank, None if alpha is None else float(alpha))
 

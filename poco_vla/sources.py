@@ -3,7 +3,9 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import math
+import stat
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,11 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """Files that are never opened: reading a pickle runs its code."""
 STEPS_OF = ("lerobot.processor.", "lerobot.policies.", "lerobot_policy_", "poco_vla")
 """Where a processor's steps may come from when they are named by their class."""
+
+MAX_JSON_BYTES = 8 * 1024**2
+"""Longest JSON file of a policy that is read: configurations and processors are some kilobytes."""
+MAX_JSON_DEPTH = 32
+"""Deepest nesting of one; theirs are below ten deep."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +101,14 @@ def check_processors(folder: Path) -> None:
     """Raise PolicyError if a processor's file names anything but a registered step or a class of LeRobot's or ours.
 
     LeRobot imports what it finds there and calls it with what else it finds there, before it looks what it is: a file
-    that somebody else wrote could run any command.
+    that somebody else wrote could run any command. An adapter checks further, by its own list of steps
+    (:mod:`poco_vla.processors`).
     """
     for file in folder.glob("*processor*.json"):
-        for step in read_object(file).get("steps", []):
+        steps = read_object(file).get("steps", [])
+        if not isinstance(steps, list):
+            raise PolicyError(f"{file} is damaged: its steps are a {type(steps).__name__}, expected a list")
+        for step in steps:
             name = step.get("class", "") if isinstance(step, dict) else step
             if isinstance(step, dict) and "registry_name" in step:
                 continue
@@ -110,7 +121,8 @@ def check_processors(folder: Path) -> None:
 
 def weights_in(folder: Path) -> list[Path]:
     """A model's weights, whole or in shards; processors keep their statistics in files of the same kind."""
-    return [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("policy_")]
+    files = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("policy_")]
+    return [file for file in files if file.is_file()]  # a named pipe would be waited for
 
 
 def content_of(folder: Path) -> str:
@@ -127,19 +139,86 @@ def content_of(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_object(file: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read the object in a JSON file that somebody else may have written.
+
+    Args:
+        file: a regular file; devices and named pipes are refused.
+        max_bytes: longest file that is read.
 
     Raises:
-        PolicyError: the file holds none.
+        PolicyError: the file holds none, or one that is too large, too deep, or of numbers that are not finite.
     """
     try:
-        values = json.loads(file.read_text())
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise PolicyError(f"{file} is damaged: it is no regular file, and is not read")
+        with file.open("rb") as opened:
+            data = opened.read(max_bytes + 1)
+    except OSError as error:
+        raise PolicyError(f"{file} cannot be read: {error.strerror or error}") from error
+    if len(data) > max_bytes:
+        raise PolicyError(f"{file} is damaged: it is larger than {max_bytes / 1024**2:g} MB, which none of its kind is")
+    try:
+        values = json.loads(data, parse_constant=_refused_constant, parse_float=_finite, parse_int=_small)
+        depth = _depth(values)
+    except RecursionError as error:
+        raise PolicyError(f"{file} is damaged: it is nested too deep") from error
     except ValueError as error:
         raise PolicyError(f"{file} is damaged: {error}") from error
     if not isinstance(values, dict):
         raise PolicyError(f"{file} is damaged: expected a JSON object, found {type(values).__name__}")
+    if depth > MAX_JSON_DEPTH:
+        raise PolicyError(f"{file} is damaged: it is nested more than {MAX_JSON_DEPTH} deep")
     return values
+
+
+def _refused_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number that a configuration holds")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return value
+
+
+def _small(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
+        raise ValueError(f"the number {text[:40]} is too large")
+    return int(text)
+
+
+def _depth(values: Any) -> int:
+    """Return how many objects and lists are inside each other."""
+    depth, level = 0, [values]
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        depth += 1
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    return depth
+
+
+def check_sizes(values: Mapping[str, Any], limits: Mapping[str, int], file: Path) -> None:
+    """Raise PolicyError for a whole number in a configuration that is beyond what any real model has.
+
+    A number takes memory and time before anything else is known to be wrong: it is looked at first.
+
+    Args:
+        values: from :func:`read_object`; lists, and objects within it, are searched too.
+        limits: name of a field -> its largest value. A field that is not named is not bounded.
+        file: that it comes from, for the message.
+    """
+    waiting: list[tuple[str, Any]] = list(values.items())
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            if name in limits and len(value) > 4096:
+                raise PolicyError(f"{file}: {name} has {len(value)} entries, expected at most 4096")
+            waiting += [(name, one) for one in value]
+        elif isinstance(value, int | float) and name in limits and not -1 <= value <= limits[name]:
+            raise PolicyError(f"{file}: {name} is {value}, expected a size of at most {limits[name]}")
 
 
 def check_file(file: Path) -> None:

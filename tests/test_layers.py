@@ -34,6 +34,8 @@ DOORS = {
     "sources": {"errors"},
     "heads": {"errors", "files", "lora", "sources"},
     "normalization": {"errors", "heads"},
+    "policy_config": {"errors", "sources"},
+    "processors": {"errors", "heads", "normalization", "sources"},
     "checkpoint": ALGORITHM | {"registry", "files", "locks"},
     "locks": {"errors", "files"},
     "hub": ALGORITHM | {"registry", "checkpoint", "report", "files", "heads", "sources"},
@@ -75,6 +77,8 @@ THIRD_PARTY = {
     "sources": {"huggingface_hub"},
     "heads": {"torch", "safetensors"},
     "normalization": {"torch"},
+    "policy_config": set(),
+    "processors": {"torch"},
     "hub": PURE | {"safetensors", "huggingface_hub", "httpx", "peft"},
     "lerobot_rl": PURE | {"numpy", "lerobot"},
     "progress": {"rich"},
@@ -249,7 +253,13 @@ def test_adapters_use_poco_vlas_public_names_only(path):
 
     for name in imports(path):
         if name.split(".")[0] == "poco_vla":
-            public = {*poco_vla.__all__, "heads", "normalization"}  # modules for adapters
+            public = {
+                *poco_vla.__all__,
+                "heads",
+                "normalization",
+                "policy_config",
+                "processors",
+            }  # modules for adapters
             assert name == "poco_vla" or name.removeprefix("poco_vla.") in public, f"{name} is not public"
 
 

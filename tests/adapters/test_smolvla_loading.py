@@ -100,7 +100,7 @@ SPOILED = {
     "truncated weights": (cut_short, r"model\.safetensors is damaged, cut short, or no safetensors file"),
     "no weights": (lambda f: (f / heads.POLICY_WEIGHTS).unlink(), r"model\.safetensors is missing"),
     "no configuration": (lambda f: (f / "config.json").unlink(), r"config\.json is missing \(the folder holds"),
-    "damaged configuration": (lambda f: (f / "config.json").write_text("{"), r"config\.json is not understood"),
+    "damaged configuration": (lambda f: (f / "config.json").write_text("{"), r"config\.json is damaged"),
     "field that LeRobot lacks": (
         lambda f: change_json(f / "config.json", memory_frames=3),
         r"(?s)config\.json is not understood by LeRobot: .*memory_frames",

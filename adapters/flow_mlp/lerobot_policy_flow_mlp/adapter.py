@@ -2,21 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor
 
-from lerobot_policy_flow_mlp.configuration_flow_mlp import FlowMlpConfig
-from lerobot_policy_flow_mlp.modeling_flow_mlp import STATE_KEYS, FlowMlpPolicy
+from lerobot_policy_flow_mlp.configuration_flow_mlp import MAX_WIDTH, FlowMlpConfig
+from lerobot_policy_flow_mlp.modeling_flow_mlp import STATE_KEYS, TRUST_VARIABLE, FlowMlpPolicy
 from lerobot_policy_flow_mlp.processor_flow_mlp import make_flow_mlp_pre_post_processors
-from poco_vla import ActionSpec, FlowPolicy, PolicyError, heads, linear, whole_folder
+from poco_vla import ActionSpec, FlowPolicy, PolicyError, heads, linear, policy_config, processors, whole_folder
 
 OF_DATASET = frozenset({"input_features", "output_features", "chunk_size", "n_action_steps", "push_to_hub"})
 """Fields of FlowMlpConfig that :meth:`FlowMlp.from_dataset` sets itself."""
@@ -73,7 +73,9 @@ class FlowMlp(FlowPolicy):
 
     @classmethod
     def option_names(cls, *, pretrained: bool) -> frozenset[str] | None:
-        return None if pretrained else frozenset(f.name for f in fields(FlowMlpConfig)) - OF_DATASET
+        if pretrained:
+            return None
+        return frozenset(f.name for f in fields(FlowMlpConfig)) - OF_DATASET | {"trust_remote_code"}
 
     @classmethod
     def from_pretrained(
@@ -87,6 +89,7 @@ class FlowMlp(FlowPolicy):
         statistics: Literal["auto", "dataset", "checkpoint"] = "auto",
         dataset_meta: Any = None,
         revision: str | None = None,
+        trust_remote_code: bool = False,
         **options: Any,
     ) -> Self:
         if statistics == "dataset":
@@ -96,36 +99,42 @@ class FlowMlp(FlowPolicy):
                 f"a pretrained flow_mlp takes no options, got {sorted(options)}: its config.json fixes them"
             )
         source = heads.locate(repo_or_path, revision)
-        try:
-            config = PreTrainedConfig.from_pretrained(str(source.folder))
-        except (OSError, ValueError) as error:
-            raise PolicyError(f"no LeRobot policy in {repo_or_path}: {error}") from error
-        if not isinstance(config, FlowMlpConfig):
-            raise PolicyError(f'{repo_or_path} holds a policy of type "{config.type}", expected "flow_mlp"')
+        if heads.read_head(source.folder, "flow_mlp") is not None:
+            raise PolicyError(f"{repo_or_path} holds a head that belongs on a base, which no flow_mlp has")
+        config = policy_config.load_policy_config(
+            source.folder,
+            "flow_mlp",
+            FlowMlpConfig.from_pretrained,
+            fields=[field.name for field in fields(FlowMlpConfig)],
+            name=str(repo_or_path),
+            limits={"hidden_dims": MAX_WIDTH},
+        )
+        with policy_config.describing(f"{source.folder / policy_config.CONFIG} describes no flow_mlp"):
+            config.validate_features()
         if horizon is not None and horizon != config.chunk_size:
             raise PolicyError(
                 f"{repo_or_path} was trained with chunks of {config.chunk_size} steps, asked for {horizon}"
             )
         config.device = device
-        folder = str(source.file(heads.POLICY_WEIGHTS).parent)
-        try:
-            model = FlowMlpPolicy.from_pretrained(folder, config=config, strict=True)
-        except FileNotFoundError as error:
-            raise PolicyError(f"{repo_or_path} holds no weights: {error}") from error
-        except RuntimeError as error:
-            raise PolicyError(f"the weights in {repo_or_path} do not fit its config.json: {error}") from error
+        processors.check_pipelines(source.folder, processors.INPUT_STEPS, processors.OUTPUT_STEPS)
+        weights = source.file(heads.POLICY_WEIGHTS)
+        model = _load_model(config, weights, trust_remote_code)
         # The folder remembers the device it was trained on.
         overrides = {"device_processor": {"device": device}}
-        return cls(
-            model,
-            *make_pre_post_processors(config, pretrained_path=folder, preprocessor_overrides=overrides),
-        )
+        with policy_config.describing(f"the processors in {repo_or_path} cannot be loaded"):
+            pipelines = make_pre_post_processors(
+                config, pretrained_path=str(weights.parent), preprocessor_overrides=overrides
+            )
+        processors.check_inverse(*pipelines, config, source.name)
+        return cls(model, *pipelines)
 
     @classmethod
     def from_dataset(
         cls, features: Mapping[str, Any], stats: Mapping[str, Any], *, horizon: int, **options: Any
     ) -> Self:
-        """A fresh policy. Options are the fields of FlowMlpConfig, such as ``hidden_dims`` or ``activation``."""
+        """A fresh policy. Options are the fields of FlowMlpConfig, such as ``hidden_dims`` or ``activation``, and
+        ``trust_remote_code``: whether an image encoder's repository may run its own code."""
+        trusted = options.pop("trust_remote_code", False) is True
         policy_features = dataset_to_policy_features(dict(features))
         outputs = {key: ft for key, ft in policy_features.items() if ft.type is FeatureType.ACTION}
         inputs = {key: ft for key, ft in policy_features.items() if key in STATE_KEYS or ft.type is FeatureType.VISUAL}
@@ -142,7 +151,8 @@ class FlowMlp(FlowPolicy):
             config.validate_features()
         except (TypeError, ValueError) as error:
             raise PolicyError(f"flow_mlp cannot be built: {error}") from error
-        return cls(FlowMlpPolicy(config), *make_flow_mlp_pre_post_processors(config, dict(stats)))
+        model = _built(config, trusted)
+        return cls(model, *make_flow_mlp_pre_post_processors(config, dict(stats)))
 
     @classmethod
     def tiny(cls, seed: int = 0) -> Self:
@@ -180,3 +190,62 @@ class FlowMlp(FlowPolicy):
             heads.write_about(partial, adapter="flow_mlp")
             self.preprocess.save_pretrained(partial, config_filename="policy_preprocessor.json")  # pyright: ignore
             self.postprocess.save_pretrained(partial, config_filename="policy_postprocessor.json")  # pyright: ignore
+
+
+def _built(config: FlowMlpConfig, trust_remote_code: bool) -> FlowMlpPolicy:
+    """Build a policy with random weights.
+
+    Raises:
+        PolicyError: its image encoder cannot be loaded, or needs code that the user does not trust.
+    """
+    try:
+        return FlowMlpPolicy(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise PolicyError(f"the policy cannot be built: {' '.join(str(error).split())[:300]}") from error
+        raise PolicyError(
+            f'the image encoder "{config.vision_encoder}" brings code of its own, which runs only if you trust it: '
+            f'give policy_options {{"trust_remote_code": true}}, or set {TRUST_VARIABLE}=1 where a command has no such '
+            'option, or name the folder or repository of a class that transformers has with "vision_encoder"'
+        ) from error
+
+
+def _load_model(config: FlowMlpConfig, file: Path, trust_remote_code: bool) -> FlowMlpPolicy:
+    """Build a policy with the weights of a file, whose shapes are compared before memory is taken.
+
+    Raises:
+        PolicyError: the file is missing or damaged, or does not hold this policy's weights.
+    """
+    heads.check_file(file)
+    shapes = heads.read_shapes(file)
+    of_net = {name: shape for name, shape in shapes.items() if name.startswith("net.")}
+    _check_fit(_net_shapes(config, of_net), of_net, file)
+    model = _built(config, trust_remote_code)
+    _check_fit({name: tuple(one.shape) for name, one in model.state_dict().items()}, shapes, file)
+    tensors = heads.read_tensors(file)
+    heads.check_finite(tensors, file)
+    model.load_state_dict(tensors)
+    return model.to(config.device).eval()
+
+
+def _check_fit(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], file: Path) -> None:
+    try:
+        heads.check_tensors(wanted, found, file)
+    except PolicyError as error:
+        raise PolicyError(f"the weights in {file.parent} do not fit its config.json: {error}") from error
+
+
+def _net_shapes(config: FlowMlpConfig, found: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the vector field that a configuration describes, by name. The width of an image encoder's
+    features, which it does not say, is taken from the file."""
+    inputs = config.input_features or {}
+    features = sum(inputs[key].shape[0] for key in STATE_KEYS if key in inputs)
+    assert config.action_feature is not None
+    chunk = config.chunk_size * config.action_feature.shape[0]
+    if config.image_features:
+        features = found.get("net.layers.0.weight", (0, chunk + 1))[-1] - chunk - 1
+    widths = [features + chunk + 1, *config.hidden_dims, chunk]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i, (inner, outer) in enumerate(pairwise(widths)):
+        shapes |= {f"net.layers.{i}.weight": (outer, inner), f"net.layers.{i}.bias": (outer,)}
+    return shapes

@@ -7,6 +7,10 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import NormalizationMode
 from lerobot.optim.optimizers import AdamConfig
 
+MAX_CHUNK, MAX_FLOW_STEPS = 4096, 1000
+MAX_LAYERS, MAX_WIDTH = 256, 65_536
+"""Sizes that no policy has: beyond them a number is a mistake, and would take memory before that is noticed."""
+
 
 @PreTrainedConfig.register_subclass("flow_mlp")
 @dataclass
@@ -20,7 +24,8 @@ class FlowMlpConfig(PreTrainedConfig):
         activation: "silu" (paper) or "gelu" (tanh approximation, the authors' code).
         num_inference_steps: K, Euler steps of the sampler.
         vision_encoder: Hub id or folder of a frozen image encoder that `transformers.AutoModel` loads, used when the
-            policy has image inputs. The default is LeRobot's own ResNet-10, which brings its modelling code with it.
+            policy has image inputs. The default is LeRobot's own ResNet-10, which brings its modelling code with it:
+            that runs only if the user trusts it (`trust_remote_code`, which is no field: no file can set it).
         normalization_mapping: LeRobot's normalisation per kind of feature. "STATE": "IDENTITY" suits observations that
             are scaled by design (OGBench's): a nearly constant dimension otherwise becomes noise of unit variance.
         optimizer_lr: learning rate for ``lerobot-train``.
@@ -54,8 +59,16 @@ class FlowMlpConfig(PreTrainedConfig):
             )
         if not self.hidden_dims or min(self.hidden_dims) < 1:
             raise ValueError(f"hidden_dims is {self.hidden_dims}; it needs at least one positive width")
+        if len(self.hidden_dims) > MAX_LAYERS or max(self.hidden_dims) > MAX_WIDTH:
+            raise ValueError(
+                f"hidden_dims has {len(self.hidden_dims)} layers of up to {max(self.hidden_dims)} units; at most "
+                f"{MAX_LAYERS} layers of {MAX_WIDTH} are built"
+            )
         if self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1")
+        for name, most in (("chunk_size", MAX_CHUNK), ("num_inference_steps", MAX_FLOW_STEPS)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at most {most}")
 
     @property
     def observation_delta_indices(self) -> None:

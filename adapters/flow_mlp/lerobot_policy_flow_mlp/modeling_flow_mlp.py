@@ -4,10 +4,10 @@ Time runs from noise (t = 0) to action (t = 1); the network learns v = action - 
 """
 
 import builtins
+import os
 from collections import deque
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,10 @@ from torch.nn import functional as F
 from lerobot_policy_flow_mlp.configuration_flow_mlp import FlowMlpConfig
 
 STATE_KEYS = (OBS_STATE, OBS_ENV_STATE)
+MAX_ENCODER_SIZE = 65_536
+"""Most channels of a layer of an image encoder, and most layers."""
+TRUST_VARIABLE = "POCO_VLA_TRUST_REMOTE_CODE"
+"""Environment variable: 1 lets an image encoder's repository run its own code. No file can say so."""
 
 
 class VectorField(nn.Module):
@@ -67,10 +71,12 @@ class FlowMlpPolicy(PreTrainedPolicy):
     name = "flow_mlp"  # pyright: ignore[reportAssignmentType]
     config: FlowMlpConfig
 
-    def __init__(self, config: FlowMlpConfig, **_: Any) -> None:
+    def __init__(self, config: FlowMlpConfig, *, trust_remote_code: bool = False, **_: Any) -> None:
         super().__init__(config)
         config.validate_features()
-        self.vision_encoder, image_dim = self._load_vision_encoder() if config.image_features else (None, 0)
+        self.vision_encoder, image_dim = None, 0
+        if config.image_features:
+            self.vision_encoder, image_dim = self._load_vision_encoder(trust_remote_code or code_is_trusted())
         state_dim = sum(
             feature.shape[0]
             for key, feature in (config.input_features or {}).items()
@@ -150,12 +156,31 @@ class FlowMlpPolicy(PreTrainedPolicy):
         # LeRobot's default (strict=False) would return a half-random model on a mismatch.
         return super()._load_as_safetensor(model, model_file, map_location, True)
 
-    def _load_vision_encoder(self) -> tuple[nn.Module, int]:
-        """The frozen encoder and its feature width, loaded as LeRobot's own actors load theirs, safetensors only."""
-        from transformers import AutoModel
+    def _load_vision_encoder(self, trust_remote_code: bool) -> tuple[nn.Module, int]:
+        """The frozen encoder and its feature width, safetensors only; a repository's own code runs if it is trusted.
+
+        Raises:
+            ValueError: the encoder needs code that is not trusted, or cannot be loaded.
+        """
+        from transformers import AutoConfig, AutoModel
 
         name = self.config.vision_encoder
-        # LeRobot's ResNet-10 repository carries its modelling code; a local folder of a standard class needs none.
-        encoder = AutoModel.from_pretrained(name, trust_remote_code=not Path(name).is_dir(), use_safetensors=True)
+        described = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if "/" in str(getattr(described, "_attn_implementation", None)):  # a repository of compiled code
+            raise ValueError(f'the image encoder "{name}" asks for an attention kernel from the Hub, which is not run')
+        sizes = [*getattr(described, "hidden_sizes", ()), *getattr(described, "depths", ())]
+        if any(not isinstance(size, int) or size > MAX_ENCODER_SIZE for size in sizes):
+            raise ValueError(
+                f'the image encoder "{name}" has layers of up to {max(map(int, sizes))} channels: none is real'
+            )
+        # Never None: transformers would then ask at the terminal.
+        encoder = AutoModel.from_pretrained(
+            name, config=described, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
         encoder.requires_grad_(False).eval()
         return encoder, encoder.config.hidden_sizes[-1]
+
+
+def code_is_trusted() -> bool:
+    """Return True if the user has set :data:`TRUST_VARIABLE`: for commands that have no option for it."""
+    return os.environ.get(TRUST_VARIABLE, "").lower() in ("1", "true", "yes")

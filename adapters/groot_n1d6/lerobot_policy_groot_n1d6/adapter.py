@@ -9,7 +9,6 @@ from typing import Any, Literal, Self
 
 import torch
 from draccus.utils import DraccusException
-from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
@@ -20,6 +19,7 @@ from torch import Tensor
 from lerobot_policy_groot_n1d6 import weights
 from lerobot_policy_groot_n1d6.configuration_groot_n1d6 import GrootN1d6Config
 from lerobot_policy_groot_n1d6.model import (
+    GrootN1d6,
     GrootSizes,
     Group,
     HeadSizes,
@@ -29,7 +29,7 @@ from lerobot_policy_groot_n1d6.model import (
     sample_time,
     sort_tokens,
 )
-from lerobot_policy_groot_n1d6.modeling_groot_n1d6 import GrootN1d6Policy
+from lerobot_policy_groot_n1d6.modeling_groot_n1d6 import GrootN1d6Policy, network_sizes
 from lerobot_policy_groot_n1d6.processing.embodiment import read_table
 from lerobot_policy_groot_n1d6.processing.steps import (
     ATTENTION_MASK,
@@ -37,18 +37,63 @@ from lerobot_policy_groot_n1d6.processing.steps import (
     INPUT_IDS,
     PIXEL_VALUES,
     STATE,
+    DecodeStep,
     EncodeStep,
     ImageStep,
     PromptStep,
 )
 from lerobot_policy_groot_n1d6.processor_groot_n1d6 import make_groot_n1d6_pre_post_processors
-from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, heads, inject_lora, merge_lora, whole_folder
+from poco_vla import (
+    ActionSpec,
+    FlowPolicy,
+    Lora,
+    PolicyError,
+    heads,
+    inject_lora,
+    merge_lora,
+    policy_config,
+    processors,
+    whole_folder,
+)
 
 PROCESSED = {"embodiment", "tokenizer", "byte_ids", "letterbox", "exact_images", "augment_images"}
 """Options that the processors heed."""
 
 
 ADAPTER = "groot_n1d6"
+
+_NUMBERS = {"max_state_dim": processors.whole_number(65_536, 1), "max_action_dim": processors.whole_number(65_536, 1)}
+_EMBODIMENT = {"embodiment": processors.TABLE}
+_RULES = {"use_percentiles": processors.FLAG, "clip_outliers": processors.FLAG}
+INPUT_STEPS: processors.Steps = {
+    **processors.INPUT_STEPS,
+    "groot_n1d6_images": _EMBODIMENT
+    | {
+        "shortest_edge": processors.whole_number(8192, 1),
+        "crop_fraction": processors.number(1.0, 0.01),
+        **dict.fromkeys(("letterbox", "exact", "augment"), processors.FLAG),
+    },
+    "groot_n1d6_encode": _EMBODIMENT | _NUMBERS | _RULES,
+    "groot_n1d6_prompt": _EMBODIMENT
+    | {
+        "tokenizer": processors.TEXT,
+        "formalize_language": processors.FLAG,
+        "byte_ids": processors.optional(processors.list_of(processors.whole_number(16_000_000), most=16)),
+    },
+}
+OUTPUT_STEPS: processors.Steps = {
+    **processors.OUTPUT_STEPS,
+    "groot_n1d6_decode": _EMBODIMENT | {"max_action_dim": _NUMBERS["max_action_dim"]} | _RULES,
+}
+NVIDIA_SIZES = {
+    **policy_config.TRANSFORMERS_SIZES,
+    **policy_config.SIZES,
+    **dict.fromkeys(("backbone_embedding_dim", "input_embedding_dim", "output_dim"), 262_144),
+    **dict.fromkeys(("max_seq_len", "max_num_embodiments", "num_timestep_buckets"), 1_000_000),
+    **dict.fromkeys(("select_layer", "num_inference_timesteps", "attend_text_every_n_blocks"), 1000),
+    **dict.fromkeys(("action_horizon", "attention_head_dim"), 8192),
+}
+"""Largest sizes of a checkpoint's config.json."""
 
 LORA_TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
 """Every projection of the transformer's layers but AdaLN's."""
@@ -267,6 +312,7 @@ class GrootN1d6Adapter(FlowPolicy):
             raise PolicyError(f"{source.name} cannot be loaded: {error}") from error
         except (ValueError, TypeError, OSError) as error:
             raise PolicyError(str(error)) from error
+        heads.check_finite(policy.state_dict(), frozen.folder)
         adapter = cls(policy, pipelines, source=frozen, recompute=recompute, lora=lora)
         if head is not None:
             head.put_on(policy, source.folder)
@@ -383,8 +429,14 @@ def _of_lerobot(
 ) -> tuple[GrootN1d6Policy, tuple[Any, Any]]:
     """A LeRobot folder as it is, or fitted to a dataset; its weights from `base`."""
     folder = source.folder
-    config = PreTrainedConfig.from_pretrained(str(folder))
-    assert isinstance(config, GrootN1d6Config)
+    config = policy_config.load_policy_config(
+        folder,
+        ADAPTER,
+        GrootN1d6Config.from_pretrained,
+        fields=[field.name for field in fields(GrootN1d6Config)],
+        name=source.name,
+        limits={**policy_config.NETWORK_SIZES, "max_action_horizon": 4096},
+    )
     if horizon is not None and horizon > config.max_action_horizon:
         raise PolicyError(
             f"{source.name} was trained with chunks of {config.max_action_horizon} steps, asked for {horizon}: choose "
@@ -406,9 +458,10 @@ def _of_lerobot(
         config.base_model_path = None  # its statistics are not asked for, and it may be gone
         pipelines = make_groot_n1d6_pre_post_processors(config, data.stats, data.meta)
     else:
+        processors.check_pipelines(folder, INPUT_STEPS, OUTPUT_STEPS)
         overrides = {"device_processor": {"device": device}}
         pipelines = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
-        encode: Any = next(step for step in pipelines[0].steps if isinstance(step, EncodeStep))
+        encode = _check_inverse(pipelines, config, source.name)
         trained = encode.embodiment.horizon
         if config.chunk_size > trained:
             raise PolicyError(
@@ -418,9 +471,37 @@ def _of_lerobot(
     if _type(base) != ADAPTER:
         config.base_model_path, config.base_revision = base.name, base.revision
         return GrootN1d6Policy(config).eval(), pipelines
-    if not base.file("model.safetensors").is_file():
-        raise PolicyError(f"no weights in {base.name}: model.safetensors is missing")
-    return GrootN1d6Policy.from_pretrained(base.name, revision=base.revision, config=config), pipelines
+    file = base.file(heads.POLICY_WEIGHTS)
+    heads.check_file(file)
+    with policy_config.describing(f"{source.name} describes no GR00T N1.6"):
+        network = GrootN1d6.empty(network_sizes(config))  # takes no memory
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    heads.check_tensors(shapes, heads.read_shapes(file), file)
+    return GrootN1d6Policy.from_pretrained(str(file.parent), config=config), pipelines
+
+
+def _check_inverse(pipelines: tuple[Any, Any], config: GrootN1d6Config, where: str) -> EncodeStep:
+    """Return the pre-processor's step for state and actions.
+
+    Raises:
+        PolicyError: the post-processor does not undo what the pre-processor does to actions.
+    """
+    processors.check_inverse(*pipelines, config, where)
+    encode = next((step for step in pipelines[0].steps if isinstance(step, EncodeStep)), None)
+    decode = next((step for step in pipelines[1].steps if isinstance(step, DecodeStep)), None)
+    if encode is None or decode is None:
+        raise PolicyError(f"the processors in {where} have lost the step that normalises, or the one that undoes it")
+    tables = encode.state_dict(), decode.state_dict()
+    if not all(tables):
+        raise PolicyError(f"the processors in {where} have no statistics: fetch or export the policy again")
+    heads.check_finite(tables[0], Path(where) / processors.PREPROCESSOR)
+    same = tables[0].keys() == tables[1].keys() and all(torch.equal(t, tables[1][n]) for n, t in tables[0].items())
+    if not same or encode.get_config() != decode.get_config() | {"max_state_dim": encode.max_state_dim}:
+        raise PolicyError(
+            f"the processors in {where} do not belong together: actions are normalised by other rules or statistics "
+            "going in than coming out"
+        )
+    return encode
 
 
 def _of_nvidia(
@@ -432,6 +513,7 @@ def _of_nvidia(
 ) -> tuple[GrootN1d6Policy, tuple[Any, Any]]:
     """NVIDIA's weights for a dataset's robot."""
     described = weights.read_config(source.folder)
+    policy_config.check_sizes(described, NVIDIA_SIZES, source.folder / policy_config.CONFIG)
     if data.features is None or data.stats is None:
         raise PolicyError(
             f"{source.name} is a base model: which robot it is to move is said by a dataset's features and stats"

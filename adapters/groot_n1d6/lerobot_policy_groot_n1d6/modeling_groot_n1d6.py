@@ -212,8 +212,13 @@ def _base_network(config: GrootN1d6Config) -> GrootN1d6:
 
 
 def _new_network(config: GrootN1d6Config) -> GrootN1d6:
+    return GrootN1d6(network_sizes(config))
+
+
+def network_sizes(config: GrootN1d6Config) -> GrootSizes:
+    """Return the sizes of the network that a configuration without a base describes."""
     sizes = weights.sizes_of(config.sizes) if config.sizes else GrootSizes()
     head = replace(
         sizes.head, state_dim=config.max_state_dim, action_dim=config.max_action_dim, mask_token=config.mask_token
     )
-    return GrootN1d6(replace(sizes, head=head))
+    return replace(sizes, head=head)

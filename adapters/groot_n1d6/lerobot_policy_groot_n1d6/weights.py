@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lerobot_policy_groot_n1d6.model import GrootN1d6, GrootSizes, HeadSizes, LanguageSizes, VisionSizes
 from lerobot_policy_groot_n1d6.processing.checkpoint import check_generation
+from lerobot_policy_groot_n1d6.processing.embodiment import MAX_TABLE_BYTES
 from lerobot_policy_groot_n1d6.processing.errors import ProcessingError
 
 INDEX = "model.safetensors.index.json"
@@ -70,9 +71,11 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged.
     """
+    if file.exists() and (not file.is_file() or file.stat().st_size > MAX_TABLE_BYTES):
+        raise CheckpointError(f"{file} is damaged: it is no regular file of at most {MAX_TABLE_BYTES / 1024**2:g} MB")
     try:
         found = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} is damaged: it holds {type(found).__name__}, expected an object")
@@ -89,6 +92,8 @@ def shards(folder: Path) -> dict[str, Path]:
         index = read_object(folder / INDEX).get("weight_map")
         if not isinstance(index, dict):
             raise CheckpointError(f'{folder / INDEX} is damaged: it has no "weight_map"')
+        if wrong := [file for file in index.values() if not isinstance(file, str) or Path(file).name != file]:
+            raise CheckpointError(f"{folder / INDEX} names {wrong[0]!r:.200}, expected a file beside it")
         return {name: folder / file for name, file in index.items()}
     single = folder / "model.safetensors"
     if not single.is_file():

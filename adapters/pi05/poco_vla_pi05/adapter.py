@@ -292,6 +292,8 @@ class Pi05(FlowPolicy):
             tokenizer_max_length=tokenizer_max_length,
             asset=asset,
         )
+        if processors.are_saved(source.folder):
+            processors.check_saved(source.folder)
         words = load_tokenizer(tokenizer or _saved_tokenizer(source.folder))
         if processors.are_saved(source.folder):
             new_stats = stats_used if use_dataset else None
@@ -301,13 +303,14 @@ class Pi05(FlowPolicy):
             )
         else:
             pipelines = processors.build(config, stats_used, words)
+        processors.check_inverse(pipelines, config, "the dataset" if use_dataset else source.name)
 
         architecture = Architecture.of_folder(frozen.folder)
         policy = empty_policy(config, architecture)
         checkpoint.load_weights(
             policy,
             frozen.file(checkpoint.WEIGHTS),
-            backbone=getattr(torch, dtype or _trained_dtype(source.folder) or config.dtype),
+            backbone=getattr(torch, dtype or heads.saved_dtype(source.folder) or config.dtype),
             head=[name for name, _ in policy.named_parameters() if in_head(name)],
             device=device,
         )
@@ -436,11 +439,6 @@ def _in_layers(name: str) -> bool:
     return ".self_attn." in name or ".mlp." in name
 
 
-def _trained_dtype(folder: Path) -> str | None:
-    """The backbone's dtype that a folder of ours was trained with."""
-    return heads.read_about(folder).get("options", {}).get("dtype")
-
-
 def _check_options(
     dtype: str | None, compute: str | None, statistics: str, mapping: Mapping[str, str] | None, horizon: int | None
 ) -> None:
@@ -505,8 +503,12 @@ def _saved_tokenizer(folder: Path) -> str | Path | None:
         return folder / TOKENIZER_FOLDER
     if not file.is_file():
         return None
-    steps = heads.read_object(file).get("steps", [])
-    return next((s["config"]["tokenizer_name"] for s in steps if "tokenizer_name" in s.get("config", {})), None)
+    for step in heads.read_object(file).get("steps", []):
+        told = step.get("config") if isinstance(step, dict) else None
+        name = told.get("tokenizer_name") if isinstance(told, dict) else None
+        if isinstance(name, str):
+            return name
+    return None
 
 
 def _own_stats(

@@ -20,7 +20,7 @@ from lerobot.policies.pi05.modeling_pi05 import PI05Policy, PI05Pytorch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
-from poco_vla import PolicyError
+from poco_vla import PolicyError, heads, policy_config
 
 ARCHITECTURE_FILE = "architecture.json"
 """Lies beside the weights of a model that has not pi0.5's own sizes."""
@@ -71,10 +71,11 @@ class Architecture:
         if not file.is_file():
             return cls()
         try:
-            sizes = json.loads(file.read_text())
+            sizes = heads.read_object(file)
+            policy_config.check_sizes(sizes, policy_config.NETWORK_SIZES, file)
             stacks = {name: Stack(**sizes.pop(name)) for name in ("vlm", "expert")}
             return cls(**stacks, vision=Vision(**sizes.pop("vision")), **sizes)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise PolicyError(f"{file} is damaged: {type(error).__name__}: {error}") from error
 
     def to_json(self) -> str:
@@ -145,10 +146,11 @@ def empty_policy(config: PI05Config, architecture: Architecture) -> PI05Policy:
     PreTrainedPolicy.__init__(policy, config)
     config.validate_features()
     policy.config = config
-    policy.init_rtc_processor()
-    with lerobot_builds(architecture), init_empty_weights(include_buffers=False):
-        policy.model = PI05Pytorch(config, rtc_processor=policy.rtc_processor)
-    policy.reset()
+    with policy_config.describing("these sizes make no pi0.5"):
+        policy.init_rtc_processor()
+        with lerobot_builds(architecture), init_empty_weights(include_buffers=False):
+            policy.model = PI05Pytorch(config, rtc_processor=policy.rtc_processor)
+        policy.reset()
     return policy
 
 

@@ -5,11 +5,11 @@ LeRobot's own `from_pretrained` prints a line and returns a half-random model wh
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from poco_vla import PolicyError, heads
+from poco_vla import PolicyError, heads, policy_config
 from poco_vla_pi05.architecture import Architecture
 
 WEIGHTS = "model.safetensors"
@@ -31,6 +31,9 @@ EXPERT_HEAD = f"{CORE}gemma_expert.lm_head.weight"
 FLOAT32_PARTS = ("vision_tower", "multi_modal_projector", "input_layernorm", "post_attention_layernorm", "model.norm")
 """What LeRobot keeps in float32 when the rest is bfloat16 (modeling_pi05.py, to_bfloat16_for_selected_params)."""
 
+OPENPI_SIZES = {"action_dim": 65_536, "action_horizon": 4096}
+"""Largest sizes of openpi's config.json that are taken."""
+
 OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 
 
@@ -40,22 +43,22 @@ def read_config(source: heads.Source) -> tuple[PI05Config, bool]:
     Raises:
         PolicyError: there is none, or it is of another model.
     """
-    file = source.folder / "config.json"
-    if not file.is_file():
-        held = ", ".join(sorted(p.name for p in source.folder.iterdir())) or "nothing"
-        raise PolicyError(f"no policy in {source.name}: config.json is missing (the folder holds {held})")
-    values = heads.read_object(file)
+    file = source.folder / policy_config.CONFIG
+    values = heads.read_object(file) if file.is_file() else {}
     if "type" not in values and "action_horizon" in values:
-        return _openpi_config(values, Architecture.of_folder(source.folder).image_size), True
-    if values.get("type") != "pi05":
-        raise PolicyError(f'{source.name} holds a policy of type "{values.get("type")}", expected "pi05"')
-    try:
-        config = PreTrainedConfig.from_pretrained(str(source.folder))
-    except Exception as error:  # draccus raises its own and ValueError, TypeError
-        reason = error if error.__cause__ is None else f"{error} {error.__cause__}"
-        raise PolicyError(f"{file} is not understood by LeRobot: {reason}") from error
-    assert isinstance(config, PI05Config)
-    config.validate_features()
+        policy_config.check_sizes(values, OPENPI_SIZES, file)
+        image_size = Architecture.of_folder(source.folder).image_size
+        with policy_config.describing(f"{file} is no configuration of openpi's"):
+            return _openpi_config(values, image_size), True
+    config = policy_config.load_policy_config(
+        source.folder,
+        "pi05",
+        PI05Config.from_pretrained,
+        fields=[field.name for field in fields(PI05Config)],
+        name=source.name,
+    )
+    with policy_config.describing(f"{file} describes no pi0.5"):
+        config.validate_features()
     return config, False
 
 
@@ -100,13 +103,14 @@ def openpi_stats(folder: Path, asset: str | None) -> dict[str, dict[str, Tensor]
     if not isinstance(stats, dict):
         raise PolicyError(f'{file} is damaged: it has no table "norm_stats"')
     names = {"state": OBS_STATE, "actions": ACTION}
-    return {
-        names[key]: {
-            kind: torch.tensor(value, dtype=torch.float32) for kind, value in table.items() if value is not None
+    with policy_config.describing(f"{file} is damaged"):
+        return {
+            names[key]: {
+                kind: torch.tensor(value, dtype=torch.float32) for kind, value in table.items() if value is not None
+            }
+            for key, table in stats.items()
+            if key in names
         }
-        for key, table in stats.items()
-        if key in names
-    }
 
 
 def load_weights(policy: PI05Policy, file: Path, *, backbone: torch.dtype, head: Iterable[str], device: str) -> None:
@@ -133,7 +137,9 @@ def load_weights(policy: PI05Policy, file: Path, *, backbone: torch.dtype, head:
         weights = {}
         for name in wanted:
             exact = name in head or any(part in name for part in FLOAT32_PARTS)
-            weights[name] = handle.get_tensor(found[name]).to(device, torch.float32 if exact else backbone)
+            tensor = handle.get_tensor(found[name])
+            heads.check_finite({found[name]: tensor}, file)
+            weights[name] = tensor.to(device, torch.float32 if exact else backbone)
     policy.load_state_dict(weights, strict=False, assign=True)
     policy.to(device)  # buffers
 

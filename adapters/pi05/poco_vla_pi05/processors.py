@@ -24,9 +24,27 @@ from lerobot.processor import (
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK
 from torch import Tensor
 
-from poco_vla import DataError, PolicyError, heads
+from poco_vla import DataError, PolicyError
+from poco_vla import processors as pipelines
 
-PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+PREPROCESSOR, POSTPROCESSOR = pipelines.PREPROCESSOR, pipelines.POSTPROCESSOR
+INPUT_STEPS: pipelines.Steps = {
+    **pipelines.INPUT_STEPS,
+    **pipelines.TOKENIZER_STEP,
+    "relative_actions_processor": {
+        "enabled": pipelines.FLAG,
+        "exclude_joints": pipelines.list_of(pipelines.TEXT),
+        "action_names": pipelines.optional(pipelines.list_of(pipelines.TEXT)),
+    },
+    "pi05_prepare_state_tokenizer_processor_step": {
+        "max_state_dim": pipelines.whole_number(65_536, 1),
+        "task_key": pipelines.TEXT,
+    },
+}
+OUTPUT_STEPS: pipelines.Steps = {
+    **pipelines.OUTPUT_STEPS,
+    "absolute_actions_processor": {"enabled": pipelines.FLAG},
+}
 type Stats = Mapping[str, Mapping[str, Any]]
 
 
@@ -77,8 +95,7 @@ def load(
         normalization: take the configuration's normalisation, with the saved statistics.
         max_length: tokens of the longest prompt.
     """
-    for name in (PREPROCESSOR, POSTPROCESSOR):
-        heads.read_object(folder / name)  # LeRobot's error would not say which file is damaged
+    check_saved(folder)
     overrides: dict[str, Any] = {
         "tokenizer_processor": {"tokenizer": tokenizer, "tokenizer_name": None},
         "device_processor": {"device": config.device},
@@ -100,6 +117,26 @@ def load(
         )
     except Exception as error:  # LeRobot raises KeyError, ValueError, TypeError, its own ... on what does not fit
         raise PolicyError(f"the processors in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def check_saved(folder: Path) -> None:
+    """Raise PolicyError if the pipelines in a folder hold steps or arguments that are not pi0.5's."""
+    pipelines.check_pipelines(folder, INPUT_STEPS, OUTPUT_STEPS)
+
+
+def check_inverse(pair: tuple[Any, Any], config: PI05Config, where: str) -> None:
+    """Raise PolicyError unless the post-processor undoes to actions what the pre-processor does to them."""
+    pipelines.check_inverse(*pair, config, where)
+    kinds = (RelativeActionsProcessorStep, AbsoluteActionsProcessorStep)
+    enabled = [
+        any(step.enabled for step in one.steps if isinstance(step, kind)) for one, kind in zip(pair, kinds, strict=True)
+    ]
+    if enabled != [config.use_relative_actions] * 2:
+        raise PolicyError(
+            f"the processors in {where} do not belong together: use_relative_actions is {config.use_relative_actions}, "
+            f"and actions are {'' if enabled[0] else 'not '}made relative going in, {'' if enabled[1] else 'not '}made "
+            "absolute coming out"
+        )
 
 
 def are_saved(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
 
-from poco_vla import PolicyError
+from poco_vla import PolicyError, policy_config
 
 DEFAULT = "google/paligemma-3b-pt-224"
 """What LeRobot's pi0.5 processors ask for: a gated repository."""
@@ -34,8 +34,11 @@ def load_tokenizer(source: str | Path | None) -> Any:
         return _from_sentencepiece(path)
     if path.is_absolute() and not path.is_dir():
         raise PolicyError(f"the tokenizer's folder {path} is not there. {HOW_TO_GET_ONE}")
+    if path.is_dir():
+        policy_config.check_regular(path)
     try:
-        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+        # Never None: transformers would ask at the terminal whether to run a repository's own code.
+        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name, trust_remote_code=False)
     except Exception as error:  # transformers, the Hub client and the network each raise their own
         first_line = str(error).strip().split("\n")[0]
         raise PolicyError(

@@ -28,6 +28,7 @@ from poco_vla import (
     inject_lora,
     merge_lora,
     normalization,
+    processors,
     whole_folder,
 )
 from poco_vla_smolvla import checkpoint, network
@@ -233,6 +234,8 @@ class SmolVla(FlowPolicy):
         adopted = _adopts(statistics, config, own, given=features is not None and stats is not None)
         if adopted:
             _adopt(config, features or {}, cameras)
+        if config.robot_state_feature is None or config.action_feature is None:
+            raise PolicyError(f"{source.name} has no {OBS_STATE} among its inputs, or no {ACTION} among its outputs")
         used = stats or {} if adopted else own
         normalization.check_stats(config, used, "the dataset" if adopted else source.name)
 
@@ -242,13 +245,14 @@ class SmolVla(FlowPolicy):
         about_vlm = Vlm.load(frozen.folder / VLM_FOLDER if beside else config.vlm_model_name)
         kept_vlm = about_vlm if beside or Path(config.vlm_model_name).is_dir() else None
         policy = empty_policy(config, about_vlm)
-        dtype = dtype or heads.read_about(source.folder).get("options", {}).get("dtype")
-        kept = getattr(torch, dtype) if dtype else None
+        kept_dtype = dtype or heads.saved_dtype(source.folder)
+        kept = getattr(torch, kept_dtype) if kept_dtype else None
         checkpoint.load_weights(policy, frozen.file(heads.POLICY_WEIGHTS), device=device, dtype=kept)
         if adopted:
             pipelines = checkpoint.build_pipelines(config, used, about_vlm.tokenizer)
         else:
             pipelines = checkpoint.load_pipelines(source.folder, config, about_vlm.tokenizer)
+        processors.check_inverse(*pipelines, config, "the dataset" if adopted else source.name)
         adapter = cls(policy.eval(), pipelines, source=frozen, vlm=kept_vlm, lora=lora)
         if head is not None:
             head.put_on(policy, source.folder)

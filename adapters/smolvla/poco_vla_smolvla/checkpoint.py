@@ -4,11 +4,11 @@ LeRobot's own `from_pretrained` logs a warning and returns a half-random model w
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -19,9 +19,19 @@ from lerobot.processor import (
     make_policy_processor_pipelines,
 )
 
-from poco_vla import PolicyError, heads
+from poco_vla import PolicyError, heads, policy_config, processors
 
-PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+PREPROCESSOR, POSTPROCESSOR = processors.PREPROCESSOR, processors.POSTPROCESSOR
+INPUT_STEPS: processors.Steps = {
+    **processors.INPUT_STEPS,
+    **processors.TOKENIZER_STEP,
+    "smolvla_new_line_processor": {"task_key": processors.TEXT},
+}
+SIZES = dict.fromkeys(("num_vlm_layers", "num_expert_layers", "self_attn_every_n_layers"), 1000) | {
+    "expert_width_multiplier": 16,
+    "prefix_length": 65_536,
+}
+"""Largest values of this model's own fields."""
 LANGUAGE_HEAD = "model.vlm_with_expert.vlm.lm_head.weight"
 EMBEDDINGS = "model.vlm_with_expert.vlm.model.text_model.embed_tokens.weight"
 type Stats = Mapping[str, Mapping[str, Any]]
@@ -33,17 +43,14 @@ def read_config(source: heads.Source) -> SmolVLAConfig:
     Raises:
         PolicyError: there is none, or it is of another model.
     """
-    folder = source.folder
-    if not (folder / "config.json").is_file():
-        held = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise PolicyError(f"no policy in {source.name}: config.json is missing (the folder holds {held})")
-    try:
-        config = PreTrainedConfig.from_pretrained(str(folder))
-    except Exception as error:  # draccus raises its own and ValueError, TypeError
-        reason = error if error.__cause__ is None else f"{error} {error.__cause__}"
-        raise PolicyError(f"{folder / 'config.json'} is not understood by LeRobot: {reason}") from error
-    if not isinstance(config, SmolVLAConfig):
-        raise PolicyError(f'{source.name} holds a policy of type "{config.type}", expected "smolvla"')
+    config = policy_config.load_policy_config(
+        source.folder,
+        "smolvla",
+        SmolVLAConfig.from_pretrained,
+        fields=[field.name for field in fields(SmolVLAConfig)],
+        name=source.name,
+        limits=SIZES,
+    )
     if config.adapt_to_pi_aloha:
         raise PolicyError(
             f"{source.name} was trained with adapt_to_pi_aloha, whose actions this adapter does not convert"
@@ -68,6 +75,7 @@ def load_weights(policy: SmolVLAPolicy, file: Path, *, device: str, dtype: torch
     wanted = {name: tuple(parameter.shape) for name, parameter in policy.named_parameters()}
     heads.check_file(file)
     weights = heads.read_tensors(file)
+    heads.check_finite(weights, file)
     if tied(policy):
         shared = weights.get(EMBEDDINGS, weights.get(LANGUAGE_HEAD))
         weights |= {} if shared is None else {EMBEDDINGS: shared, LANGUAGE_HEAD: shared}
@@ -100,6 +108,7 @@ def build_pipelines(config: SmolVLAConfig, stats: Stats, tokenizer: Any) -> tupl
 
 def load_pipelines(folder: Path, config: SmolVLAConfig, tokenizer: Any) -> tuple[Any, Any]:
     """The pipelines saved in `folder`, normalising as `config` says."""
+    processors.check_pipelines(folder, INPUT_STEPS, processors.OUTPUT_STEPS)
     mapping = {"norm_map": config.normalization_mapping}
     overrides = {
         "tokenizer_processor": {"tokenizer": tokenizer, "tokenizer_name": None},

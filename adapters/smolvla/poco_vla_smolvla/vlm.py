@@ -21,7 +21,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.smolvlm import SmolVLMConfig, SmolVLMImageProcessor, SmolVLMProcessor
 from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 
-from poco_vla import PolicyError
+from poco_vla import PolicyError, policy_config
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,12 @@ class Vlm:
             PolicyError: it cannot be had.
         """
         try:
-            return cls(AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name))
+            if Path(name).is_dir():
+                policy_config.check_regular(Path(name))
+            # Never None: transformers would ask at the terminal whether to run a repository's own code.
+            config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            policy_config.check_transformers_config(config, name)
+            return cls(config, AutoTokenizer.from_pretrained(name, trust_remote_code=False))
         except Exception as error:  # transformers, the Hub client and the network each raise their own
             first_line = str(error).strip().split("\n")[0]
             raise PolicyError(
@@ -68,6 +73,7 @@ def empty_policy(config: SmolVLAConfig, vlm: Vlm) -> SmolVLAPolicy:
     weights_of_vlm, config.load_vlm_weights = config.load_vlm_weights, False
     try:
         with (
+            policy_config.describing("these sizes make no SmolVLA"),
             patch.object(smolvlm_with_expert, "AutoConfig", at_hand(vlm.config)),
             patch.object(smolvlm_with_expert, "AutoProcessor", at_hand(SimpleNamespace(tokenizer=vlm.tokenizer))),
             init_empty_weights(include_buffers=False),

@@ -355,6 +355,10 @@ def choice[T: StrEnum](kind: type[T], value: Any, what: str) -> T:
     return kind[text]
 
 
+MAX_TABLE_BYTES = 64 * 1024**2
+"""Longest JSON file that is read: statistics of the base checkpoint's 30 robots are some megabytes."""
+
+
 def read_table(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """A mapping, or the one in a JSON file.
 
@@ -366,9 +370,11 @@ def read_table(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     path = Path(source).expanduser()
     if not path.is_file():
         raise ProcessingError(f"no file {path}")
+    if path.stat().st_size > MAX_TABLE_BYTES:
+        raise ProcessingError(f"{path} is larger than {MAX_TABLE_BYTES / 1024**2:g} MB, and is not read")
     try:
         table = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ProcessingError(f"{path} is not JSON: {error}") from error
     if not isinstance(table, dict):
         raise ProcessingError(f"{path} holds {type(table).__name__}: expected an object")
