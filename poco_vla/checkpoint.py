@@ -57,6 +57,7 @@ FREE_TO_CHANGE = {
     "prefixes.folder",
     "output_dir",
     "eval.videos",
+    "replay.outlier_multiple",  # the way out for whoever finds good episodes set aside
     "demonstrations.workers",
     "interaction.host",
     "interaction.port",

@@ -227,6 +227,10 @@ class ReplayConfig:
     images: Literal["memory", "mapped"] = "memory"
     """Where pictures lie: in memory, or in a mapped file without a name in the run's folder, of which the system keeps
     in memory what it has room for (ours)."""
+    outlier_multiple: float | None = 100.0
+    """An online episode with a state, an action or a recorded reward beyond so many times the largest magnitude of the
+    demonstrations is not learned from: it is set aside in the run's folder. None takes any number that stays finite
+    (ours)."""
 
     def __post_init__(self) -> None:
         _require(self.capacity >= 1, f"replay.capacity is {self.capacity}; at least 1 step")
@@ -238,6 +242,11 @@ class ReplayConfig:
         _require(
             self.demo_fraction is None or 0 <= self.demo_fraction <= 1,
             f"replay.demo_fraction is {self.demo_fraction}; it must lie in [0, 1], or be None for one uniform pool",
+        )
+        _require(
+            self.outlier_multiple is None or self.outlier_multiple >= 1,
+            f"replay.outlier_multiple is {self.outlier_multiple}; at least 1 times the demonstrations' largest "
+            "magnitude, or None for no bound",
         )
         _require(self.consecutive >= 1, f"replay.consecutive is {self.consecutive}; at least 1 transition")
 

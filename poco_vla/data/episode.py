@@ -13,6 +13,8 @@ NO_REWARD = (
     'robosuite\'s own reward is in what `poco-vla data make` writes), or take a reward of source "success" such as '
     "--reward.source success"
 )
+LONGEST_TASK = 4096
+"""Characters of an instruction that is taken from robots and environments."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from poco_vla.data import Episode
 from poco_vla.rollout.actor import ActingCopy, Actor, Weights
+from poco_vla.rollout.admission import SetAsideError
 from poco_vla.rollout.pool import EnvPool
 from poco_vla.rollout.recorder import EpisodeRecorder
 
@@ -106,7 +108,7 @@ class SynchronousInteraction(Interaction):
 
     def receive(self, *, wait: bool) -> Received:
         episodes, steps = self.envs.receive()
-        _record(self.recorder, episodes)
+        episodes = _record(self.recorder, episodes)
         return Received(episodes, steps, np.full(steps, self._version))
 
     def state(self) -> dict[str, Any]:
@@ -191,7 +193,7 @@ class BackgroundInteraction(Interaction):
 
     def _brought(self, episodes: list[Episode], steps: int, version: int) -> None:
         """Record what a round brought, then hand it over."""
-        _record(self.recorder, episodes)
+        episodes = _record(self.recorder, episodes)
         with self._changed:
             self._taken += steps
             self._news.append(Received(episodes, steps, np.full(steps, version)))
@@ -233,7 +235,13 @@ class AsynchronousInteraction(BackgroundInteraction):
             return not self._stop
 
 
-def _record(recorder: EpisodeRecorder | None, episodes: Sequence[Episode]) -> None:
-    if recorder is not None:
-        for episode in episodes:
+def _record(recorder: EpisodeRecorder | None, episodes: list[Episode]) -> list[Episode]:
+    """Record episodes; gives those that training can bear. The others are set aside, and that is said."""
+    if recorder is None:
+        return episodes
+    kept = []
+    for episode in episodes:
+        with suppress(SetAsideError):
             recorder.add(episode)
+            kept.append(episode)
+    return kept

@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from threading import Lock, RLock
@@ -17,6 +18,7 @@ from poco_vla.data import Episode, open_dataset, read_episodes
 from poco_vla.data.dataset import INTERVENTION, POLICY_VERSION
 from poco_vla.errors import DataError
 from poco_vla.files import discard_partial_of_dead, partial_of_process, wait_for_space
+from poco_vla.rollout.admission import Admission
 from poco_vla.rollout.consolidate import consolidate
 from poco_vla.rollout.growing import KEY, GrowingDataset
 from poco_vla.rollout.video import keep_scheduling, silent_stderr
@@ -30,6 +32,8 @@ SIGNALS = {
     "next.success": {"dtype": "bool", "shape": (1,), "names": None},
 }
 """Columns beside observations and action, by LeRobot's names (lerobot.utils.constants)."""
+NOTES: dict[str, np.generic] = {POLICY_VERSION: np.int64(-1), INTERVENTION: np.bool_(False)}
+"""Columns that not every sender has, and what they hold where it has none: no policy that is known, no intervention."""
 MIN_VIDEO_SIDE = 32
 """Pixels; below it the encoder (SVT-AV1 3.0) ends the whole process by a division by zero."""
 ONLINE_ENCODER = {"vcodec": "h264", "preset": "ultrafast", "crf": 20}
@@ -83,6 +87,7 @@ class EpisodeRecorder:
         video: pictures as video (ONLINE_ENCODER); False stores PNG, which is exact.
         tell: gets a message about each thing that somebody should know: files set aside, a full disk.
         give_up: True ends the waiting for room on a full disk.
+        admission: decides which episodes are recorded; None records each that is finite.
 
     Raises:
         DataError: `root` holds something else, files are missing, or the rate is another.
@@ -96,12 +101,14 @@ class EpisodeRecorder:
         video: bool = False,
         tell: Callable[[str], None] = logger.warning,
         give_up: Callable[[], bool] = lambda: False,
+        admission: Admission | None = None,
     ) -> None:
         self.root = root
         self.fps = fps
         self.video = video
         self._tell = tell
         self._give_up = give_up
+        self._admission = admission
         self._lock = Lock()
         self._disk = GrowingDataset(root, tell)
         self._accounted = len(self._disk.ends)
@@ -126,16 +133,23 @@ class EpisodeRecorder:
     def add(self, episode: Episode, key: str = "") -> None:
         """Put an episode on disk; it is there when this returns. While the disk is full, wait.
 
+        Versions of weights and interventions are columns of every recording: an episode that does not say them gets
+        `NOTES`' neutral values, so that whoever comes first settles nothing for the others.
+
         Args:
             key: by which who sends it knows it; one that is on disk is not written again. "" for none.
 
         Raises:
+            SetAsideError: the `admission` does not let it in.
             DataError: other columns than the first episode's, or a number that is not finite. Nothing is written.
             PocoError: the disk is full and `give_up`; the episode is lost.
         """
         with self._lock:
             if self.has(key):
                 return
+            if self._admission is not None:
+                self._admission.require(episode, key)
+            episode = self._completed(episode)
             episode.check("the episode to record")
             features = _features(episode, video=self.video)
             self._refuse_other(features)
@@ -190,6 +204,21 @@ class EpisodeRecorder:
             meta = _stage_episode(episode, stage, self.fps, features, self._disk.place, key)
             self._disk.commit(stage, meta, key)
         self._accounted += 1
+
+    def _completed(self, episode: Episode) -> Episode:
+        """Return an episode with the columns of the recording: numbers as float32, and `NOTES`, of which recordings of
+        older versions lack some."""
+        given = _notes(episode)
+        known = NOTES if self._disk.info is None else [name for name in NOTES if name in self._disk.info.features]
+        notes = {name: given.get(name, np.full(len(episode), NOTES[name])) for name in known}
+        return replace(
+            episode,
+            obs={key: _as_stored(column) for key, column in episode.obs.items()},
+            action=_as_stored(episode.action),
+            reward=_as_stored(episode.reward),
+            policy_version=notes.get(POLICY_VERSION),
+            interventions=notes.get(INTERVENTION),
+        )
 
     def _refuse_other(self, features: Mapping[str, Mapping[str, Any]]) -> None:
         if self._disk.info is None:
@@ -300,6 +329,10 @@ def _same(a: Episode, b: Episode) -> bool:
         and all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("action", "reward", "success"))
         and all(np.array_equal(column, b.obs[key]) for key, column in a.obs.items())
     )
+
+
+def _as_stored(column: np.ndarray) -> np.ndarray:
+    return column if column.dtype == np.uint8 else column.astype(np.float32, copy=False)
 
 
 def _kind(feature: Mapping[str, Any]) -> str:

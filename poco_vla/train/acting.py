@@ -11,15 +11,20 @@ from typing import Any
 import numpy as np
 
 from poco_vla.config import EnvSpec, TrainConfig
-from poco_vla.data import DatasetInfo
+from poco_vla.data import DatasetInfo, Episode
 from poco_vla.data.acted import ActedPrefixes
 from poco_vla.errors import ConfigError
+from poco_vla.policy import FlowPolicy
 from poco_vla.rollout import Actor, EnvPool, EpisodeRecorder
 from poco_vla.rollout.actor import ActingCopy, Weights
+from poco_vla.rollout.admission import Admission
 from poco_vla.rollout.interaction import AsynchronousInteraction, Interaction, SynchronousInteraction
 from poco_vla.rollout.recorder import can_be_video
 from poco_vla.rollout.serving.feature import observation_spec
+from poco_vla.rollout.set_aside import SetAside
 
+SET_ASIDE = "set_aside"
+"""Folder of a run's episodes that it does not learn from."""
 RANK_SEED = 100_003
 """Between the seeds of the noise by which two processes act."""
 
@@ -41,13 +46,36 @@ def open_recorder(
     pictures: Sequence[tuple[int, ...]],
     say: Callable[[str], None],
     give_up: Callable[[], bool],
+    admission: Admission | None = None,
 ) -> EpisodeRecorder:
     """The recorder of a run's online episodes, whose cameras give `pictures` of these shapes."""
     settings = config.interaction
     video = settings.images == "video"
     if settings.images == "auto" and settings.mode != "synchronous":
         video = all(can_be_video(shape) for shape in pictures)
-    return EpisodeRecorder(folder, fps, video=video, tell=say, give_up=give_up)
+    return EpisodeRecorder(folder, fps, video=video, tell=say, give_up=give_up, admission=admission)
+
+
+def open_admission(
+    config: TrainConfig,
+    policy: FlowPolicy,
+    demos: Sequence[Episode],
+    say: Callable[[str], None],
+    give_up: Callable[[], bool],
+    *,
+    is_main: bool,
+) -> Admission:
+    """Return what decides which online episodes a run learns from; the main process keeps the others."""
+    folder = config.output_dir / SET_ASIDE
+    return Admission(
+        policy,
+        demos,
+        horizon=config.horizon,
+        reward=config.reward,
+        outlier_multiple=config.replay.outlier_multiple,
+        set_aside=SetAside(folder, tell=say, give_up=give_up) if is_main else None,
+        apart=config.interaction.mode != "synchronous",
+    )
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,14 @@ from poco_vla.rollout.demonstrations import demonstrations_root
 from poco_vla.rollout.fit import check_fit, check_inputs, check_pictures
 from poco_vla.rollout.interaction import Interaction, Received
 from poco_vla.rollout.video import write_episode_video
-from poco_vla.train.acting import RANK_SEED, Acting, open_recorder, picture_shapes, picture_shapes_of
+from poco_vla.train.acting import (
+    RANK_SEED,
+    Acting,
+    open_admission,
+    open_recorder,
+    picture_shapes,
+    picture_shapes_of,
+)
 from poco_vla.train.backends import learner_of, open_accelerator
 from poco_vla.train.failures import Failures, OtherProcessError
 from poco_vla.train.finite import FiniteWatch
@@ -287,7 +294,8 @@ class Trainer:
         self._tell(self.interaction)
 
     def _tell(self, interaction: Interaction) -> None:
-        interaction.tell(self.logbook.told() | {"online_steps": self.config.online_steps})
+        told = {"online_steps": self.config.online_steps, "set_aside": self.admission.num_set_aside}
+        interaction.tell(self.logbook.told() | told)
 
     def _learn_what_is_owed(self, bar: Bar, *, ahead: bool = True) -> None:
         """`updates_per_step` for every environment step so far, once a first online episode is in the pool; beside an
@@ -522,6 +530,9 @@ class Trainer:
             self.policy, config.seed + RANK_SEED * rank, config.best_of_n, critic, config.poco.aggregation
         )
         self._rehearse(demos)
+        self.admission = open_admission(
+            config, self.policy, demos, self.display.say, lambda: self._stop, is_main=self.is_main
+        )
         recorder = self._open_recorder() if self.is_main else None
         ranks = (rank, world_size) if each else (0, 1)
         say = self.display.say
@@ -539,7 +550,9 @@ class Trainer:
         features = {key: self.info.features[key] for key in self.policy.input_keys}
         envs = self._eval_envs if config.interaction.mode != "remote" else None
         shapes = picture_shapes(features) if envs is None else picture_shapes_of(envs.obs)
-        self.recorder = open_recorder(config, self._episodes, self.info.fps, shapes, say, lambda: self._stop)
+        self.recorder = open_recorder(
+            config, self._episodes, self.info.fps, shapes, say, lambda: self._stop, self.admission
+        )
         return self.recorder
 
     @property
@@ -592,6 +605,7 @@ class Trainer:
         if self.acting.num_ranks == 1:
             return self.sharing.episodes([self._shrunk(episode) for episode in received.episodes], received.steps)
         episodes, steps = self.sharing.episodes(received.episodes, received.steps)
+        episodes = [episode for episode in episodes if self.admission.admits(episode)]
         for episode in episodes if self.is_main else ():
             self.recorder.add(episode)
         return [self._shrunk(episode) for episode in episodes], steps
@@ -603,10 +617,10 @@ class Trainer:
         self.progress.env_steps += steps
         self.progress.owed_updates += steps * self.config.updates_per_step
 
-    def _take(self, episodes: list[Episode]) -> None:
+    def _take(self, episodes: list[Episode], *, recorded: bool = False) -> None:
         now = self.progress
         for episode in episodes:
-            self._pool(episode)
+            self._pool(episode, recorded=recorded)
             self.provenance.add(episode)
             now.episodes += 1
             now.recent = [*now.recent, episode.succeeded][-report.WINDOW :]
@@ -616,8 +630,11 @@ class Trainer:
             elif not now.stopped:
                 self._watch(episode.succeeded)
 
-    def _pool(self, episode: Episode) -> None:
-        """Into the pool; an episode that does not fit there stays on disk alone."""
+    def _pool(self, episode: Episode, *, recorded: bool = False) -> None:
+        """Into the pool; an episode that does not fit there stays on disk alone. One that was `recorded` by an earlier
+        process may be one that training cannot bear."""
+        if recorded and not self.admission.admits(episode):
+            return
         try:
             first = self._written("an episode of the pool", partial(self.replay.add, episode, is_demo=False))
         except DataError as error:
@@ -704,6 +721,7 @@ class Trainer:
             "updates": now.update,
             "env_steps": now.env_steps,
             "online_episodes": now.episodes,
+            "set_aside": self.admission.num_set_aside,
             "restored_heads": self.guard.restores,
             "stopped_early": now.stopped,
             "seconds": round(self.progress.elapsed(), 1),
@@ -888,7 +906,7 @@ class Trainer:
         for number, episode in enumerate(self._recorded(0, taken)):
             accept = self.config.accept_changed_data
             changed.append(self.provenance.check_episode(noted, number, episode, self._episodes, accept=accept))
-            self._pool(episode)
+            self._pool(episode, recorded=True)
             steps += len(episode)
         if any(changed):
             self.display.say(f"not what the run learned from before: {', '.join(filter(None, changed))}")
@@ -896,7 +914,7 @@ class Trainer:
             self._count(steps - now.env_steps)  # running episodes are gone
             for episode in self._recorded(taken, total):
                 self._count(len(episode))
-                self._take([episode])
+                self._take([episode], recorded=True)
         self.accelerator.wait_for_everyone()  # all have read before more episodes come
         if self.is_main and self.config.online_steps and synchronous:
             self.recorder.rewind(taken)

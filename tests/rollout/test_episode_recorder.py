@@ -99,7 +99,7 @@ def test_after_every_episode_the_dataset_is_one_that_lerobot_opens(tmp_path):
 
 def test_one_by_one_is_the_same_dataset_as_all_at_once(tmp_path):
     """Frame indices, tasks, episode table and statistics, by LeRobot's own writer in both ways."""
-    played = [replace(episode(i, 4 + i), task=f"task {i % 2}") for i in range(4)]
+    played = [replace(episode(i, 4 + i), task=f"task {i % 2}", interventions=np.zeros(4 + i, bool)) for i in range(4)]
     grown = EpisodeRecorder(tmp_path / "grown", FPS)
     for each in played:
         grown.add(each)
@@ -173,12 +173,10 @@ def test_adding_leaves_the_terminal_and_the_threads_priority_alone(tmp_path, cap
     ("change", "message"),
     [
         ({"action": np.zeros((3, 5), np.float32)}, r'"action" is float32 \(5,\) instead of float32 \(2,\)'),
-        ({"policy_version": None}, '"complementary_info.policy_version" is not there instead of int64'),
-        ({"interventions": np.zeros(3, bool)}, r'"complementary_info.is_intervention" is bool \(1,\) instead of not'),
         ({"obs": {}}, '"observation.state" is not there instead of float32'),
         ({"reward": np.array([0, np.nan, 0], np.float32)}, '"next.reward" is not finite at frame 1'),
     ],
-    ids=["action", "version", "intervention", "state", "nan"],
+    ids=["action", "state", "nan"],
 )
 def test_an_episode_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, change, message):
     recorder = numbered(tmp_path / "episodes", 1)
@@ -188,6 +186,43 @@ def test_an_episode_that_does_not_fit_is_refused_before_anything_is_written(tmp_
     assert snapshot(tmp_path) == before
     recorder.add(episode(1))
     assert recorder.num_episodes == 2
+
+
+@pytest.mark.parametrize("first", [{"policy_version": None}, {"interventions": np.zeros(3, bool)}, {}])
+def test_whoever_comes_first_settles_no_columns_for_the_others(tmp_path, first):
+    """An openpi-like client says neither versions nor interventions, a robot both, a simulator its versions."""
+    recorder = EpisodeRecorder(tmp_path / "episodes", FPS)
+    drove = np.array([True, False, True])
+    for i, changes in enumerate([first, {"interventions": drove}, {"policy_version": None}]):
+        recorder.add(replace(episode(i), **changes))
+    bare, robot, other = EpisodeRecorder(recorder.root, FPS).load(STATE)
+    assert bare.policy_version.tolist() == [-1 if "policy_version" in first else 0] * 3
+    assert not bare.interventions.any()
+    assert robot.interventions.tolist() == drove.tolist()
+    assert robot.policy_version.tolist() == [1] * 3
+    assert other.policy_version.tolist() == [-1] * 3
+
+
+def test_a_recording_of_an_older_version_goes_on_with_the_columns_that_it_has(tmp_path, monkeypatch):
+    with monkeypatch.context() as old:
+        old.setattr(EpisodeRecorder, "_completed", lambda self, each: each)
+        numbered(tmp_path / "episodes", 1)
+    recorder = EpisodeRecorder(tmp_path / "episodes", FPS)
+    recorder.add(replace(episode(1), interventions=np.ones(3, bool)))
+    recorder.add(replace(episode(2), policy_version=None))
+    _, second, third = recorder.load(STATE)
+    assert second.interventions is None
+    assert third.policy_version.tolist() == [-1] * 3
+
+
+def test_numbers_are_recorded_as_float32_whatever_a_simulator_gives(tmp_path):
+    plain = episode(0)
+    wide = replace(
+        plain, obs={k: v.astype(np.float64) for k, v in plain.obs.items()}, action=plain.action.astype(float)
+    )
+    recorder = EpisodeRecorder(tmp_path / "episodes", FPS)
+    recorder.add(wide)
+    assert_same(recorder.load(STATE), [plain])
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):

@@ -95,4 +95,6 @@ def _seen(feature: Mapping[str, Any]) -> str:
 
 
 def _said(feature: Mapping[str, Any]) -> str:
-    return f"{feature['dtype']} {list(feature['shape'])}"
+    # An older learner announces its dataset's float64 or float16; the client sends what it announces.
+    kind = "float32" if str(feature["dtype"]).startswith("float") else feature["dtype"]
+    return f"{kind} {list(feature['shape'])}"

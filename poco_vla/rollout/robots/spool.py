@@ -1,6 +1,5 @@
 """Episodes on the robot's side of the wire, on disk until the learner says that it has them on its own."""
 
-import json
 import logging
 import os
 import uuid
@@ -8,20 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
 
 from poco_vla.data.episode import Episode
 from poco_vla.errors import ConfigError, DataError
 from poco_vla.files import sync, whole_file
+from poco_vla.rollout.episode_file import decoded, encoded
 
 logger = logging.getLogger(__name__)
-
-_OBS = "obs/"
-_COLUMNS = ("action", "reward", "success", "terminal")
-_NOTED = ("policy_version", "interventions")
 
 
 class Spool:
@@ -102,37 +96,3 @@ class Spool:
 def new_key() -> str:
     """A name for an episode that no other has."""
     return uuid.uuid4().hex
-
-
-def encoded(episode: Episode) -> bytes:
-    """An episode as the bytes of a safetensors file."""
-    columns = {f"{_OBS}{key}": value for key, value in episode.obs.items()}
-    columns |= {name: getattr(episode, name) for name in _COLUMNS}
-    columns |= {name: value for name in _NOTED if (value := getattr(episode, name)) is not None}
-    metadata = {"episode": json.dumps({"task": episode.task, "seed": episode.seed})}
-    return save({name: np.ascontiguousarray(column) for name, column in columns.items()}, metadata)
-
-
-def decoded(path: Path) -> Episode:
-    """The episode of a file.
-
-    Raises:
-        DataError: it is no episode, or a torn one.
-        SafetensorError, OSError: it cannot be read at all.
-    """
-    with safe_open(path, "np") as file:
-        columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        said = (file.metadata() or {}).get("episode")
-    missing = [name for name in _COLUMNS if name not in columns]
-    if said is None or missing or len({len(column) for column in columns.values()}) != 1:
-        raise DataError(f"{path} is no episode: {missing or 'its columns'} are missing or of unlike length")
-    try:
-        notes = json.loads(said)
-        task, seed = notes["task"], notes["seed"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{path} does not say its task: {error!r}") from error
-    obs = {name.removeprefix(_OBS): column for name, column in columns.items() if name.startswith(_OBS)}
-    noted = {name: columns[name] for name in _NOTED if name in columns}
-    episode = Episode(obs, **{name: columns[name] for name in _COLUMNS}, **noted, task=task, seed=seed)
-    episode.check(str(path))
-    return episode

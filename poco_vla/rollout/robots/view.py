@@ -105,6 +105,8 @@ def learner_words(status: Mapping[str, Any]) -> str:
     words = [f"{status[key]:,} {name}" for key, name in _SHOWN.items() if isinstance(status.get(key), int | float)]
     if isinstance(total := status.get("online_steps"), int | float) and words:
         words[0] += f" of {total:,}"
+    if isinstance(refused := status.get("set_aside"), int | float) and refused:
+        words.append(f"{refused:,} set aside")
     if rate := status.get("success"):
         words.append(f"success {rate}")
     return ", ".join(words)

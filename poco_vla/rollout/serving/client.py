@@ -9,7 +9,7 @@ import ssl
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ class PolicyClient:
             ProtocolError: its reply is not a finite chunk of the size that it announced.
             ConnectionLostError: no reply within the budget.
         """
-        request = pack({**obs, "task": task})
+        request = pack({**self._as_announced(obs), "task": task})
         started = time.perf_counter()
         reply = self._insist(lambda connection: self._ask(connection, request))
         return self._chunk_of(reply, time.perf_counter() - started)
@@ -180,11 +180,19 @@ class PolicyClient:
             raise RefusedError(f"not sent to {self.url}: {error}") from error
 
     def _upload(self, connection: ClientConnection, episode: Episode, key: str) -> None:
+        episode = replace(episode, obs=self._as_announced(episode.obs))
         for piece in pieces(episode, key, self._metadata["max_bytes"]):
             filled = piece["first"] + len(piece["rows"]["action"])
             self._expect({"episode": key, "rows": filled}, self._ask(connection, pack(piece)))
         recorded = self._ask(connection, pack(ending(episode, key)), self.record_timeout)
         self._expect({"episode": key, "recorded": True}, recorded)
+
+    def _as_announced(self, obs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return observations in the floats that the server announces: an older one takes no others."""
+        said = self._metadata.get("observation") or {}
+        kinds = {key: str(said[key].get("dtype")) for key in obs if _is_map(said.get(key))}
+        floats = {key: kind for key, kind in kinds.items() if kind in ("float16", "float32", "float64")}
+        return {key: _as_float(column, floats[key]) if key in floats else column for key, column in obs.items()}
 
     def _expect(self, expected: dict[str, Any], reply: Any) -> None:
         if not _is_map(reply) or pack(reply) != pack(expected):
@@ -280,8 +288,8 @@ class PolicyClient:
                 "the same poco-vla on both sides"
             )
         sizes = ("horizon", "action_dim", "max_bytes")
-        if not all(type(found.get(name)) is int for name in sizes):
-            raise ProtocolError(f"{self.url} does not say {', '.join(sizes)}")
+        if not all(type(found.get(name)) is int and found[name] > 0 for name in sizes):
+            raise ProtocolError(f"{self.url} does not say {', '.join(sizes)}, whole numbers above 0")
         if changed := [k for k in self._metadata if k != "weights_version" and found.get(k) != self._metadata[k]]:
             raise ProtocolError(f"{self.url} now serves another policy: {', '.join(changed)} changed. Connect anew.")
         return found
@@ -289,6 +297,11 @@ class PolicyClient:
 
 def _is_map(value: Any) -> bool:
     return isinstance(value, dict)
+
+
+def _as_float(column: Any, kind: str) -> Any:
+    is_number = isinstance(column, np.ndarray) and column.dtype.kind in "fiub"
+    return column.astype(kind, copy=False) if is_number else column
 
 
 def _client_tls(url: str, certificate: Path | None) -> ssl.SSLContext | None:

@@ -34,11 +34,13 @@ class Limits:
         max_bytes: length of the whole message.
         max_elements: values in it, maps' keys counted, at all depths. An array is a handful, however large.
         max_depth: maps and lists inside each other.
+        max_text: bytes of a text; bytes of arrays are none.
     """
 
     max_bytes: int = MAX_BYTES
     max_elements: int = 10_000
     max_depth: int = 16
+    max_text: int = 64 * 1024
 
 
 def pack(value: Any) -> bytes:
@@ -82,6 +84,8 @@ _SIZED = {code + power: (1 << power, 1, 0) for code in (0xC4, 0xD9) for power in
     code + power: (2 << power, 0, inside) for code, inside in ((0xDC, 1), (0xDE, 2)) for power in range(2)
 }
 """First byte of bytes, texts, lists and maps -> bytes of the size that follows; bytes and values per unit of it."""
+_TEXTS = (0xD9, 0xDA, 0xDB)
+"""First byte of texts that are not short."""
 
 
 def _check_structure(data: bytes, limits: Limits) -> None:
@@ -95,7 +99,7 @@ def _check_structure(data: bytes, limits: Limits) -> None:
             open_lists.pop()
             continue
         open_lists[-1] -= 1
-        at, inside = _skip_header(data, at)
+        at, inside = _skip_header(data, at, limits.max_text)
         declared += inside
         if at + inside > len(data):
             raise ProtocolError(f"malformed message: it ends after {len(data)} bytes, in the middle of a value")
@@ -109,7 +113,7 @@ def _check_structure(data: bytes, limits: Limits) -> None:
         raise ProtocolError(f"malformed message: {len(data) - at} bytes after its end")
 
 
-def _skip_header(data: bytes, at: int) -> tuple[int, int]:
+def _skip_header(data: bytes, at: int, max_text: int) -> tuple[int, int]:
     """(where the next value starts, how many values are inside this one)."""
     if at >= len(data):
         raise ProtocolError("malformed message: it is empty")
@@ -126,6 +130,8 @@ def _skip_header(data: bytes, at: int) -> tuple[int, int]:
         raise ProtocolError(f"malformed message: values of MessagePack type 0x{code:02x} are not taken")
     width, bytes_each, values_each = _SIZED[code]
     size = int.from_bytes(data[at : at + width])
+    if code in _TEXTS and size > max_text:
+        raise ProtocolError(f"a text of {size} bytes; at most {max_text} are taken")
     return at + width + size * bytes_each, size * values_each
 
 

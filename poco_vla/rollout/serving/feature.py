@@ -31,23 +31,43 @@ class Feature:
         return int(np.prod(self.shape, dtype=object)) * np.dtype(self.dtype).itemsize
 
     def check(self, key: str, found: Any) -> np.ndarray:
-        """The value, if it is such a feature.
+        """Return the value as this feature's dtype: other kinds of numbers are taken where they mean the same.
+
+        Clients of numpy send float64 and whole numbers by default. Where float32 is expected, any number is rounded to
+        it; where whole numbers or booleans are, whole numbers that fit.
 
         Raises:
-            DataError: it is not; the message says what was found and what was expected.
+            DataError: it is not such a feature; the message says what was found and what was expected.
         """
         expected = f"expected {self.dtype} of shape {list(self.shape)}"
         if not isinstance(found, np.ndarray):
             raise DataError(f'"{key}" is a {type(found).__name__}, {expected}')
-        if found.shape != self.shape or found.dtype.name != self.dtype:
+        if found.shape != self.shape:
             raise DataError(f'"{key}" is {found.dtype.name} of shape {list(found.shape)}, {expected}')
-        if found.dtype.kind == "f" and not np.isfinite(found).all():
+        taken = found if found.dtype.name == self.dtype else _converted(found, np.dtype(self.dtype))
+        if taken is None:
+            raise DataError(f'"{key}" is {found.dtype.name} of shape {list(found.shape)}, {expected}')
+        if taken.dtype.kind == "f" and not np.isfinite(taken).all():
             raise DataError(f'"{key}" holds NaN or infinite numbers and is not taken')
-        return found
+        return taken
+
+
+def _converted(found: np.ndarray, wanted: np.dtype) -> np.ndarray | None:
+    """The same numbers as another dtype; None where they would not be the same."""
+    if wanted.kind == "f" and found.dtype.kind in "fiub":
+        with np.errstate(over="ignore"):  # too large a number becomes infinite, and is refused as such
+            return found.astype(wanted)
+    if wanted.kind in "iub" and found.dtype.kind in "iu":
+        low, high = (0, 1) if wanted.kind == "b" else (np.iinfo(wanted).min, np.iinfo(wanted).max)
+        fits = found.size == 0 or (int(found.min()) >= low and int(found.max()) <= high)
+        return found.astype(wanted) if fits else None
+    return None
 
 
 def observation_spec(features: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Feature]:
     """What a policy is to be sent: those of a LeRobot dataset's features (`DatasetInfo.features`) that it reads.
+
+    Numbers are float32 whatever the dataset stores them as: training reads them so, and robots give them so.
 
     Args:
         features: key -> dtype, shape, names.
@@ -62,6 +82,6 @@ def observation_spec(features: Mapping[str, Any], keys: Iterable[str]) -> dict[s
 def _feature(description: Mapping[str, Any]) -> Feature:
     shape = tuple(int(size) for size in description["shape"])
     if description["dtype"] not in ("image", "video"):
-        return Feature(shape, description["dtype"])
+        return Feature(shape, "float32")
     channels_first = "channel" in str((description.get("names") or [""])[0])
     return Feature((*shape[1:], shape[0]) if channels_first else shape, "uint8")

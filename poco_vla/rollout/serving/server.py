@@ -11,7 +11,6 @@ import asyncio
 import hmac
 import ipaddress
 import logging
-import socket
 import ssl
 import threading
 import time
@@ -41,9 +40,24 @@ from poco_vla.rollout.serving.codec import (
     unpack,
 )
 from poco_vla.rollout.serving.feature import Feature
-from poco_vla.rollout.serving.upload import MAX_EPISODE_BYTES, Inbox
+from poco_vla.rollout.serving.gate import (
+    BACKLOG,
+    HANDSHAKE_SECONDS,
+    MAX_CLIENTS,
+    MESSAGES_AHEAD,
+    BoundedConnection,
+    Gate,
+    Intake,
+    listen,
+    message_limit,
+    room_for_connections,
+)
+from poco_vla.rollout.serving.upload import MAX_EPISODE_BYTES, Inbox, check_task
+from poco_vla.rollout.serving.uploads import IDLE, BusyError, Uploads
 
 logger = logging.getLogger(__name__)
+_STRANGERS = logging.getLogger(f"{__name__}.strangers")
+_STRANGERS.setLevel(logging.CRITICAL)  # websockets logs a traceback for each that does not speak its protocol
 
 INSTRUCTION_KEYS = ("task", "prompt")
 """LeRobot's name of the instruction, and openpi's."""
@@ -157,6 +171,8 @@ class PolicyServer:
         max_batch: most states in one forward.
         episodes: where episodes go that clients send; None takes none.
         max_episode_bytes: longest episode that is taken. Each connection may have one on its way, held in memory.
+        max_uploads: episodes that may be on their way at once, of twice `max_episode_bytes` together.
+        max_clients: open connections; fewer where this process may open few files.
         task: the instruction that the policy was trained for, for the metadata.
         action_bounds: (lowest, highest), both [action_dim], of the actions that the policy was trained on, for the
             metadata; None where they are not known.
@@ -185,6 +201,8 @@ class PolicyServer:
         task: str = "",
         action_bounds: tuple[np.ndarray, np.ndarray] | None = None,
         insecure: bool = False,
+        max_uploads: int = 8,
+        max_clients: int = MAX_CLIENTS,
     ) -> None:
         _check_access(host, token, insecure, encrypted=certificate is not None)
         self.actor, self.obs_spec = actor, dict(obs_spec)
@@ -192,11 +210,15 @@ class PolicyServer:
         self.action_bounds = _check_bounds(action_bounds, actor.policy.spec.action_dim)
         self.episodes, self.max_episode_bytes = episodes, max_episode_bytes
         self.host, self.port = host, port
-        self.limits = Limits(max_bytes=max_bytes)
+        observation_bytes = sum(feature.nbytes for feature in self.obs_spec.values())
+        self.limits = Limits(max_bytes=message_limit(observation_bytes, max_bytes))
         self.max_batch = max_batch
+        self.max_clients = max_clients
+        self._uploads = Uploads(max_uploads, 2 * max_episode_bytes)
+        self._intake = Intake(max(MESSAGES_AHEAD, 2 * self.limits.max_bytes))
         self._token = token
         self._tls = _server_tls(certificate, key)
-        self._connections: set[ServerConnection] = set()
+        self._connections: set[BoundedConnection] = set()
         self._waiting: asyncio.Queue[_Asked] = asyncio.Queue()
         self._taking: dict[str, asyncio.Future[None]] = {}
         self._stop = asyncio.Event()
@@ -234,11 +256,8 @@ class PolicyServer:
 
     def __enter__(self) -> "PolicyServer":
         assert self._thread is None, "a server serves once"
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        try:
-            listening = socket.create_server((self.host, self.port), family=family)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {self.host}:{self.port}: {error}") from error
+        listening = listen(self.host, self.port)
+        self.max_clients = room_for_connections(self.max_clients)
         self.port = listening.getsockname()[1]
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, args=(listening,), name="policy-server", daemon=True)
@@ -260,18 +279,23 @@ class PolicyServer:
 
     # -- connections --------------------------------------------------------------------------------------------------
 
-    def _run(self, listening: socket.socket) -> None:
+    def _run(self, listening: Gate) -> None:
         try:
             self._loop.run_until_complete(self._serve(listening))
         finally:
             self._loop.close()
 
-    async def _serve(self, listening: socket.socket) -> None:
+    async def _serve(self, listening: Gate) -> None:
         forwards = asyncio.create_task(self._answer_all())
         self._taker = ThreadPoolExecutor(1, "policy-server-episodes")
+        self._gate = listening
         settings: dict[str, Any] = {"ssl": self._tls, "max_size": self.limits.max_bytes}
         # Pictures hardly shrink and take long to; of what a client sends ahead, little is read ahead.
         settings |= {"compression": None, "max_queue": 2}
+        settings |= {"open_timeout": HANDSHAKE_SECONDS, "backlog": BACKLOG, "logger": _STRANGERS}
+        settings |= {"create_connection": BoundedConnection.kind(self._intake)}
+        if self._tls is not None:
+            settings["ssl_handshake_timeout"] = HANDSHAKE_SECONDS
         async with serve(self._converse, sock=listening, process_request=self._admit, **settings):
             await self._stop.wait()
         self._taker.shutdown()  # idle: the conversations are over
@@ -295,10 +319,28 @@ class PolicyServer:
         if versions and versions != [str(PROTOCOL_VERSION)]:
             words = f"this server speaks protocol version {PROTOCOL_VERSION}, the client {', '.join(versions)[:40]!a}\n"
             return connection.respond(HTTPStatus.BAD_REQUEST, words)
+        if not self._has_place():
+            words = f"this server has {len(self._connections)} clients, the most that it takes; try again later\n"
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, words)
+        assert isinstance(connection, BoundedConnection)
+        self._connections.add(connection)
+        self._gate.let_in(connection.number)
         return None
 
+    def _has_place(self) -> bool:
+        """Return True if another client may come; for it, the one that has been idle longest has to go."""
+        self._connections = {one for one in self._connections if not one.transport.is_closing()}
+        if len(self._connections) < self.max_clients:
+            return True
+        idlest = min(self._connections, key=lambda one: one.heard)
+        if time.monotonic() - idlest.heard < IDLE:
+            return False
+        self._connections.discard(idlest)
+        idlest.transport.abort()
+        return True
+
     async def _converse(self, connection: ServerConnection) -> None:
-        self._connections.add(connection)
+        assert isinstance(connection, BoundedConnection)
         try:
             await self._answer_one(connection)
         except ConnectionClosed:  # a client may leave at any time
@@ -306,17 +348,27 @@ class PolicyServer:
         finally:
             self._connections.discard(connection)
 
-    async def _answer_one(self, connection: ServerConnection) -> None:
+    async def _answer_one(self, connection: BoundedConnection) -> None:
         """A conversation, until the client leaves or a reply cannot be made."""
         await connection.send(pack(self.metadata))
+        inbox = Inbox(self.obs_spec, self.actor.policy.spec.action_dim, self.max_episode_bytes, self._uploads)
+        try:
+            await self._answer_messages(connection, inbox)
+        finally:
+            self._uploads.release(inbox)
+
+    async def _answer_messages(self, connection: BoundedConnection, inbox: Inbox) -> None:
         previous: dict[str, float] = {}
-        inbox = Inbox(self.obs_spec, self.actor.policy.spec.action_dim, self.max_episode_bytes)
         async for message in connection:
+            connection.message_read()
             received = time.perf_counter()
             try:
                 reply = await self._reply(message, inbox, received, previous)
             except PocoError as error:
                 reply = str(error)[:_LONGEST_TEXT]
+            except BusyError as error:
+                await connection.close(1013, f"try again later: {error}")
+                return
             except _NotTakenError as error:
                 logger.error("an episode could not be kept now, its sender keeps it: %s", error.__cause__)  # noqa: TRY400
                 await connection.close(1011, "the episode could not be kept")
@@ -368,6 +420,8 @@ class PolicyServer:
             raise
         except Exception as error:
             raise _NotTakenError from error
+        finally:
+            self._uploads.release(inbox)
         return {"episode": message["episode"], "recorded": True}
 
     async def _take(self, sink: EpisodeSink, episode: Episode, key: str) -> None:
@@ -430,6 +484,7 @@ def check_request(request: Any, spec: Mapping[str, Feature]) -> _Asked:
         raise DataError(f"{unknown} not known: expected {expected}")
     if not isinstance(request[named[0]], str):
         raise DataError(f'"{named[0]}" is a {type(request[named[0]]).__name__}, expected a text')
+    check_task(named[0], request[named[0]])
     return _Asked({key: feature.check(key, request[key]) for key, feature in spec.items()}, request[named[0]])
 
 
@@ -451,8 +506,9 @@ def _check_access(host: str, token: str | None, insecure: bool, encrypted: bool)
         return
     if token is None and not insecure:
         raise ConfigError(
-            f"{host} can be reached from other machines, and there is no token: give a token, listen on 127.0.0.1, or "
-            "say insecure=True where everybody on the network may drive the policy"
+            f"{host} can be reached from other machines, and there is no token: set the environment variable "
+            "POCO_VLA_TOKEN, listen on 127.0.0.1 (--host), or give --insecure (in training --interaction.insecure) "
+            "where everybody on the network may drive the policy"
         )
     if token is not None and not encrypted:
         logger.warning("the token and the pictures cross the network in the clear: give a certificate and a key")

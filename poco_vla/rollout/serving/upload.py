@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from poco_vla.data.episode import Episode
+from poco_vla.data.episode import LONGEST_TASK, Episode
 from poco_vla.errors import DataError
 from poco_vla.rollout.serving.codec import pack
 from poco_vla.rollout.serving.feature import Feature
+from poco_vla.rollout.serving.uploads import Uploads
 
 PIECE_BYTES = 1024**2
 """Of a piece, unless messages must be shorter. Larger ones are not faster, and keep other clients waiting."""
@@ -80,13 +81,17 @@ class Inbox:
         observations: key -> what one step holds of it.
         action_dim: of the robot.
         max_bytes: of an episode. It is allocated as it comes, so that a client cannot claim what it does not send.
+        uploads: bounds the episodes of all clients together; None bounds nothing more.
     """
 
-    def __init__(self, observations: Mapping[str, Feature], action_dim: int, max_bytes: int) -> None:
+    def __init__(
+        self, observations: Mapping[str, Feature], action_dim: int, max_bytes: int, uploads: Uploads | None = None
+    ) -> None:
         own = {name: Feature((), dtype) for name, dtype in _OWN.items()}
         self._needed = {**observations, "action": Feature((action_dim,), "float32"), **own}
         self._optional = {name: Feature((), dtype) for name, dtype in _OPTIONAL.items()}
         self._observations, self._max_bytes = list(observations), max_bytes
+        self._uploads = uploads
         self._growing: _Growing | None = None
 
     def add(self, piece: Mapping[Any, Any]) -> int:
@@ -94,7 +99,24 @@ class Inbox:
 
         Raises:
             DataError: it is not the next piece, or not of these columns; the episode is forgotten.
+            BusyError: it begins an episode while others take all the room.
         """
+        try:
+            filled = self._add(piece)
+        except BaseException:
+            self.drop()
+            raise
+        if self._uploads is not None:
+            self._uploads.touch(self)
+        return filled
+
+    def drop(self) -> None:
+        """Forget the episode."""
+        self._growing = None
+        if self._uploads is not None:
+            self._uploads.release(self)
+
+    def _add(self, piece: Mapping[Any, Any]) -> int:
         growing, self._growing = self._growing, None
         _check_names(piece, {"episode", "steps", "first", "rows"})
         key, first, steps = _key_of(piece), _count(piece, "first"), _count(piece, "steps")
@@ -121,6 +143,7 @@ class Inbox:
         key, task, seed = _key_of(end), end["task"], end["seed"]
         if not isinstance(task, str) or not (seed is None or type(seed) is int):
             raise DataError(f'"task" is a text and "seed" an integer or nothing, got {task!r:.100} and {seed!r:.40}')
+        check_task("task", task)
         if growing is None or growing.key != key or growing.filled < growing.steps:
             found = f"{growing.filled} of the {growing.steps} rows of {growing.key!r}" if growing else "no rows"
             raise DataError(f"the end of episode {key!r}, but there are {found}. Send the episode from its start.")
@@ -135,6 +158,8 @@ class Inbox:
             raise DataError(
                 f"an episode of {steps} steps of {each} bytes; from 1 step up to {self._max_bytes} bytes are taken"
             )
+        if self._uploads is not None:
+            self._uploads.reserve(self, steps * each)
         return _Growing(key, steps, spec)
 
 
@@ -160,6 +185,12 @@ class _Growing:
         if not 0 < count <= self.steps - self.filled:
             raise DataError(f"{count} rows from row {self.filled} on, in an episode of {self.steps}")
         return {name: feature.rows(count).check(name, rows[name]) for name, feature in self.spec.items()}
+
+
+def check_task(name: str, task: str) -> None:
+    """Raise DataError for an instruction that no policy reads to its end."""
+    if len(task) > LONGEST_TASK:
+        raise DataError(f'"{name}" has {len(task)} characters; an instruction has at most {LONGEST_TASK}')
 
 
 def _check_names(found: Mapping[Any, Any], expected: set[str]) -> None:

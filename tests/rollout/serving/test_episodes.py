@@ -317,7 +317,7 @@ BAD = {
         lambda m: [with_rows(m[0], action=np.zeros((rows_of(m[0]), 2), np.float32))],
         ['"action"', "2]", "3]"],
     ),
-    "dtype": (lambda m: [with_rows(m[0], reward=m[0]["rows"]["reward"].astype(float))], ["float64", "float32"]),
+    "dtype": (lambda m: [with_rows(m[0], success=m[0]["rows"]["success"].astype(float))], ["float64", "bool"]),
     "column's length": (lambda m: [with_rows(m[0], success=m[0]["rows"]["success"][:-1])], ['"success"', "shape"]),
     "no array": (lambda m: [with_rows(m[0], success=[True])], ['"success" is a list']),
     "nan action": (lambda m: [with_rows(m[0], action=nan_at(m[0]["rows"]["action"]))], ['"action" holds NaN']),

@@ -1,0 +1,186 @@
+"""What strangers and clients may cost a server: connections, bytes and time, bounded before anything is taken."""
+
+import logging
+import resource
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from weakref import ref
+
+from websockets.asyncio.server import ServerConnection
+from websockets.protocol import State
+
+from poco_vla.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_SECONDS = 5.0
+"""For a connection to be encrypted and to ask for the websocket."""
+MAX_HEAD = 16 * 1024
+"""Bytes of a request that asks for the websocket."""
+MAX_STRANGERS = 32
+"""Connections that have not shown a token, nor got a websocket; of more the oldest is dropped."""
+MAX_CLIENTS = 64
+"""Open websockets."""
+BACKLOG = 16
+"""Connections that the system accepts ahead."""
+FILES = 4096
+"""Open files that this process asks the system for, where it may have fewer."""
+RESERVE = 128
+"""Open files that connections leave to the rest of the process: logs, checkpoints, datasets."""
+MIN_MESSAGE, MESSAGES_AHEAD = 4 * 1024**2, 128 * 1024**2
+"""Bytes of a message that is taken whatever the policy observes, and of all that have begun to come."""
+
+
+def message_limit(observation_bytes: int, most: int) -> int:
+    """Return the longest message that makes sense: observations in 8-byte numbers where 1-byte ones are expected."""
+    return min(most, max(MIN_MESSAGE, 8 * observation_bytes + 1024**2))
+
+
+def room_for_connections(wanted: int) -> int:
+    """Raise this process's limit of open files as far as needed and allowed, and return how many connections it leaves
+    room for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < FILES:
+        soft = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    room = max(1, min(wanted, soft - _open_files() - RESERVE))
+    if room < wanted:
+        logger.warning("%d connections are served at once: this process may open %d files (ulimit -n)", room, soft)
+    return room
+
+
+def _open_files() -> int:
+    folder = Path("/proc/self/fd")
+    return sum(1 for _ in folder.iterdir()) if folder.is_dir() else RESERVE
+
+
+def listen(host: str, port: int) -> "Gate":
+    """Return a socket that listens.
+
+    Raises:
+        ConfigError: it cannot, for a reason that the message says.
+    """
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port is {port}; a port is a number from 1 to 65535, or 0 for a free one")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        made = socket.create_server((host, port), family=family)
+    except PermissionError as error:
+        raise ConfigError(
+            f"cannot listen on port {port}: ports below 1024 are the administrator's. Choose another port, such as 8000"
+        ) from error
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {reason}. Choose another port (0 takes a free one), or an address of "
+            "this machine"
+        ) from error
+    return Gate(fileno=made.detach())
+
+
+class Gate(socket.socket):
+    """A listening socket with a bounded number of connections. Whoever is no client yet is a stranger: of too many, the
+    one that has waited longest is dropped, so that idle ones keep nobody out.
+
+    It counts what it accepts, so that connections count whose encryption has not even begun.
+    """
+
+    max_strangers = MAX_STRANGERS
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; drop the oldest stranger for it where there are too many."""
+        connection, address = super().accept()
+        strangers = self._alive()
+        for old in strangers[: max(0, len(strangers) + 1 - self.max_strangers)]:
+            with suppress(OSError):  # it may be gone already
+                old.shutdown(socket.SHUT_RDWR)
+        self._accepted = [*map(ref, strangers), ref(connection)]
+        return connection, address
+
+    def let_in(self, number: int) -> None:
+        """Count the connection of this file number among the strangers no more."""
+        self._accepted = [ref(one) for one in self._alive() if one.fileno() != number]
+
+    @property
+    def num_strangers(self) -> int:
+        """Connections that are no clients yet."""
+        return len(self._alive())
+
+    def _alive(self) -> list[socket.socket]:
+        found = [one() for one in getattr(self, "_accepted", [])]
+        return [one for one in found if one is not None and one.fileno() != -1]
+
+
+class Intake:
+    """Bytes that have come of messages that are not whole, over all connections."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.held: dict[BoundedConnection, int] = {}
+
+    def add(self, connection: "BoundedConnection", count: int) -> None:
+        """Count bytes; beyond the bound, the connection that holds most of them is dropped."""
+        self.held[connection] = self.held.get(connection, 0) + count
+        while len(self.held) > 1 and sum(self.held.values()) > self.most:
+            greedy = max(self.held, key=lambda one: self.held[one])
+            logger.warning("a client is dropped: messages that are not whole take more than %d bytes", self.most)
+            self.release(greedy)
+            greedy.transport.abort()
+
+    def release(self, connection: "BoundedConnection") -> None:
+        """Forget a connection's bytes: its message was read, or it is gone."""
+        self.held.pop(connection, None)
+
+
+class BoundedConnection(ServerConnection):
+    """A connection whose request, and whose messages on their way, are bounded in bytes."""
+
+    intake: Intake
+    heard = 0.0
+
+    @classmethod
+    def kind(cls, intake: Intake) -> Callable[..., "BoundedConnection"]:
+        """Return what makes connections that count their bytes in `intake`."""
+
+        def make(*args: Any, **kwargs: Any) -> BoundedConnection:
+            connection = cls(*args, **kwargs)
+            connection.intake, connection.heard, connection._head = intake, time.monotonic(), 0
+            return connection
+
+        return make
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes, or end the connection."""
+        if self.protocol.state is State.CONNECTING:
+            self._head += len(data)
+            if self._head > MAX_HEAD:
+                self.transport.abort()
+                return
+        else:
+            self.intake.add(self, len(data))
+            if self.transport.is_closing():
+                return
+        super().data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Release what the connection held."""
+        self.intake.release(self)
+        super().connection_lost(exc)
+
+    def message_read(self) -> None:
+        """Note that a message was handed over whole."""
+        self.heard = time.monotonic()
+        self.intake.release(self)
+
+    @property
+    def number(self) -> int:
+        """File number of its socket."""
+        return self.transport.get_extra_info("socket").fileno()
