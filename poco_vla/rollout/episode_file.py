@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -20,7 +21,7 @@ def encoded(episode: Episode) -> bytes:
     columns = {f"{_OBS}{key}": value for key, value in episode.obs.items()}
     columns |= {name: getattr(episode, name) for name in _COLUMNS}
     columns |= {name: value for name in _NOTED if (value := getattr(episode, name)) is not None}
-    facts = {"task": episode.task, "seed": episode.seed}
+    facts: dict[str, Any] = {"task": episode.task, "seed": episode.seed}
     facts |= {"step_tasks": episode.step_tasks} if episode.step_tasks is not None else {}
     metadata = {"episode": json.dumps(facts)}
     return save({name: np.ascontiguousarray(column) for name, column in columns.items()}, metadata)
