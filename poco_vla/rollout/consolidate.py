@@ -55,13 +55,20 @@ def consolidate(source: Path, root: Path) -> Path:
 
 def _metadata(source: Path, info: Any) -> pa.Table:
     """The episodes' metadata, in their order."""
-    places = (divmod(i, info.chunks_size) for i in range(info.total_episodes))
-    paths = [source / f"meta/episodes/chunk-{chunk:03d}/file-{file:03d}.parquet" for chunk, file in places]
-    if missing := [path for path in paths if not path.is_file()]:
-        raise DataError(f"{source} has no {missing[0].name} for one of its episodes: it is compact already, or damaged")
-    tables = [_read(path) for path in paths]
+    tables = []
+    for i in range(info.total_episodes):
+        chunk, file = divmod(i, info.chunks_size)
+        path = source / f"meta/episodes/chunk-{chunk:03d}/file-{file:03d}.parquet"
+        if not path.is_file():
+            raise DataError(f"{source} has no {path.name} for one of its episodes: it is compact already, or damaged")
+        tables.append(_read(path))
+    if not tables:
+        raise DataError(f"{source} holds no episode")
     # A video's statistics come in another order when it is a single picture.
-    return pa.concat_tables([table.select(tables[0].column_names) for table in tables])
+    try:
+        return pa.concat_tables([table.select(tables[0].column_names) for table in tables])
+    except (ValueError, KeyError) as error:  # Arrow's own derive from these
+        raise DataError(f"{source}/meta/episodes has other columns for some episodes than for others") from error
 
 
 def _write_metadata(partial: Path, table: pa.Table, rows: dict[str, list[Any]]) -> None:
@@ -77,7 +84,12 @@ def _write_metadata(partial: Path, table: pa.Table, rows: dict[str, list[Any]]) 
 
 
 def _read(path: Path) -> pa.Table:
-    return pq.ParquetFile(path).read(use_threads=False)  # small files: threads cost more than they bring
+    try:
+        return pq.ParquetFile(path).read(use_threads=False)  # small files: threads cost more than they bring
+    except (OSError, ValueError) as error:  # Arrow's own derive from these
+        if isinstance(error, OSError) and error.errno:
+            raise  # the disk's
+        raise DataError(f"{path} is damaged ({type(error).__name__}): put it back from a copy") from error
 
 
 def _join_data(source: Path, partial: Path, info: Any, rows: dict[str, list[Any]]) -> None:

@@ -17,12 +17,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from poco_vla.data.folder import TASKS, read_info
 from poco_vla.errors import DataError
 from poco_vla.files import sync
 
 KEY = "poco/key"
 """Column of the episodes' metadata: the id by which a sender knows an episode, "" where there is none."""
 INFO = "meta/info.json"
+FIRST = "meta/info.first.json"
+"""Copy of the description after the first episode: what a lost one is made from again, but for its counts."""
 EPISODE_FILES = ("data/chunk-*/*.parquet", "meta/episodes/chunk-*/*.parquet", "videos/*/chunk-*/*.mp4")
 """Where files of single episodes lie."""
 
@@ -104,6 +107,8 @@ class GrowingDataset:
         for path in files:
             sync(path)
         if self.info is None:
+            shutil.copyfile(stage / INFO, stage / FIRST)
+            sync(stage / FIRST)
             # An empty folder may be there; nothing else may.
             stage.rename(self.root)
             sync(self.root.parent)
@@ -198,23 +203,91 @@ class GrowingDataset:
         return found
 
     def _open(self) -> None:
-        from lerobot.datasets.io_utils import load_info, load_stats, load_tasks
+        from lerobot.datasets.io_utils import load_tasks
 
         if not (self.root / INFO).is_file():
             raise DataError(
                 f"{self.root} holds something else than recorded episodes (no meta/info.json). Move it away, or give "
                 "another output_dir."
             )
-        self.info = load_info(self.root)
+        self.info = self._read_info()
+        self._refuse_other_paths()
         length = self.info.total_episodes
         self._refuse_gaps(length)
         self._set_aside(self._beyond(length), f"{self.root}: files of an episode that was not written to its end")
-        self.tasks = load_tasks(self.root).iloc[: self.info.total_tasks]
         self._read_metadata(length)
-        self.stats = load_stats(self.root)
+        if not is_parquet(self.root / TASKS):
+            self._restore_tasks(length)
+        self.tasks = load_tasks(self.root).iloc[: self.info.total_tasks]
         # A crash between the last two steps leaves statistics that know one episode more.
+        self.stats = self._read_stats()
         if self.stats is None or int(self.stats["index"]["count"][0]) != self.info.total_frames:
             self._sum_up(length)
+
+    def _read_info(self) -> Any:
+        """LeRobot's description; one that cannot be read is made again from the first one and the files."""
+        from lerobot.datasets.utils import DatasetInfo
+
+        try:
+            return read_info(self.root)
+        except DataError as error:
+            if not (self.root / FIRST).is_file():
+                raise
+            try:
+                self.info = info = DatasetInfo.from_dict(json.loads((self.root / FIRST).read_bytes()))
+            except (ValueError, KeyError, TypeError):
+                raise error from None
+        files = {index for index, path in self._files() if path.is_relative_to(self.root / "meta")}
+        length = next(i for i in count() if i not in files)
+        info.total_episodes = length
+        info.splits = {"train": f"0:{length}"}
+        info.total_frames = self._read_row(self._metadata(length - 1))["dataset_to_index"] if length else 0
+        tasks = [task for i in range(length) for task in self._read_row(self._metadata(i))["tasks"]]
+        info.total_tasks = len(set(tasks))
+        self._rewrite("info.json", info.to_dict())
+        self._tell(f"{self.root / INFO} could not be read; it was made again for the {length} episodes that are there")
+        return read_info(self.root)
+
+    def _read_stats(self) -> Any:
+        from lerobot.datasets.io_utils import load_stats
+
+        try:
+            stats = load_stats(self.root)
+            return stats if stats is not None and "count" in stats["index"] else None
+        except (ValueError, KeyError, TypeError):  # torn: they are those of the episodes, summed up again
+            return None
+
+    def _restore_tasks(self, length: int) -> None:
+        """Write the lost table of instructions again, from each episode's own and the numbers that its rows have."""
+        found: dict[int, str] = {}
+        for i in range(length):
+            said = self._read_row(self._metadata(i))["tasks"]
+            place = divmod(i, self.info.chunks_size)
+            rows = self.root / f"data/chunk-{place[0]:03d}/file-{place[1]:03d}.parquet"
+            numbers = set(pq.ParquetFile(rows).read(["task_index"], use_threads=False)["task_index"].to_pylist())
+            if len(said) == len(numbers) == 1:
+                found[numbers.pop()] = said[0]
+        if set(found) != set(range(self.info.total_tasks)):
+            raise DataError(
+                f"{self.root / TASKS}, which says the instruction of each task_index, is missing or torn, and the "
+                f"episodes tell {len(found)} of {self.info.total_tasks} instructions: put it back from a copy"
+            )
+        with self.stage() as stage:
+            write_tasks([found[number] for number in sorted(found)], stage)
+            sync(stage / TASKS)
+            self._put(stage / TASKS, TASKS)
+        self._tell(f"{self.root / TASKS} was missing or torn; it was made again from the episodes' own instructions")
+
+    def _refuse_other_paths(self) -> None:
+        from lerobot.datasets.utils import DEFAULT_DATA_PATH, DEFAULT_VIDEO_PATH
+
+        paths = {self.info.data_path: DEFAULT_DATA_PATH, self.info.video_path: DEFAULT_VIDEO_PATH}
+        for found, own in paths.items():
+            if found not in (own, None):
+                raise DataError(
+                    f"{self.root} was not recorded by this library: its files are at {found!r}, not at {own!r}. Give "
+                    "another output_dir."
+                )
 
     def _refuse_gaps(self, length: int) -> None:
         trees = 2 + sum(feature["dtype"] == "video" for feature in self.info.features.values())
@@ -228,15 +301,35 @@ class GrowingDataset:
 
     def _read_metadata(self, length: int) -> None:
         for i in range(length):
-            path = self._metadata(i)
-            try:
-                (row,) = pq.ParquetFile(path).read(["dataset_to_index", KEY], use_threads=False).to_pylist()
-                end, key = row["dataset_to_index"], row[KEY]
-            except (OSError, KeyError, ValueError) as error:
-                raise DataError(f"{path} is not the metadata of a recorded episode: {error!r}") from error
-            self.ends.append(end)
-            if key:
-                self.keys[key] = i
+            row = self._read_row(self._metadata(i))
+            self.ends.append(row["dataset_to_index"])
+            if row[KEY]:
+                self.keys[row[KEY]] = i
+
+    @staticmethod
+    def _read_row(path: Path) -> dict[str, Any]:
+        try:
+            (row,) = pq.ParquetFile(path).read(["dataset_to_index", "tasks", KEY], use_threads=False).to_pylist()
+            return {"dataset_to_index": row["dataset_to_index"], "tasks": row["tasks"], KEY: row[KEY]}
+        except (OSError, KeyError, ValueError) as error:
+            raise DataError(f"{path} is not the metadata of a recorded episode: {error!r}") from error
+
+
+def is_parquet(path: Path) -> bool:
+    """True if a file is there and can be read as a table."""
+    try:
+        pq.read_schema(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def write_tasks(tasks: list[str], root: Path) -> None:
+    """Write LeRobot's table of instructions, numbered in their order."""
+    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+
+    meta = LeRobotDatasetMetadata.create("local/episodes", fps=1, features={}, root=root, use_videos=False)
+    meta.save_episode_tasks(tasks)
 
 
 def _stats_of(path: Path) -> dict[str, dict[str, np.ndarray]]:

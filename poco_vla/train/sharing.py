@@ -81,4 +81,5 @@ def _episode(columns: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Epi
     obs = {key: column for key, column in columns.items() if key.startswith("observation.")}
     signals: dict[str, Any] = {key: column for key, column in columns.items() if key not in obs}
     tasks = facts["step_tasks"]  # a list where it came as JSON
-    return Episode(obs, **signals, **(dict(facts) | {"step_tasks": tasks and tuple(tasks)}))
+    known: dict[str, Any] = {**facts, "step_tasks": tasks and tuple(tasks)}
+    return Episode(obs, **signals, **known)

@@ -1,6 +1,5 @@
 """One run: both stages, what it is made of, and how it is interrupted and taken up again."""
 
-import json
 import logging
 import math
 import platform
@@ -35,6 +34,7 @@ from poco_vla.data import (
 )
 from poco_vla.data.dataset import info_of
 from poco_vla.data.episode import first_of_each_task
+from poco_vla.data.folder import read_info
 from poco_vla.data.identity import installed_versions
 from poco_vla.data.signals import check_reward
 from poco_vla.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UnknownNameError
@@ -947,8 +947,8 @@ class Trainer:
     def _num_recorded(self) -> int:
         """Online episodes on disk."""
         self.accelerator.wait_for_everyone()  # the main process has put the folder in order
-        info = self._episodes / "meta" / "info.json"
-        return int(json.loads(info.read_text())["total_episodes"]) if info.is_file() else 0
+        found = (self._episodes / "meta" / "info.json").is_file()
+        return int(read_info(self._episodes).total_episodes) if found else 0
 
     def _recorded(self, first: int, end: int) -> Iterator[Episode]:
         """These online episodes, as the pool keeps them; of those with pictures a few are in memory at once."""

@@ -1,5 +1,6 @@
 """Rewards, success and the check of one episode's columns."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 
 from poco_vla.config import RewardConfig
 from poco_vla.data import Episode
+from poco_vla.data.episode import first_of_each_task
 from poco_vla.errors import DataError, UnknownNameError
+from poco_vla.train import sharing
 
 
 def episode():
@@ -68,3 +71,28 @@ def test_the_check_names_column_frame_and_extent(name):
     column[1:] = np.nan
     with pytest.raises(DataError, match=f'my data, episode 4: "{name}" is not finite at frame 1 .* 2 of 3 frames'):
         bad.check("my data, episode 4")
+
+
+def test_the_recorded_reward_is_refused_where_none_was_recorded():
+    bare = replace(episode(), has_reward=False)
+    assert bare.rewards(RewardConfig()).tolist() == [0, 0, 1]
+    with pytest.raises(DataError, match=r'reward.source is "recorded", but the demonstrations have no column next.rew'):
+        bare.rewards(RewardConfig(source="recorded"))
+
+
+def test_each_instruction_is_told_with_its_first_step():
+    mixed = replace(episode(), task="pick", step_tasks=("pick", "place", "place"))
+    assert mixed.tasks == {"pick": 0, "place": 1}
+    assert [mixed.task_at(i) for i in range(3)] == ["pick", "place", "place"]
+    plain = replace(episode(), task="place")
+    assert plain.tasks == {"place": 0}
+    assert first_of_each_task([mixed, plain]) == {"pick": (mixed, 0), "place": (mixed, 1)}
+
+
+def test_instructions_reach_other_processes_as_they_are():
+    """Facts travel as JSON."""
+    mixed = replace(episode(), task="pick", step_tasks=("pick", "place", "place"))
+    for one in (mixed, episode()):
+        facts = json.loads(json.dumps({"task": one.task, "seed": one.seed, "step_tasks": one.step_tasks}))
+        again = sharing._episode(sharing._columns_of(one), facts)
+        assert (again.task, again.step_tasks) == (one.task, one.step_tasks)
