@@ -1,15 +1,16 @@
 """Command lines: `poco-vla train | eval | serve | robot | data | report | push | export | adapters`, and the entries of
 recipes."""
 
+import errno
 import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 from rich.console import Console
@@ -20,10 +21,15 @@ from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, differenc
 from poco_vla.errors import ConfigError, PocoError, UnknownNameError
 from poco_vla.open_options import chosen_names
 from poco_vla.open_options import with_open_options as _with_open_options
-from poco_vla.terminal import SafeConsole, format_logs_safely
+from poco_vla.terminal import SafeConsole, first_to_say, format_logs_safely
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+OF_THE_SYSTEM = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EMFILE),
+    *(errno.ENFILE, errno.ENOMEM, errno.ENAMETOOLONG, errno.ELOOP),
+}
+"""Errors of the operating system that a user can mend: rights, space, limits, a file where a folder belongs."""
 NO_ENV = "--no-env"
 """Takes the environment out of a recipe, of which tyro's words can only change one."""
 
@@ -159,7 +165,7 @@ def _parsed(config: TrainConfig, given: Sequence[str], *, tiny: bool, smoke: boo
         config = shrink(config) if flag in given else config
     default, rest = _with_open_options(config, [word for word in given if word not in (*smaller, NO_ENV)])
     parsed = tyro.cli(TrainConfig, description=about, default=default, args=rest, config=(tyro.conf.AvoidSubcommands,))
-    parsed = _with_options_of(parsed, default)
+    parsed = _expanded(_with_options_of(parsed, default))
     return _without_env(parsed) if NO_ENV in given else parsed
 
 
@@ -432,14 +438,19 @@ class Adapters:
     """The installed model adapters."""
 
 
+VERBS = ("train", "eval", "serve", "robot", "data", "report", "push", "export", "adapters")
+DATA_VERBS = ("make", "ogbench", "robomimic", "consolidate")
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """`poco-vla`."""
     given = list(sys.argv[1:] if args is None else args)
-    _guarded(lambda: _run(_command(given)))
+    _guarded(lambda: _run(_expanded(_command(given))))
 
 
 def _command(args: Sequence[str]) -> object:
     """Return the command that a command line stands for."""
+    _check_verbs(args)
     if args[:1] == ["train"]:
         return _train_command(args[1:])
     if args[:2] == ["data", "make"]:
@@ -461,6 +472,15 @@ def _command(args: Sequence[str]) -> object:
     if isinstance(command, Robot):
         command.devices = tuple(devices)
     return command
+
+
+def _check_verbs(args: Sequence[str]) -> None:
+    """Raise UnknownNameError if a command line begins with a command that does not exist."""
+    verbs = {"": VERBS, "data": DATA_VERBS}
+    for place, known in verbs.items():
+        word = (args[1:] if place else args)[:1]
+        if (not place or args[:1] == [place]) and word and not word[0].startswith("-") and word[0] not in known:
+            raise UnknownNameError(f"command {place}".strip(), word[0], known)
 
 
 def _train_command(args: Sequence[str]) -> Train:
@@ -504,9 +524,9 @@ def _run(command: object) -> None:
         case Eval():
             from poco_vla.evaluate import evaluate
 
-            _, load = _policy_of(command)
-            env = _env_of(command)
-            result = evaluate(load(), env, episodes=command.episodes, seed=command.seed)
+            policy = _policy_of(command)
+            env = _env_of(command, policy.about)
+            result = evaluate(policy.load(), env, episodes=command.episodes, seed=command.seed)
             console.print(f"success {result.success} of {command.episodes} episodes")
         case Serve():
             _serve(command, console)
@@ -544,22 +564,46 @@ def _run(command: object) -> None:
                 console.print(f"{name:<16} {where}")
 
 
-def _policy_of(command: Eval | Serve) -> tuple[str, Callable[[], Any]]:
-    """The adapter's name, told or found where the policy is, and what loads the policy."""
+@dataclass(frozen=True)
+class _Policy:
+    """A policy that a command line names: its adapter, the folder of its small files, what the folder says of it, and
+    what loads it."""
+
+    adapter: str
+    folder: Path
+    about: dict[str, Any]
+    load: Callable[[], Any]
+
+
+def _policy_of(command: Eval | Serve) -> _Policy:
+    """Find a policy, and its adapter where none is told."""
     from poco_vla.heads import read_about
     from poco_vla.hub import load_head, located
     from poco_vla.registry import load_adapter
 
-    options: dict[str, Any] = {"device": command.device} | {
-        name: value for name in ("base", "revision") if (value := getattr(command, name)) is not None
-    }
-    if command.adapter is None:
-        about = read_about(located(command.policy, command.revision).folder)
-        if about:
-            return about["adapter"], lambda: load_head(command.policy, **options)
+    if command.adapter is not None:
+        load_adapter(command.adapter)  # a mistyped name is told before anything is fetched
+    options: dict[str, Any] = {"device": command.device} | ({} if command.base is None else {"base": command.base})
+    source = located(command.policy, command.revision)
+    about = read_about(source.folder)
+    if source.revision is not None:
+        options["revision"] = source.revision
+    if command.adapter is None and about:
+        return _Policy(about["adapter"], source.folder, about, lambda: load_head(source.name, **options))
     name = command.adapter or _run_of(command.policy, "by which adapter, with --adapter").get("adapter", "flow_mlp")
     adapter = load_adapter(name)
-    return name, lambda: adapter.from_pretrained(command.policy, **options)
+    return _Policy(name, source.folder, about, lambda: adapter.from_pretrained(source.name, **options))
+
+
+def _expanded(command: Any) -> Any:
+    """Return a command or configuration whose paths may begin with ~, the user's home folder."""
+    if isinstance(command, Path):
+        return command.expanduser()
+    if isinstance(command, tuple):
+        return tuple(_expanded(value) for value in command)
+    if not is_dataclass(command) or isinstance(command, type):
+        return command
+    return replace(command, **{f.name: _expanded(getattr(command, f.name)) for f in fields(command)})
 
 
 def _push(command: Push, console: Console) -> None:
@@ -585,12 +629,12 @@ def _serve(command: Serve, console: Console) -> None:
     from poco_vla.rollout import Actor
     from poco_vla.rollout.serving.server import PolicyServer, observations_of
 
-    name, load = _policy_of(command)
-    policy = load()
+    found = _policy_of(command)
+    policy = found.load()
     server = PolicyServer(
         Actor(policy, command.seed),
-        observations_of(command.policy, policy.input_keys),
-        adapter=name,
+        observations_of(str(found.folder), policy.input_keys),
+        adapter=found.adapter,
         fps=command.fps,
         host=command.host,
         port=command.port,
@@ -600,7 +644,7 @@ def _serve(command: Serve, console: Console) -> None:
         insecure=command.insecure,
     )
     with server:
-        console.print(f"serving {name} at {server.url}; Ctrl-C ends it")
+        console.print(f"serving {found.adapter} at {server.url}; Ctrl-C ends it")
         sys.stdout.flush()
         threading.Event().wait()
 
@@ -641,24 +685,25 @@ def _make_data(source: MakeData | OGBenchData | RobomimicData | ConsolidateData)
         )
 
 
-def _env_of(command: Eval) -> EnvSpec:
-    """The environment that is asked for, or that of the policy's own run."""
+def _env_of(command: Eval, about: Mapping[str, Any]) -> EnvSpec:
+    """Return the environment that is asked for, or that of the policy's own run, as its folder or poco.json has it."""
     if command.env is not None:
         try:
             return from_json(EnvSpec, json.loads(command.env))
         except (json.JSONDecodeError, AttributeError) as error:
             raise ConfigError(f"--env is no JSON object: {error}") from error
-    env = _run_of(command.policy, "where it acts with --env")["env"]
+    env = about.get("results", {}).get("env") or _run_of(command.policy, "where it acts with --env")["env"]
     if env is None:
         raise ConfigError(f"the run of {command.policy} had no environment: say where it acts with --env")
     return from_json(EnvSpec, env)
 
 
 def _run_of(policy: str, otherwise: str) -> dict[str, Any]:
-    """result.json of the run that exported the policy."""
+    """Return result.json of the run that exported the policy."""
+    from poco_vla.hub.places import run_of
     from poco_vla.report import read_result
 
-    run = next((p for p in (Path(policy), Path(policy).parent) if (p / "result.json").is_file()), None)
+    run = run_of(policy)
     if run is None:
         raise ConfigError(f"{policy} does not lie in a run's folder: say {otherwise}")
     return read_result(run)
@@ -671,7 +716,7 @@ def _train(config: TrainConfig) -> None:
 
 
 def _guarded(work: object) -> None:
-    """Run, and turn what a user can mend into one line on stderr."""
+    """Run, and turn what a user can mend into one line on stderr, which one process of a launch writes."""
     format_logs_safely("%(levelname)s %(name)s: %(message)s")
     assert callable(work)
     # A launcher that waits for its children ignores Ctrl-C, and they inherit that.
@@ -679,11 +724,21 @@ def _guarded(work: object) -> None:
     try:
         work()
     except PocoError as error:
-        _stderr().print(Text.assemble((type(error).__name__, "bold red"), f": {error}"))
-        sys.exit(1)
+        _refuse(type(error).__name__, str(error))
+    except OSError as error:
+        if error.errno not in OF_THE_SYSTEM:
+            raise
+        _refuse(type(error).__name__, f"{error.strerror}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt as stop:
         _stderr().print(str(stop) or "interrupted")
         sys.exit(INTERRUPTED)
+
+
+def _refuse(kind: str, message: str) -> NoReturn:
+    """End with status 1, and the message unless another process of this launch has written it."""
+    if first_to_say(message):
+        _stderr().print(Text.assemble((kind, "bold red"), f": {message}"))
+    sys.exit(1)
 
 
 def _stderr() -> Console:

@@ -1,7 +1,12 @@
 """Where texts reach a person: a console and a log format that show control characters of foreign names as escapes."""
 
+import hashlib
 import logging
+import os
+import tempfile
+import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -26,6 +31,29 @@ class SafeConsole(Console):
         for segment in super().render(renderable, options):
             text = printable(segment.text)
             yield segment if segment.control or text == segment.text else Segment(text, segment.style)
+
+
+def first_to_say(message: str, seconds: float = 60.0) -> bool:
+    """Return True in one of the processes of a launch on this machine; True where there is one process alone.
+
+    Args:
+        message: what all of them may have to say.
+        seconds: time after which the same launch may say it again.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    launch = f"{os.environ.get('MASTER_PORT', '')} {os.getppid()} {message}"
+    mark = Path(tempfile.gettempdir()) / f"poco_vla_said_{hashlib.sha256(launch.encode()).hexdigest()[:24]}"
+    try:
+        if time.time() - mark.stat().st_mtime > seconds:
+            mark.unlink()
+    except FileNotFoundError:
+        pass
+    try:
+        mark.touch(exist_ok=False)
+    except OSError:
+        return not mark.exists()
+    return True
 
 
 class SafeFormatter(logging.Formatter):

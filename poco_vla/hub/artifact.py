@@ -65,6 +65,8 @@ SECRETS = re.compile(
 """Tokens and keys by their looks; those of this process's environment are searched as they are."""
 LOCAL = re.compile(r"(?:~?/|~\w*/|[A-Za-z]:[\\/]).")
 """How a path begins that means something on one machine only."""
+LOCAL_PATH = "a local path"
+"""Stands for a path of the machine that a run was on."""
 PATH_KEYS = ("tokenizer_name", "vlm_model_name", "base_model_path", "pretrained_path")
 """Where LeRobot's configurations and processors name a file or folder."""
 OWN_FOLDERS = ("tokenizer", "vlm")
@@ -156,6 +158,7 @@ def stage(
     if (run / PLOT).is_file():
         shutil.copyfile(run / PLOT, folder / PLOT)
     told |= _account(result, config, which, folder)
+    told["started_from"] = "base" if head is not None else "policy" if config["policy"] else "random weights"
     artifact = Artifact(folder, form, told, derived=head is not None)
     told["files"] = [*artifact.files()]
     write_json(folder / ABOUT, told)
@@ -317,13 +320,15 @@ def _account(result: Mapping[str, Any], config: Mapping[str, Any], which: Which,
     """What was trained how, on what, with which result."""
     dataset = config["dataset"]
     demonstrations = result.get("demonstrations") or {}
+    origin = _origin(config)
     return {
         "date": date.today().isoformat(),
         "adapter_distribution": _distribution(result["adapter"]),
         "normalization": _statistics(folder),
         "algorithm": config["poco"] | {"zeta": result.get("zeta", config["poco"]["zeta"])},
-        "training": _anywhere(config),
-        "datasets": [dataset["repo_id"] or demonstrations.get("repo_id")],
+        "training": _anywhere(config) | ({} if origin == "script" else {"demonstrations": None}),
+        "datasets": [dataset["repo_id"]] if origin == "hub" else [],
+        "demonstrations": {"origin": origin, "name": dataset["repo_id"] or None},
         "dataset_revision": dataset["revision"],
         "versions": result.get("versions"),
         "results": {
@@ -342,6 +347,17 @@ def _account(result: Mapping[str, Any], config: Mapping[str, Any], which: Which,
             "seed": result["seed"],
         },
     }
+
+
+def _origin(config: Mapping[str, Any]) -> Literal["hub", "folder", "script", "unknown"]:
+    """Return where the demonstrations came from, as far as the configuration tells: the Hub (or LeRobot's cache of it),
+    a local folder, the simulator's script; unknown for anything else."""
+    dataset = config["dataset"]
+    if dataset["root"] is not None:
+        return "folder"
+    if dataset["repo_id"]:
+        return "hub" if dataset["repo_id"].count("/") == 1 and not dataset["repo_id"].startswith("local/") else "folder"
+    return "script" if config.get("demonstrations") else "unknown"
 
 
 def _distribution(adapter: str) -> dict[str, str] | None:
@@ -378,7 +394,7 @@ def _anywhere(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             out[key] = _anywhere(value, f"{name}.")
         elif name not in MACHINE:
-            out[key] = "a local path" if isinstance(value, str) and LOCAL.match(value) else value
+            out[key] = LOCAL_PATH if isinstance(value, str) and LOCAL.match(value) else value
     return out
 
 

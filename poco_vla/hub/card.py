@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from poco_vla.hub.artifact import CRITIC, OWN_FOLDERS, PLOT, Artifact
+from poco_vla.hub.artifact import CRITIC, LOCAL_PATH, OWN_FOLDERS, PLOT, Artifact
 
 PAPER = "https://arxiv.org/abs/2604.01860"
 HUB = "https://huggingface.co"
@@ -46,9 +46,9 @@ def _metadata(artifact: Artifact, repo_id: str, licence: Licence) -> str:
         evaluated = [
             EvalResult(
                 task_type="robotics",
-                task_name=results["env"]["task"],
+                task_name=_task(results["env"]),
                 dataset_type=results["env"]["type"],
-                dataset_name=results["env"]["task"],
+                dataset_name=_task(results["env"]),
                 metric_type="success_rate",
                 metric_name=f"success rate of {figures['episodes']} episodes",
                 metric_value=round(figures["success_rate"], 4),
@@ -86,12 +86,18 @@ def _title(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
     if about["weights"].get("lora"):
         what = f"A LoRA of rank {about['weights']['lora']['rank']} on the flow action head"
     what += f" of `{about['adapter']}`"
+    imitated = bool(about["training"]["sft_steps"])
     if about["results"]["env_steps"]:
-        how = f"trained by [POCO]({PAPER}) with poco_vla: it imitated demonstrations, then practised."
-    else:
+        stages = "it imitated demonstrations, then practised" if imitated else "it practised, without imitation before"
+        how = f"trained by [POCO]({PAPER}) with poco_vla: {stages}."
+    elif imitated:
         how = "trained on demonstrations with poco_vla; it has not practised."
+    else:
+        how = "as it was loaded: poco_vla has trained it neither on demonstrations nor by practice."
     if base is None and artifact.derived:
         yield f"{what}, {how} It derives from a base model that is not at the Hub."
+    elif base is None and about.get("started_from") == "policy":
+        yield f"{what}, {how} Training began with another policy's weights, whose origin is unknown here."
     elif base is None:
         yield f"{what}, {how} It has no base model: training began with random weights."
     elif artifact.form == "policy":
@@ -111,12 +117,13 @@ def _success(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str
         yield "Not measured: the run had no environment to evaluate in."
         return
     env = results["env"]
-    yield f"Task: `{env['task']}` (environment type `{env['type']}`)." if env else "Task: the run's environment."
+    yield f"Task: `{_task(env)}` (environment type `{env['type']}`)." if env else "Task: unknown."
     yield ""
     yield "| Policy | success | 95 % interval | episodes | environment steps |"
     yield "|---|---|---|---|---|"
     practised = bool(results["env_steps"])
-    yield _row("before: supervised fine-tuning" if practised else "supervised fine-tuning", results["before"])
+    first = "supervised fine-tuning" if artifact.about["training"]["sft_steps"] else "weights as they were loaded"
+    yield _row(f"before: {first}" if practised else first, results["before"])
     if practised and results["which"] == "best":
         yield _row("after: POCO, best evaluation", results["best"])
     elif practised:
@@ -141,6 +148,8 @@ def _row(name: str, figures: Mapping[str, Any]) -> str:
 
 
 def _use(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
+    from poco_vla.report.commands import lerobot_eval  # its package loads pandas
+
     about = artifact.about
     distribution = about["adapter_distribution"] or {"name": about["adapter"]}
     yield "## Use"
@@ -155,19 +164,35 @@ def _use(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
     yield "chunk = policy.postprocess(propose(policy, prefix, 1)[:, 0, :, : policy.spec.action_dim])"
     yield "```"
     yield ""
-    if artifact.form == "head" or any((artifact.folder / name).is_dir() for name in OWN_FOLDERS):
-        peft = " --form peft" if artifact.form == "peft" else ""
-        yield f"For LeRobot's commands, `poco-vla export {repo_id} FOLDER{peft}` first:"
-        path = "FOLDER"
+    peft = " --form peft" if artifact.form == "peft" else ""
+    export, path = f"`poco-vla export {repo_id} FOLDER{peft}`", "FOLDER"
+    own = [name for name in OWN_FOLDERS if (artifact.folder / name).is_dir()]
+    if artifact.form == "head":
+        yield f"LeRobot's commands take a whole policy, which {export} makes of this head and its base:"
+    elif own:
+        yield (
+            f"LeRobot's commands look for the {' and the '.join(own)} in this repository by a path on their machine, "
+            f"which {export} writes:"
+        )
     else:
         yield "LeRobot's commands take it as it is:"
         path = repo_id
     yield ""
-    yield "```bash"
-    env = about["results"]["env"] or {"type": "...", "task": "..."}
-    words = [*about["results"]["lerobot_arguments"], f"--env.type={env['type']}", f"--env.task={env['task']}"]
-    yield f"lerobot-eval --policy.path={path} {' '.join(words)}"
-    yield "```"
+    results = about["results"]
+    if results["env"] is None:
+        yield "The run had no environment: which one suits it is unknown. `lerobot-eval` takes it with"
+        yield f"`--policy.path={path}` and the `--env.*` arguments of yours."
+    else:
+        figures = _figures(about) or results["before"] or {"episodes": 50}
+        arguments, episodes = results["lerobot_arguments"], figures["episodes"]
+        command = lerobot_eval(path, results["env"], arguments=arguments, episodes=episodes)
+        if command is None:
+            yield "The run's own script registered its environment type, which LeRobot's commands do not find."
+        else:
+            yield from ("```bash", command, "```")
+        if local := [name for name, value in results["env"]["options"].items() if value == LOCAL_PATH]:
+            yield ""
+            yield f"In the place of `{LOCAL_PATH}` ({', '.join(local)}) goes a path of your machine."
     if artifact.form == "peft":
         yield ""
         yield (
@@ -183,7 +208,7 @@ def _training(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[st
     steps = results["demonstration_steps"]
     optim = training["optim"]
     rows = {
-        "demonstrations": (datasets or _made(training)) + (f", {steps:,} steps" if steps else ""),
+        "demonstrations": (datasets or _data(about)) + (f", {steps:,} steps" if steps else ""),
         "supervised fine-tuning": f"{training['sft_steps']:,} updates",
         "critic warm-up": f"{training['warmup_steps']:,} updates",
         "online": f"{results['env_steps']:,} environment steps, {results['updates']:,} updates in all",
@@ -231,9 +256,21 @@ def _terms(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
         yield licence.terms
 
 
-def _made(training: Mapping[str, Any]) -> str:
-    made = training["demonstrations"]
-    return f"{made['episodes']} episodes of the simulator's script ({made['kind']})" if made else "a local dataset"
+def _data(about: Mapping[str, Any]) -> str:
+    """Return what is known of demonstrations that have no page at the Hub."""
+    told = about.get("demonstrations") or {"origin": "unknown", "name": None}
+    made = about["training"]["demonstrations"]
+    if told["origin"] == "script" and made:
+        return f"{made['episodes']} episodes of the simulator's script ({made['kind']})"
+    if told["origin"] in ("folder", "hub"):
+        named = f' that its user calls "{told["name"]}"' if told["name"] else ""
+        return f"a dataset{named}, of unknown origin"
+    return "unknown"
+
+
+def _task(env: Mapping[str, Any]) -> str:
+    """Return the task's name; its environment type's where it has none."""
+    return str(env["task"] or env["type"])
 
 
 def _figures(about: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -7,7 +7,8 @@ from typing import Any
 from poco_vla.critic import ChunkCritic
 from poco_vla.errors import HubError, UnknownAdapterError
 from poco_vla.heads import ABOUT, HEAD_WEIGHTS, POLICY_WEIGHTS, another_file, read_about, read_tensors
-from poco_vla.hub.artifact import CRITIC, source_folder
+from poco_vla.hub.artifact import CRITIC
+from poco_vla.hub.places import policy_folder
 from poco_vla.policy import FlowPolicy
 from poco_vla.registry import available_adapters, load_adapter
 from poco_vla.sources import Source, check_file, locate
@@ -79,11 +80,8 @@ def load_critic(repo_or_path: str | Path, *, revision: str | None = None, target
 
 
 def located(repo_or_path: str | Path, revision: str | None = None) -> Source:
-    """As :func:`poco_vla.sources.locate`; of a run's folder, its last policy's."""
-    folder = Path(repo_or_path)
-    if (folder / "result.json").is_file():
-        repo_or_path = source_folder(folder, "last")
-    return locate(repo_or_path, revision)
+    """Return the source as :func:`poco_vla.sources.locate` does; of a run's folder, that of its last policy."""
+    return locate(policy_folder(repo_or_path), revision)
 
 
 def _check_policy_file(source: Source, about: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Push what a run has trained to the Hub: one commit or none, private unless told otherwise."""
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,11 +14,14 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from poco_vla.errors import HubError, PocoError
+from poco_vla.files import write_json
 from poco_vla.heads import ABOUT, Head, read_about, sha256_of
 from poco_vla.hub.artifact import CARD, Artifact, Dtype, Form, Which, check_portable, head_in, source_folder, stage
 from poco_vla.hub.card import Licence, model_card
 from poco_vla.registry import load_adapter
 from poco_vla.sources import content_of, weights_in
+
+logger = logging.getLogger(__name__)
 
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "LICENCE.md", "NOTICE")
 
@@ -101,6 +105,7 @@ def push_head(
         folder.mkdir()
         there = _compared(api, run, head, base) if head and base and head.revision is None else None
         artifact = stage(run, folder, form=form, which=which, dtype=dtype, critic=critic, base=there)
+        _confirm_datasets(api, artifact)
         if place.weights not in (None, artifact.about["weights"]["sha256"]) and not update:
             raise HubError(
                 f"{repo_id} exists and holds what was trained already: choose another name, or add a commit to it with "
@@ -205,6 +210,23 @@ def _look(api: HfApi, repo_id: str, adapter: str, *, private: bool) -> _Place:
 def _held(info: ModelInfo) -> set[str]:
     """Files of a repository but the Hub's own."""
     return {file.rfilename for file in info.siblings or []} - {".gitattributes"}
+
+
+def _confirm_datasets(api: HfApi, artifact: Artifact) -> None:
+    """Take datasets out of the account that the Hub does not show: LeRobot's cache may hold some that were never
+    pushed."""
+    from huggingface_hub.utils import HFValidationError
+
+    shown = []
+    for name in artifact.about["datasets"]:
+        try:
+            api.dataset_info(name)
+            shown.append(name)
+        except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
+            logger.warning("the card does not link the dataset %s, which the Hub does not show: %s", name, error)
+    if shown != artifact.about["datasets"]:
+        artifact.about["datasets"] = shown
+        write_json(artifact.folder / ABOUT, artifact.about)
 
 
 def _check_base(run: Path, head: Head | None, base: str | None, *, whole: bool) -> None:

@@ -1,12 +1,13 @@
 """What the console shows of runs, and the end of a run."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.console import Group as Lines
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +15,12 @@ from rich.text import Text
 from poco_vla.report.curves import write_curve
 from poco_vla.report.plots import draw_curves
 from poco_vla.report.runs import Run, eval_command, read_result, read_run
+
+COLUMNS = ("run", "seed", "SFT", "after POCO", "gain", "steps", "updates", "time")
+SPARED = ("updates", "time", "steps", "seed")
+"""Columns that a narrow terminal leaves out, the first ones first."""
+NAME_WIDTH = 16
+"""Letters of a run's name that stay on one line, at least."""
 
 
 def finish(run: Path, console: Console) -> None:
@@ -36,27 +43,17 @@ def finish(run: Path, console: Console) -> None:
 
 
 def result_table(runs: Sequence[Path]) -> RenderableType:
-    """Success before and after with 95 % intervals, steps, wall time: one row per run. Below it, how far those are that
-    did not end."""
-    table = Table(
-        title="success in % [95 % interval, Wilson], environment steps",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    table.add_column("run", overflow="fold")
-    for name in ("seed", "SFT", "after POCO", "gain", "steps", "updates", "time"):
-        table.add_column(name, justify="right", no_wrap=True)
-    notes = []
+    """Return a table of success before and after with 95 % intervals, steps and wall time, one row per run, and below
+    it how far those are that did not end. A narrow terminal leaves out updates, time and steps, never success."""
+    rows, notes = [], []
     for path, name in zip(runs, _names(runs), strict=True):
         run = read_run(path)
         result = run.result
-        notes += [] if run.finished else [f"{name} (seed {result['seed']}): {_so_far(run)}"]
+        notes += [] if run.finished else [Text(f"{name} (seed {result['seed']}): {_so_far(run)}")]
         before, after = result["before"], result["after"]
         minutes, seconds = divmod(round(result["seconds"]), 60)
-        table.add_row(
-            Text(name),
+        cells = (
+            name,
             str(result["seed"]),
             _rate(before),
             _rate(after) if run.finished else "unfinished",
@@ -65,7 +62,43 @@ def result_table(runs: Sequence[Path]) -> RenderableType:
             f"{result['updates']:,}",
             f"{minutes}:{seconds:02d}",
         )
-    return Lines(table, *(Text(note) for note in notes))
+        rows.append(dict(zip(COLUMNS, cells, strict=True)))
+    return Lines(_ResultTable(rows), *notes)
+
+
+@dataclass(frozen=True)
+class _ResultTable:
+    """Rows of :func:`result_table`, which take the columns that fit the terminal."""
+
+    rows: Sequence[Mapping[str, str]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(
+            title="success in % [95 % interval, Wilson], environment steps",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
+        )
+        shown = self._fitting(options.max_width)
+        table.add_column("run", overflow="fold")
+        for name in shown[1:]:
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*(Text(row[name]) for name in shown))
+        yield table
+
+    def _fitting(self, width: int) -> list[str]:
+        shown, spare = list(COLUMNS), list(SPARED)
+        while spare and self._width(shown) > width:
+            shown.remove(spare.pop(0))
+        return shown
+
+    def _width(self, names: Sequence[str]) -> int:
+        """Return the width of these columns, with a readable part of the runs' names."""
+        widest = [max(len(name), *(len(row[name]) for row in self.rows)) for name in names[1:]]
+        folder = min(NAME_WIDTH, max(len(row["run"]) for row in self.rows))
+        return folder + sum(widest) + 2 * len(names) + 2
 
 
 def _so_far(run: Run) -> str:

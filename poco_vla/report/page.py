@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from poco_vla.files import whole_file
+from poco_vla.report.commands import shown
 from poco_vla.report.curves import WINDOW, curve_of, rate_of
 from poco_vla.report.plots import COLOURS, METRICS, NAMED, UNFINISHED, curve_svg, metric_svg, short
 from poco_vla.report.published import published, source
@@ -19,7 +20,6 @@ from poco_vla.report.runs import (
     defaults,
     eval_command,
     group_runs,
-    shown,
     train_command,
 )
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +14,8 @@ import pandas as pd
 
 from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, flat, to_json
 from poco_vla.errors import DataError
+from poco_vla.report.commands import lerobot_eval
+from poco_vla.report.labels import labels_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,16 +27,10 @@ EVALUATED = ("env_steps", "success_rate", "episodes", "interval_95")
 """What a report needs of an evaluation."""
 NO_SETTING = (
     *("seed", "output_dir", "resume", "demonstrations.root", "demonstrations.workers"),
-    *(
-        "checkpoint_every",
-        "checkpoint_minutes",
-        "checkpoint_keep_every",
-        "accept_changed_data",
-        "log_every",
-        "trackers",
-        "num_threads",
-        "eval.videos",
-    ),
+    *("checkpoint_every", "checkpoint_minutes", "checkpoint_keep_every", "accept_changed_data", "log_every", "memory"),
+    *("trackers", "num_threads", "eval.videos", "dataset.max_image_bytes", "env.in_process", "prefixes.folder"),
+    *("replay.images", "interaction.host", "interaction.port", "interaction.certificate", "interaction.key"),
+    *("interaction.insecure", "interaction.address"),
 )
 """Fields that do not change what is learned: runs that differ in these alone belong together."""
 
@@ -182,7 +178,7 @@ class Run:
     @property
     def task(self) -> str:
         env = self.result["env"]
-        return str(env["task"]) if env else "no environment"
+        return str(env["task"] or env["type"]) if env else "no environment"
 
     @property
     def latest(self) -> dict[str, Any] | None:
@@ -275,41 +271,16 @@ def group_runs(paths: Sequence[Path]) -> list[Group]:
 
 
 def _named(settings: list[list[Run]]) -> list[Group]:
-    """Groups of one task, each named by the fewest fields that tell them apart."""
+    """Return groups of one task, each named by all fields in which the settings differ."""
     tables = [runs[0].setting for runs in settings]
-    telling = _telling_fields(tables)
-    groups = []
-    for table, runs in zip(tables, settings, strict=True):
-        told = ", ".join(f"{name} {shown(table.get(name, 'not set'))}" for name in telling)
-        groups.append(
-            Group(
-                tuple(sorted(runs, key=lambda run: (not run.finished, run.result["seed"]))),
-                told or str(table["adapter"]),
-            )
-        )
-    return groups
 
+    def by_seed(run: Run) -> tuple[bool, Any]:
+        return not run.finished, run.result["seed"]
 
-def _telling_fields(tables: list[dict[str, Any]]) -> list[str]:
-    """Fields that tell `tables` apart, the adapter and the algorithm's own first, evaluation last."""
-
-    def kinds(names: Iterable[str]) -> int:
-        return len({json.dumps([table.get(name, "not set") for name in names], default=str) for table in tables})
-
-    every = sorted({name for table in tables for name in table}, key=_rank)
-    told: list[str] = []
-    while kinds(told) < len(tables):
-        told.append(max(every, key=lambda name: kinds([*told, name])))
-    return told
-
-
-def _rank(name: str) -> tuple[bool, bool, bool, str]:
-    return name != "adapter", not name.startswith("poco."), name.startswith("eval."), name
-
-
-def shown(value: object) -> str:
-    """A configuration's value as people write it."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return [
+        Group(tuple(sorted(runs, key=by_seed)), label or str(table["adapter"]))
+        for label, table, runs in zip(labels_of(tables), tables, settings, strict=True)
+    ]
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -351,19 +322,13 @@ def eval_command(run: Path) -> str | None:
     env = result["env"]
     if env is None:
         return None
-    options = [f"--env.{name}={shown(value)}" for name, value in env["options"].items()]
-    return shlex.join(
-        [
-            "lerobot-eval",
-            f"--policy.path={run / result['policy']}",
-            f"--policy.device={result.get('device', 'cpu')}",
-            *result.get("lerobot_arguments", ()),
-            f"--env.type={env['type']}",
-            f"--env.task={env['task']}",
-            *options,
-            f"--eval.n_episodes={result['after']['episodes']}",
-            f"--eval.batch_size={min(10, result['after']['episodes'])}",
-        ]
+    evaluated = result["after"] or result["before"] or {"episodes": 50}
+    return lerobot_eval(
+        run / result["policy"],
+        env,
+        arguments=result.get("lerobot_arguments", ()),
+        device=result.get("device", "cpu"),
+        episodes=evaluated["episodes"],
     )
 
 
