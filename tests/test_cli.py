@@ -18,8 +18,9 @@ sys.path.append(str(Path(__file__).parent / "rollout"))
 from published_files import collect, save_npz
 
 from poco_vla import available_adapters
-from poco_vla.cli import main, run_recipe, run_sweep
+from poco_vla.cli import _guarded, main, run_recipe, run_sweep
 from poco_vla.config import EnvSpec, TrainConfig
+from poco_vla.terminal import first_to_say
 from poco_vla.train import train
 
 HERE = Path(__file__).parent
@@ -109,10 +110,14 @@ def test_eval_reports_the_success_of_an_exported_policy(run, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["trian"], 'no command named "trian"'),
+        (["data", "mkae"], 'Did you mean "make"?'),
         (["report", "{tmp}"], "no result.json in"),
+        (["export", "{tmp}/nowhere/at/all", "{tmp}/out"], "the folder does not exist"),
+        (["data", "consolidate", "{tmp}", "--root", "{tmp}/out"], "no LeRobot dataset in"),
         (["eval", "{tmp}", "--adapter", "flow_mpl"], 'no adapter named "flow_mpl"'),
         (["eval", "{tmp}/nowhere"], "nowhere"),
-        (["eval", "{tmp}", "--env", "{{}}", "--adapter", "flow_mlp"], "no LeRobot policy in"),
+        (["eval", "{tmp}", "--env", "{{}}", "--adapter", "flow_mlp"], "no policy in"),
         (["eval", "{tmp}", "--env", "ogbench", "--adapter", "flow_mlp"], "--env is no JSON object"),
         (["eval", "{tmp}", "--env", "{{}}"], "does not lie in a run's folder: say by which adapter"),
         (["train", "--output-dir", "{tmp}/run", "--adapter", "flow_mlp"], "no dataset"),
@@ -126,6 +131,26 @@ def test_an_error_is_one_line_and_exit_status_1(arguments, words, tmp_path, caps
     assert words in shown
     assert len(shown.strip().splitlines()) == 1
     assert "Traceback" not in shown
+
+
+def test_a_fault_of_the_system_is_one_line_and_a_bug_keeps_its_traceback(tmp_path, capsys):
+    """A file where a folder belongs, say; what nobody foresaw is not hidden."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        _guarded(lambda: (tmp_path / "file" / "run").mkdir())
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == f"NotADirectoryError: Not a directory: {tmp_path}/file/run\n"
+    with pytest.raises(FileNotFoundError):
+        _guarded(lambda: (tmp_path / "none").read_text())
+
+
+def test_two_processes_of_a_launch_say_the_same_once(monkeypatch):
+    message = f"the same {os.getpid()}"
+    assert [first_to_say(message) for _ in range(2)] == [True, True], "one process alone"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert [first_to_say(message) for _ in range(2)] == [True, False]
+    assert first_to_say(f"{message}, another"), "each has its own to say"
+    assert first_to_say(message, seconds=-1), "a later launch"
 
 
 def test_an_error_keeps_its_square_brackets(tmp_path, capsys):

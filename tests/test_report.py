@@ -21,6 +21,7 @@ from poco_vla.config import DemonstrationConfig, EnvSpec, PocoConfig, TrainConfi
 from poco_vla.errors import DataError
 from poco_vla.evaluate import SuccessRate
 from poco_vla.report.curves import bootstrap_interval, common_grid, curve_of, over_seeds, points, rate_of
+from poco_vla.report.labels import labels_of
 from poco_vla.report.page import _folded
 from poco_vla.report.plots import draw_group, metric, spread
 from poco_vla.report.published import published_name
@@ -99,6 +100,20 @@ def test_several_runs_are_several_rows_and_namesakes_are_told_by_their_folder(tm
     assert "77" in text
     text = shown(written(tmp_path / "x" / "seed[0]"), written(tmp_path / "y" / "seed[0]"))
     assert [line.split()[0] for line in text.splitlines() if " 3 " in line] == ["x/seed[0]", "y/seed[0]"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 90, 120])
+def test_a_narrow_terminal_shows_success_in_full(width, tmp_path):
+    """Names of folders are folded, and updates, time and steps left out, before a rate is cut off."""
+    sure = {"success_rate": 1.0, "interval_95": [0.93, 1.0], "episodes": 50, "env_steps": 1_000_000}
+    names = ("20261130-141502-seed0", "20261130-141502-seed1-with-a-long-name-of-an-experiment")
+    more = {"after": sure, "env_steps": 1_000_000, "updates": 1_020_000, "seconds": 72_000}
+    console = Console(width=width, record=True, soft_wrap=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    console.print(report.result_table([written(tmp_path / name, **more) for name in names]))
+    text = console.export_text()
+    assert text.count("100 [93, 100]") == 2
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
 
 
 def test_a_run_without_an_environment_has_no_rates(tmp_path):
@@ -231,6 +246,35 @@ def test_runs_that_differ_in_seed_and_folder_alone_are_one_group(tmp_path):
     assert [[run.path for run in group.runs] for group in groups] == [runs[::-1], [other], [elsewhere]]
     assert [group.name for group in groups] == ["poco.eta 0.1", "poco.eta 0.5", "flow_mlp"]
     assert [group.task for group in groups] == [TASK, TASK, "lift"]
+
+
+def test_settings_are_named_by_all_their_differences(tmp_path):
+    """The one that tells most apart comes first; a long value is shortened, many differences are counted."""
+    runs = [configured(tmp_path / name) for name in "abc"]
+    changes = {
+        "b": {"horizon": 7, "poco": {"beta": 3.0}},
+        "c": {"horizon": 9, "policy": "a/very/long/path/of/a/policy/that/nobody/reads", "poco": {"beta": 3.0}},
+    }
+    for name, change in changes.items():
+        values = json.loads((tmp_path / name / "config.json").read_text())
+        values["poco"] |= change["poco"]
+        (tmp_path / name / "config.json").write_text(json.dumps(values | change | {"poco": values["poco"]}))
+    names = [group.name for group in report.group_runs(runs)]
+    assert names == [
+        "horizon 5, poco.beta 1.0, policy null",
+        "horizon 7, poco.beta 3.0, policy null",
+        "horizon 9, poco.beta 3.0, policy a/very/long/path/of/a/pol...",
+    ]
+    many = [{"adapter": "a"} | {f"poco.x{i}": j for i in range(9)} for j in range(2)]
+    assert labels_of(many)[1] == "poco.x0 1, poco.x1 1, poco.x2 1, poco.x3 1 and 5 more differences"
+
+
+@pytest.mark.parametrize("change", [{"memory": "24GB"}, {"checkpoint_keep_every": 7}, {"interaction": {"port": 1}}])
+def test_what_does_not_change_learning_makes_no_other_setting(change, tmp_path):
+    runs = [configured(tmp_path / name) for name in "ab"]
+    values = json.loads((runs[1] / "config.json").read_text())
+    (runs[1] / "config.json").write_text(json.dumps(values | change))
+    assert len(report.group_runs(runs)) == 1
 
 
 def test_a_sweeps_variant_is_one_group_over_seeds_though_each_starts_from_its_own_sft_policy(tmp_path):

@@ -19,8 +19,9 @@ def lerobot_eval(
     device: str | None = None,
     episodes: int = 50,
 ) -> str | None:
-    """Return the command line that evaluates a policy with LeRobot where its run did; None where LeRobot cannot find the
-    environment type, because the script of the run itself has registered it.
+    """Return the command line that evaluates a policy with LeRobot where its run did.
+
+    None where LeRobot cannot find the environment type, because the run's own script has registered it.
 
     Args:
         path: folder or Hub id of a LeRobot policy.

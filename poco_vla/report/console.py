@@ -16,8 +16,8 @@ from poco_vla.report.curves import write_curve
 from poco_vla.report.plots import draw_curves
 from poco_vla.report.runs import Run, eval_command, read_result, read_run
 
-COLUMNS = ("run", "seed", "SFT", "after POCO", "gain", "steps", "updates", "time")
-SPARED = ("updates", "time", "steps", "seed")
+COLUMNS: tuple[str, ...] = ("run", "seed", "SFT", "after POCO", "gain", "steps", "updates", "time")
+SPARED: tuple[str, ...] = ("updates", "time", "steps", "seed")
 """Columns that a narrow terminal leaves out, the first ones first."""
 NAME_WIDTH = 16
 """Letters of a run's name that stay on one line, at least."""
