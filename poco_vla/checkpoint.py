@@ -58,6 +58,9 @@ FREE_TO_CHANGE = {
     "output_dir",
     "eval.videos",
     "replay.outlier_multiple",  # the way out for whoever finds good episodes set aside
+    "env.step_timeout",
+    "env.reset_timeout",
+    "env.max_failures",
     "demonstrations.workers",
     "interaction.host",
     "interaction.port",

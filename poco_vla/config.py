@@ -166,12 +166,36 @@ class EnvSpec:
     num_envs: int = 4
     """Environments stepped side by side; each chunk is sampled for all of them at once."""
     in_process: bool = False
-    """Step them inside this process instead of in worker processes (debugging; small tests)."""
+    """Step them inside this process instead of in worker processes (debugging; small tests). A step that hangs cannot
+    be ended there: the time limits in seconds do not hold."""
+    instruction: str | None = None
+    """The instruction that the policy is told in every episode, and that is recorded. None: what the environment says
+    after each reset; where it says nothing and all demonstrations have one instruction, that one (ours)."""
+    step_timeout: float = 60.0
+    """Seconds after which a control step counts as hung: the worker process is ended and replaced, its episode dropped;
+    0 sets no limit (ours)."""
+    reset_timeout: float = 300.0
+    """The same for starting an environment, a reset, and the first step after a start; 0 sets no limit (ours)."""
+    max_episode_steps: int | None = None
+    """Control steps after which an episode is cut off, as by a time limit. None: twice what the environment declares,
+    2,000 where it declares nothing (ours)."""
+    max_failures: int = 5
+    """Failures of one environment in a row (errors, NaN, hung or dead workers), without a finished episode in between,
+    after which the run stops (ours)."""
 
     def __post_init__(self) -> None:
         if not self.task and self.type == DEFAULT_ENV:
             object.__setattr__(self, "task", DEFAULT_TASK)
         _require(self.num_envs >= 1, f"num_envs is {self.num_envs}; at least 1")
+        for name in ("step_timeout", "reset_timeout"):
+            _require(
+                getattr(self, name) >= 0, f"env.{name} is {getattr(self, name)}; it must not be negative (0: none)"
+            )
+        _require(
+            self.max_episode_steps is None or self.max_episode_steps >= 1,
+            f"env.max_episode_steps is {self.max_episode_steps}; at least 1, or None",
+        )
+        _require(self.max_failures >= 1, f"env.max_failures is {self.max_failures}; at least 1")
 
 
 @dataclass(frozen=True)

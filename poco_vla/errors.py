@@ -76,3 +76,7 @@ class HubError(PocoError):
 
 class NonFiniteError(PocoError):
     """A loss or an observation that is NaN or infinite."""
+
+
+class SimulatorError(PocoError):
+    """A simulator that fails again and again: it raises, hangs, dies, or returns numbers that are not finite."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from poco_vla.config import EnvSpec
 from poco_vla.data import Episode
+from poco_vla.errors import SimulatorError
 from poco_vla.policy import FlowPolicy
 from poco_vla.rollout import Actor, EnvPool
 
@@ -45,14 +46,24 @@ class SuccessRate:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Episodes of one evaluation, in the order of their seeds."""
+    """Episodes of one evaluation, in the order of their seeds.
+
+    Attributes:
+        episodes: those that were played to their end.
+        failures: episodes that the simulator failed in, which are left out.
+    """
 
     episodes: tuple[Episode, ...]
+    failures: int = 0
 
     @property
     def success(self) -> SuccessRate:
         lengths = [len(episode) for episode in self.episodes]
         return SuccessRate(sum(e.succeeded for e in self.episodes), len(lengths), sum(lengths) / len(lengths))
+
+
+class EvaluationStopped(Exception):  # noqa: N818 (no error)
+    """Raised by an evaluation whose environments were told to give up."""
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -82,6 +93,10 @@ def evaluate(
         episodes: how many.
         seed: episode i starts from seed + i; the policy's noise is seeded too, so that an evaluation repeats.
         on_episode: told after each finished episode.
+
+    Raises:
+        SimulatorError: the simulator fails too often, or in all episodes.
+        EvaluationStopped: the pool's `give_up` says so.
     """
     if isinstance(env, EnvSpec):
         with EnvPool(env, policy.spec.horizon) as pool:
@@ -89,9 +104,17 @@ def evaluate(
     actor = Actor(policy, seed)
     env.reset(seed, episodes)
     finished: list[Episode] = []
+    failures = env.failures
     while not env.idle.all():
+        if env.give_up():
+            raise EvaluationStopped
         ended, _ = env.step(actor.chunks(env.obs, env.tasks))
         finished += ended
         if ended:
             on_episode(len(finished))
-    return EvalResult(tuple(sorted(finished, key=lambda episode: episode.seed or 0)))
+    failures = env.failures - failures
+    if not finished:
+        raise SimulatorError(f"{env.name} failed in all {episodes} episodes: success cannot be told")
+    if failures:
+        env.say(f"{env.name} failed in {failures} of {episodes} episodes, which are left out of the success rate")
+    return EvalResult(tuple(sorted(finished, key=lambda episode: episode.seed or 0)), failures)

@@ -14,6 +14,7 @@ from poco_vla.critic import ChunkCritic, aggregate
 from poco_vla.data import network_obs
 from poco_vla.errors import NonFiniteError
 from poco_vla.policy import FlowPolicy, Prefix, propose
+from poco_vla.rollout.observations import require_pictures
 
 
 class Actor:
@@ -61,6 +62,7 @@ class Actor:
         for key, column in obs.items():
             if column.dtype.kind == "f" and not np.isfinite(column).all():
                 raise NonFiniteError(f'the environment returned a non-finite "{key}": nothing was sent to it')
+        require_pictures(obs, list(self.policy.input_keys), "the environment")
         prefix = self.policy.encode(network_obs(self.policy, obs, tasks))
         if self.on_encoded is not None:
             self.on_encoded(obs, tasks, prefix)

@@ -216,6 +216,8 @@ class AsynchronousInteraction(BackgroundInteraction):
     ) -> None:
         super().__init__(recorder, **settings)
         self.envs, self.actor = envs, actor
+        give_up = envs.give_up
+        envs.give_up = lambda: self._stop or give_up()
         self._first_seed = first_seed
 
     def close(self) -> None:

@@ -1,147 +1,94 @@
 """Environments side by side, stepped a whole chunk at a time, in worker processes while the learner learns."""
 
-import multiprocessing
-import multiprocessing.context
-import signal
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.vector.utils import batch_space
 
 from poco_vla.config import EnvSpec
 from poco_vla.data import Episode
-from poco_vla.errors import ConfigError
-from poco_vla.rollout.environments import environment
+from poco_vla.errors import ConfigError, SimulatorError
+from poco_vla.rollout.chunk_env import ChunkEnv, Limits
+from poco_vla.rollout.environments import environment, name_of
+from poco_vla.rollout.environments.supported import install_command
+from poco_vla.rollout.observations import flat_observation, lerobot_key
+from poco_vla.rollout.workers import (
+    Failure,
+    LocalWorker,
+    Worker,
+    close_all,
+    ignore_interrupts_in_workers,
+    wait,
+    worker_context,
+)
 
+__all__ = ["ChunkEnv", "EnvPool", "flat_observation", "ignore_interrupts_in_workers", "lerobot_key", "make_env"]
 
-class ChunkEnv(gym.Env):
-    """Executes H actions open loop per step, and starts the next episode by itself.
-
-    An observation holds the state to act on ("now") and every control step that the chunk brought, with LeRobot's
-    keys. Episodes take their seeds from a plan: env i of n plays first + i, first + i + n, ... until `count` episodes
-    of all n are done; afterwards it idles. A chunk of NaN leaves the environment as it is.
-    """
-
-    def __init__(self, env: gym.Env, horizon: int, index: int, num_envs: int) -> None:
-        self.env = env
-        self.index, self.num_envs, self.horizon = index, num_envs, horizon
-        now = gym.spaces.Dict({lerobot_key(k): _stored(v) for k, v in _leaves(env.observation_space).items()})
-        flags = gym.spaces.Box(0, 1, (horizon,), dtype=np.int8)
-        self.observation_space = gym.spaces.Dict(
-            {
-                "now": now,
-                "frames": batch_space(now, horizon),
-                "reward": gym.spaces.Box(-np.inf, np.inf, (horizon,), dtype=np.float32),
-                "success": flags,
-                "terminal": flags,
-                "length": gym.spaces.Box(0, horizon, (1,), dtype=np.int64),
-                "ended": gym.spaces.Box(0, 1, (1,), dtype=np.int8),
-                "idle": gym.spaces.Box(0, 1, (1,), dtype=np.int8),
-                "seed": gym.spaces.Box(-1, np.iinfo(np.int64).max, (1,), dtype=np.int64),
-            }
-        )
-        self.action_space = batch_space(env.action_space, horizon)
-
-    @property
-    def instruction(self) -> str:
-        """What the robot is told to do: LeRobot's `task_description`, or the task's name."""
-        inner = self.env.unwrapped
-        return str(getattr(inner, "task_description", getattr(inner, "task", "")))
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
-        """`options`: ``first`` (one seed, or one per environment), ``count``."""
-        options = options or {}
-        first = options.get("first", 0)
-        self._next = first[self.index] if isinstance(first, list) else first + self.index
-        self._end = first + options["count"] if options.get("count") is not None else None
-        self._begin_episode()
-        return self._result(_Steps(self.horizon)), {}
-
-    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
-        steps = _Steps(self.horizon, seed=self._seed)
-        if not self._idle and np.isfinite(action).all():
-            for one in action:
-                observation, reward, terminated, truncated, info = self.env.step(one)
-                steps.add(self._now, float(reward), bool(info.get("is_success", False)), terminated)
-                self._now = flat_observation(observation)
-                if terminated or truncated:
-                    if "is_success" not in info:
-                        raise ConfigError(
-                            f'{self.env} ends an episode without info["is_success"]; LeRobot and this library tell '
-                            "success by it"
-                        )
-                    steps.ended = True
-                    self._begin_episode()
-                    break
-        return self._result(steps), 0.0, False, False, {}
-
-    def close(self) -> None:
-        self.env.close()
-
-    def _begin_episode(self) -> None:
-        self._idle = self._end is not None and self._next >= self._end
-        self._seed = self._next
-        if not self._idle:
-            observation, _ = self.env.reset(seed=self._next)
-            self._now = flat_observation(observation)
-            self._next += self.num_envs
-        elif not hasattr(self, "_now"):
-            self._now = flat_observation(self.env.observation_space.sample())
-
-    def _result(self, steps: "_Steps") -> dict[str, Any]:
-        def padded(values: list[Any], dtype: Any) -> np.ndarray:
-            out = np.zeros(self.horizon, dtype=dtype)
-            out[: len(values)] = values
-            return out
-
-        frames = steps.obs + [self._now] * (self.horizon - len(steps.obs))
-        return {
-            "now": self._now,
-            "frames": {key: np.stack([frame[key] for frame in frames]) for key in self._now},
-            "reward": padded(steps.reward, np.float32),
-            "success": padded(steps.success, np.int8),
-            "terminal": padded(steps.terminal, np.int8),
-            "length": np.array([len(steps.obs)]),
-            "ended": np.array([steps.ended], dtype=np.int8),
-            "idle": np.array([self._idle], dtype=np.int8),
-            "seed": np.array([steps.seed]),
-        }
-
-
-@dataclass
-class _Steps:
-    """Control steps that one chunk brought."""
-
-    horizon: int
-    seed: int = -1
-    obs: list[dict[str, np.ndarray]] = field(default_factory=list)
-    reward: list[float] = field(default_factory=list)
-    success: list[bool] = field(default_factory=list)
-    terminal: list[bool] = field(default_factory=list)
-    ended: bool = False
-
-    def add(self, obs: dict[str, np.ndarray], reward: float, success: bool, terminal: bool) -> None:
-        self.obs.append(obs)
-        self.reward.append(reward)
-        self.success.append(success)
-        self.terminal.append(terminal)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class _Running:
-    """The episode that an environment is in: its seed, the chunks sent so far and the weights' version that chose each,
-    the steps they brought."""
+    """The episode that an environment is in: its seed and instruction, the chunks sent so far and the weights' version
+    that chose each, the steps they brought."""
 
     seed: int
+    task: str = ""
     chunks: list[np.ndarray] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Environments:
+    """Workers of one kind, each with a :class:`ChunkEnv`.
+
+    Args:
+        make: makes the i-th environment.
+        count: how many.
+        preload: modules that a worker server imports once, for all its workers.
+        limits: time limits of each.
+        in_process: no workers; everything in this process.
+    """
+
+    def __init__(
+        self, make: Callable[[int], ChunkEnv], count: int, preload: Iterable[str], limits: Limits, *, in_process: bool
+    ) -> None:
+        self._make, self.limits = make, limits
+        self._context = None if in_process else worker_context(tuple(preload))
+        self.workers: list[Worker | LocalWorker] = []
+        try:
+            for index in range(count):
+                self.workers.append(self._started(index))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def envs(self) -> list[ChunkEnv]:
+        """The environments where they live in this process."""
+        return [worker.target for worker in self.workers if isinstance(worker, LocalWorker)]
+
+    def restart(self, indices: Iterable[int]) -> None:
+        """Replace workers, whatever state they are in."""
+        indices = list(indices)
+        close_all([self.workers[i] for i in indices])
+        for i in indices:
+            self.workers[i] = self._started(i)
+
+    def close(self) -> None:
+        close_all(self.workers)
+        self.workers = []
+
+    def _started(self, index: int) -> Worker | LocalWorker:
+        build = partial(self._make, index)
+        if self._context is None:
+            return LocalWorker(build)
+        return Worker(self._context, build, f"environment-{index}", within=self.limits.reset)
 
 
 class EnvPool:
@@ -149,28 +96,67 @@ class EnvPool:
 
     The two halves of a round are apart so that the learner can work in between: `send` chunks, learn, `receive`.
 
+    An environment that fails (it raises, returns NaN, exceeds a time limit, its process dies) is replaced: the episode
+    that it was in is dropped whole, counted in `failures` and said, and the next seed of its plan is played. After
+    `spec.max_failures` in a row without a finished episode, `send` and `reset` raise.
+
     Args:
         spec: which environment, how many.
         horizon: H, control steps per chunk.
         stride: from an environment's seed to its next one: of several pools that share a plan, the environments of all;
             `num_envs` when None.
+        say: tells a person one line.
+        give_up: asked while waiting; once True, environments that do not answer are ended, and not replaced.
+
+    Attributes:
+        failures: episodes that were dropped.
+        tasks: [num_envs] instruction of the episode that each environment is in.
+
+    Raises:
+        ConfigError: the environment is not there, cannot be made, or breaks a rule.
+        SimulatorError: it fails too often.
     """
 
-    def __init__(self, spec: EnvSpec, horizon: int, stride: int | None = None) -> None:
+    def __init__(
+        self,
+        spec: EnvSpec,
+        horizon: int,
+        stride: int | None = None,
+        *,
+        say: Callable[[str], None] = logger.warning,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> None:
         config = environment(spec)
+        self.spec, self.name = spec, name_of(spec)
         self.num_envs = spec.num_envs
         self.stride = stride or spec.num_envs
         self.horizon = horizon
         self.fps: int = config.fps
-        make = partial(_make_chunk_env, config.package_name, config.gym_id, config.gym_kwargs, horizon)
-        makers = [partial(make, index, self.stride) for index in range(spec.num_envs)]
-        self._envs = _vectorise(makers, getattr(config, "preload", ()), in_process=spec.in_process)
+        self.say, self.give_up = say, give_up
+        self.max_failures = spec.max_failures
+        self.failures = 0
+        self._limits = Limits(spec.step_timeout, spec.reset_timeout, spec.max_episode_steps)
+        self._in_a_row = [0] * spec.num_envs
+        self._finished_any = False
+        self._error: Exception | None = None
+        self._told: set[str] = set()
+        self._end: int | None = None
+        self._states: list[dict[str, Any]] = [{"task": "", "told": False} for _ in range(spec.num_envs)]
+        self._lost: set[int] = set()
         self._chunks: np.ndarray | None = None
         self._versions = [0] * spec.num_envs
-        space = self._envs.single_action_space
-        assert isinstance(space, gym.spaces.Box)
-        self.action_dim = space.shape[-1]
-        self.tasks = _instructions(self._envs)
+        which = (config.package_name, config.gym_id, config.gym_kwargs)
+        make = partial(_make_chunk_env, *which, horizon, self.stride, self._limits, self.name)
+        preload = getattr(config, "preload", ())
+        self._envs = Environments(make, spec.num_envs, preload, self._limits, in_process=spec.in_process)
+        try:
+            found = self._describe()
+        except BaseException:
+            self._envs.close()
+            raise
+        self.action_dim: int = found["action_dim"]
+        self.time_limit: int | None = found["declared"]
+        self.most_steps: int = found["limit"]
 
     def __enter__(self) -> "EnvPool":
         return self
@@ -181,17 +167,31 @@ class EnvPool:
     def reset(self, first_seed: int | list[int], count: int | None = None) -> None:
         """Begin episodes with seeds first_seed, first_seed + 1, ...: `count` of them, or without end. Without end, each
         environment may be given a first seed of its own."""
-        self._begin({"first": first_seed, "count": count})
+        if isinstance(first_seed, list):
+            self._begin(list(first_seed), None)
+        else:
+            seeds = [first_seed + i for i in range(self.num_envs)]
+            self._begin(seeds, first_seed + count if count is not None else None)
 
     @property
     def obs(self) -> dict[str, np.ndarray]:
         """LeRobot key -> [num_envs, ...]: the states to act on."""
-        return self._last["now"]
+        return self._obs
+
+    @property
+    def tasks(self) -> list[str]:
+        """Instruction of each environment's present episode; `spec.instruction` where it is given."""
+        return [self._task(state) for state in self._states]
 
     @property
     def idle(self) -> np.ndarray:
         """[num_envs] bool: environments that have played all their episodes."""
-        return self._last["idle"][:, 0].astype(bool)
+        return np.array([bool(state["idle"]) for state in self._states])
+
+    @property
+    def tells_success(self) -> bool:
+        """True once an environment has given info["is_success"]."""
+        return any(state["told"] for state in self._states)
 
     @property
     def steps_in_flight(self) -> int:
@@ -203,19 +203,36 @@ class EnvPool:
 
         `version` is that of the weights that chose them, to be noted with the steps.
         """
+        self._revive(self._lost)
+        self.check()
         self._versions = [version] * self.num_envs
         self._chunks = np.ascontiguousarray(chunks, dtype=np.float32)
-        if isinstance(self._envs, AsyncVectorEnv):
-            self._envs.step_async(self._chunks)
+        seconds = self._limits.step and self._limits.step * self.horizon + self._limits.reset
+        for worker, chunk in zip(self._envs.workers, self._chunks, strict=True):
+            worker.ask("play", chunk, within=seconds)
+            worker.ask("settle", within=self._limits.reset)
 
     def receive(self) -> tuple[list[Episode], int]:
         """Wait for the chunks; give the episodes that ended, and the number of control steps taken."""
         assert self._chunks is not None, "receive() without send()"
-        envs = self._envs
-        result = envs.step_wait() if isinstance(envs, AsyncVectorEnv) else envs.step(self._chunks)
+        wait(self._envs.workers, self.give_up)
         chunks, self._chunks = self._chunks, None
-        self._last = _copied(result[0])
-        return self._collect(chunks), int(self._last["length"].sum())
+        finished: list[Episode] = []
+        taken, failed = 0, set()
+        for i, worker in enumerate(self._envs.workers):
+            answers, worker.answers = worker.answers, []
+            if answers:
+                steps = answers[0]
+                taken += steps["length"]
+                finished += self._collect(i, chunks[i], steps)
+            if worker.failure is None:
+                self._states[i] = answers[1]
+            elif i not in self._lost:
+                self._set_aside(i, worker.failure)
+                failed.add(i)
+        self._revive(failed)
+        self._look()
+        return finished, taken
 
     def step(self, chunks: np.ndarray, version: int = 0) -> tuple[list[Episode], int]:
         """`send` and `receive`."""
@@ -233,43 +250,180 @@ class EnvPool:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Replay the running episodes of a checkpoint: same seeds, same chunks, hence the same states."""
-        self._begin({"first": list(state["seeds"])})
+        """Replay the running episodes of a checkpoint: same seeds, same chunks, hence the same states. One that fails
+        or ends meanwhile is not gone on with."""
+        seeds = list(state["seeds"])
+        self._begin(seeds, None)
+        nothing = np.full((self.horizon, self.action_dim), np.nan, dtype=np.float32)
         for k in range(max(len(chunks) for chunks in state["chunks"])):
-            nothing = np.full((self.horizon, self.action_dim), np.nan, dtype=np.float32)
-            self.send(np.stack([chunks[k] if k < len(chunks) else nothing for chunks in state["chunks"]]))
+            same = [running.seed == seed for running, seed in zip(self._running, seeds, strict=True)]
+            self.send(np.stack([c[k] if k < len(c) and same[i] else nothing for i, c in enumerate(state["chunks"])]))
             self._versions = [versions[k] if k < len(versions) else 0 for versions in state["versions"]]
             self.receive()
+
+    def check(self) -> None:
+        """Raise what keeps the environments from going on, which `receive` leaves to the next call."""
+        if self._error is not None:
+            raise self._error
+
+    def tell(self, instruction: str | None) -> None:
+        """Tell this instruction from here on; None: what the environment says."""
+        self.spec = replace(self.spec, instruction=instruction)
+        self._look()
 
     def close(self) -> None:
         self._envs.close()
 
-    def _begin(self, options: dict[str, Any]) -> None:
-        observation, _ = self._envs.reset(options=options)
-        self._last = _copied(observation)
-        first = options["first"]
-        seeds = first if isinstance(first, list) else [first + i for i in range(self.num_envs)]
+    # -- episodes -----------------------------------------------------------------------------------------------------
+
+    def _begin(self, seeds: list[int], end: int | None) -> None:
+        self._end, self._lost, self._chunks, self._error = end, set(), None, None
+        self._in_a_row = [0] * self.num_envs
         self._running = [_Running(seed) for seed in seeds]
+        wait(self._envs.workers, self.give_up)  # a chunk may be on its way
+        failed = self._ask_to_begin(range(self.num_envs))
+        self._revive(failed)
+        self.check()
+        self._look()
 
-    def _collect(self, chunks: np.ndarray) -> list[Episode]:
-        finished = []
-        for i, running in enumerate(self._running):
-            length = int(self._last["length"][i, 0])
-            if length == 0:
-                continue
-            running.chunks.append(chunks[i])
-            running.versions.append(self._versions[i])
-            frames = {key: column[i, :length] for key, column in self._last["frames"].items()}
-            signals = {name: self._last[name][i, :length] for name in ("reward", "success", "terminal")}
-            version = np.full(length, self._versions[i], dtype=np.int64)
-            running.rows.append(frames | signals | {"action": chunks[i, :length], "version": version})
-            if self._last["ended"][i, 0]:
-                finished.append(_episode(running, self.tasks[i]))
-                self._running[i] = _Running(running.seed + self.stride)
-        return finished
+    def _ask_to_begin(self, indices: Iterable[int]) -> set[int]:
+        """Begin the episodes of `_running`; give the environments that failed at it."""
+        indices = list(indices)
+        workers = self._envs.workers
+        for i in indices:
+            workers[i].answers = []
+            workers[i].ask("begin", self._running[i].seed, self._end, within=self._limits.reset)
+        wait([workers[i] for i in indices], self.give_up)
+        failed = set()
+        for i in indices:
+            failure = workers[i].failure
+            if failure is not None:
+                self._set_aside(i, failure)
+                failed.add(i)
+            else:
+                (self._states[i],) = workers[i].answers
+                self._running[i].task = self._task(self._states[i])
+            workers[i].answers = []
+        return failed
+
+    def _collect(self, i: int, chunk: np.ndarray, steps: Mapping[str, Any]) -> list[Episode]:
+        """Note what a chunk brought; give the episode where it has ended."""
+        length = steps["length"]
+        if length == 0:
+            return []
+        running = self._running[i]
+        running.chunks.append(chunk)
+        running.versions.append(self._versions[i])
+        signals = {name: steps[name] for name in ("reward", "success", "terminal")}
+        version = np.full(length, self._versions[i], dtype=np.int64)
+        running.rows.append(dict(steps["frames"]) | signals | {"action": chunk[:length], "version": version})
+        if not steps["ended"]:
+            return []
+        self._running[i] = _Running(running.seed + self.stride)
+        self._in_a_row[i], self._finished_any = 0, True
+        return [_episode(running)]
+
+    def _task(self, state: Mapping[str, Any]) -> str:
+        return self.spec.instruction if self.spec.instruction is not None else state["task"]
+
+    def _look(self) -> None:
+        """Take over what the environments' states say."""
+        for i, state in enumerate(self._states):
+            if i not in self._lost:
+                self._running[i].task = self._task(state)
+            for words in state.get("converted", ()):
+                self._say_once(f"{self.name}: {words}")
+            if state.get("cut_off"):
+                self._say_once(
+                    f"{self.name} did not end an episode within {self.most_steps} control steps: it is cut off there, "
+                    "as by a time limit (env.max_episode_steps sets another)"
+                )
+        known = [state for state in self._states if "now" in state]
+        if len(known) == self.num_envs:
+            self._obs = {key: np.stack([state["now"][key] for state in known]) for key in known[0]["now"]}
+
+    def _say_once(self, words: str) -> None:
+        if words not in self._told:
+            self._told.add(words)
+            self.say(words)
+
+    # -- failures -----------------------------------------------------------------------------------------------------
+
+    def _describe(self) -> dict[str, Any]:
+        """Ask every environment what it is. One that dies or hangs at the start gets a second chance."""
+        for last in (False, True):
+            for worker in self._envs.workers:
+                worker.ask("describe", within=self._limits.reset)
+            wait(self._envs.workers, self.give_up)
+            failed = {i: w.failure for i, w in enumerate(self._envs.workers) if w.failure is not None}
+            if not failed:
+                break
+            failure = next(iter(failed.values()))
+            if last or failure.kind not in ("died", "timeout"):
+                words = failure.words if failure.kind == "contract" else f"{self.name} cannot be made: {failure.words}"
+                raise ConfigError(words + self._advice(failure)) from failure.cause()
+            for worker in self._envs.workers:
+                worker.answers = []
+            self._envs.restart(failed)
+        found = [worker.answers.pop() for worker in self._envs.workers]
+        return found[0]
+
+    def _set_aside(self, i: int, failure: Failure) -> None:
+        """Drop the episode that environment i is in, and count it."""
+        running = self._running[i]
+        self._running[i] = _Running(running.seed + self.stride)
+        if failure.kind == "stopped":
+            self._lost.add(i)
+            return
+        self.failures += 1
+        self._in_a_row[i] += 1
+        logger.debug("%s, environment %d: %s\n%s", self.name, i, failure.words, failure.details)
+        fatal = failure.kind == "contract" and not self._finished_any
+        if fatal or self._in_a_row[i] >= self.max_failures:
+            self._lost.add(i)
+            self._error = self._fatal(failure, self._in_a_row[i])
+            return
+        steps = sum(len(row["reward"]) for row in running.rows)
+        self.say(
+            f"{self.name}, environment {i}: {failure.words}{self._advice(failure)}. Its episode (seed {running.seed}, "
+            f"{steps} steps so far) is dropped, the environment started anew ({self.failures} so far)"
+        )
+
+    def _fatal(self, failure: Failure, times: int) -> Exception:
+        words = failure.words + self._advice(failure)
+        error: Exception
+        if failure.kind == "contract" and not self._finished_any:
+            error = ConfigError(words)
+        else:
+            error = SimulatorError(
+                f"{self.name} failed {times} times in a row (env.max_failures) without finishing an episode; the last "
+                f"time: {words}"
+            )
+        error.__cause__ = failure.cause()
+        return error
+
+    def _advice(self, failure: Failure) -> str:
+        if failure.kind != "timeout":
+            return ""
+        return f" (env.step_timeout {self._limits.step:g} s, env.reset_timeout {self._limits.reset:g} s)"
+
+    def _revive(self, failed: Iterable[int]) -> None:
+        """Replace environments that failed and begin the next episode of each; which were lost are tried again."""
+        failed = set(failed)
+        while failed and self._error is None:
+            self._lost |= failed
+            if self.give_up():
+                return
+            try:
+                self._envs.restart(failed)
+            except ConfigError as error:  # the system gives no further process
+                self._error = SimulatorError(str(error))
+                return
+            self._lost -= failed
+            failed = self._ask_to_begin(failed) - self._lost
 
 
-def _episode(running: _Running, task: str) -> Episode:
+def _episode(running: _Running) -> Episode:
     columns = {key: np.concatenate([row[key] for row in running.rows]) for key in running.rows[0]}
     return Episode(
         obs={key: column for key, column in columns.items() if key.startswith("observation.")},
@@ -277,31 +431,11 @@ def _episode(running: _Running, task: str) -> Episode:
         reward=columns["reward"],
         success=columns["success"].astype(bool),
         terminal=columns["terminal"].astype(bool),
-        task=task,
+        task=running.task,
         seed=running.seed,
         policy_version=columns["version"],
         interventions=np.zeros(len(columns["action"]), dtype=bool),
     )
-
-
-def lerobot_key(name: str) -> str:
-    """LeRobot's name of a Gymnasium observation, as lerobot.envs.utils.preprocess_observation has it."""
-    if name == "pixels":
-        return "observation.image"
-    if name.startswith("pixels."):
-        return f"observation.images.{name.removeprefix('pixels.')}"
-    return {"agent_pos": "observation.state"}.get(name, f"observation.{name}")
-
-
-def flat_observation(observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """An environment's observation under LeRobot's names, pictures of several cameras each under its own."""
-    out: dict[str, np.ndarray] = {}
-    for name, value in observation.items():
-        if isinstance(value, Mapping):
-            out |= {lerobot_key(f"{name}.{k}"): _column(v) for k, v in value.items()}
-        else:
-            out[lerobot_key(name)] = _column(value)
-    return out
 
 
 def make_env(package: str, gym_id: str, kwargs: Mapping[str, Any]) -> gym.Env:
@@ -310,65 +444,31 @@ def make_env(package: str, gym_id: str, kwargs: Mapping[str, Any]) -> gym.Env:
         try:
             import_module(package)
         except ModuleNotFoundError as error:
+            missing = error.name or package
+            through = "" if missing.split(".")[0] == package.split(".")[0] else f", which imports {missing}"
+            command = install_command(package.removeprefix("gym_"))
             raise ConfigError(
-                f'the environment "{gym_id}" needs the package {package}, which is not installed'
+                f'the environment "{gym_id}" needs the package {package}{through}, which is not installed'
+                + (f": {command}" if command else "")
             ) from error
+        if gym_id not in gym.registry:
+            close = ", ".join(sorted(name for name in gym.registry if name.startswith(f"{gym_id.split('/')[0]}/")))
+            raise ConfigError(
+                f'the package {package} registers no Gymnasium environment "{gym_id}"'
+                + (f"; it registers {close}" if close else "")
+            )
     return gym.make(gym_id, disable_env_checker=True, **kwargs)
 
 
 def _make_chunk_env(
-    package: str, gym_id: str, kwargs: Mapping[str, Any], horizon: int, index: int, num_envs: int
+    package: str,
+    gym_id: str,
+    kwargs: Mapping[str, Any],
+    horizon: int,
+    stride: int,
+    limits: Limits,
+    name: str,
+    index: int,
 ) -> ChunkEnv:
     ignore_interrupts_in_workers()
-    return ChunkEnv(make_env(package, gym_id, kwargs), horizon, index, num_envs)
-
-
-def _vectorise(makers: list[Any], preload: Sequence[str], *, in_process: bool) -> VectorEnv:
-    if in_process:
-        return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED, copy=True)
-    context = worker_context(preload).get_start_method()
-    return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED, context=context, copy=True)
-
-
-def ignore_interrupts_in_workers() -> None:
-    """Ctrl-C goes to the whole process group; the process that started the workers decides when they stop."""
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def worker_context(preload: Sequence[str]) -> multiprocessing.context.BaseContext:
-    """Where workers come from: forked from a clean process that has imported all they need once, never the learner."""
-    multiprocessing.set_forkserver_preload(["__main__", __name__, *preload])
-    return multiprocessing.get_context("forkserver")
-
-
-def _instructions(envs: VectorEnv) -> list[str]:
-    return [str(text) for text in envs.call("instruction")]  # type: ignore[attr-defined]
-
-
-def _leaves(space: gym.Space) -> dict[str, gym.Space]:
-    if not isinstance(space, gym.spaces.Dict):
-        raise ConfigError(
-            f"the environment's observations are a {space}, expected a Dict with LeRobot's names (agent_pos, ...)"
-        )
-    out: dict[str, gym.Space] = {}
-    for name, value in space.items():
-        out |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, gym.spaces.Dict) else {name: value}
-    return out
-
-
-def _column(value: Any) -> np.ndarray:
-    """A copy, floating-point numbers as float32: what datasets store and networks read."""
-    array = np.array(value)
-    return array.astype(np.float32) if array.dtype.kind == "f" else array
-
-
-def _stored(space: gym.Space) -> gym.Space:
-    """The space of :func:`_column`'s results."""
-    if isinstance(space, gym.spaces.Box) and space.dtype.kind == "f":
-        return gym.spaces.Box(-np.inf, np.inf, space.shape, dtype=np.float32)
-    return space
-
-
-def _copied(observation: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _copied(v) if isinstance(v, Mapping) else np.array(v) for k, v in observation.items()}
+    return ChunkEnv(make_env(package, gym_id, kwargs), horizon, index, stride, limits, name)

@@ -96,6 +96,7 @@ class Acting:
         acted: is told what actors beside the learner encode.
         rank: this process.
         num_ranks: processes that act.
+        give_up: the run stops: environments that do not answer are not waited for.
     """
 
     config: TrainConfig
@@ -108,6 +109,7 @@ class Acting:
     acted: ActedPrefixes | None = None
     rank: int = 0
     num_ranks: int = 1
+    give_up: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         if self.config.interaction.mode == "ray":
@@ -139,7 +141,7 @@ class Acting:
 
     def _envs(self) -> EnvPool:
         assert isinstance(self.config.env, EnvSpec)
-        return EnvPool(self.config.env, self.config.horizon)
+        return EnvPool(self.config.env, self.config.horizon, say=self.say, give_up=self.give_up)
 
     def _hire(self, first_seed: int, taken: int) -> Interaction:
         from poco_vla.rollout.cluster import ClusterInteraction  # needs the extra "ray"

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from poco_vla import checkpoint, report
 from poco_vla.algorithm import Poco, Stage, parts
-from poco_vla.config import DatasetConfig, TrainConfig, to_json, to_scalars
+from poco_vla.config import DatasetConfig, EnvSpec, TrainConfig, to_json, to_scalars
 from poco_vla.data import (
     BatchSource,
     Episode,
@@ -37,8 +37,8 @@ from poco_vla.data.episode import first_of_each_task
 from poco_vla.data.folder import read_info
 from poco_vla.data.identity import installed_versions
 from poco_vla.data.signals import check_reward
-from poco_vla.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UnknownNameError
-from poco_vla.evaluate import SuccessRate, evaluate
+from poco_vla.errors import CheckpointError, ConfigError, DataError, NonFiniteError, SimulatorError, UnknownNameError
+from poco_vla.evaluate import EvalResult, EvaluationStopped, SuccessRate, evaluate
 from poco_vla.files import wait_for_space, write_json
 from poco_vla.flow import Draws
 from poco_vla.guard import CollapseGuard
@@ -48,7 +48,8 @@ from poco_vla.registry import check_options, load_adapter
 from poco_vla.rollout import Actor, EnvPool, EpisodeRecorder, ensure_demonstrations, environment
 from poco_vla.rollout.actor import Weights
 from poco_vla.rollout.demonstrations import demonstrations_root
-from poco_vla.rollout.fit import check_fit, check_inputs, check_pictures
+from poco_vla.rollout.fit import check_env_pictures, check_fit, check_inputs, check_pictures, check_rollout
+from poco_vla.rollout.instructions import settle_instruction
 from poco_vla.rollout.interaction import Interaction, Received
 from poco_vla.rollout.video import write_episode_video
 from poco_vla.train.acting import (
@@ -183,6 +184,7 @@ class Trainer:
         self.interaction: Interaction | None = None
         self._eval_envs: EnvPool | None = None
         self._stop = False
+        self._failure: SimulatorError | None = None
         self._idle = False
         self._saved = 0
         self.prefixes: PrefixSource | None = None
@@ -252,6 +254,7 @@ class Trainer:
         config, now = self.config, self.progress
         if self.interaction is None and self.acts and config.online_steps:
             self.interaction = self.acting.begin(now.env_steps, now.episodes)
+        self._evaluate_when_due()
         self.logbook.begin()
         with self.display.stage("online", config.online_steps, now.env_steps) as bar:
             while now.env_steps < config.online_steps and not now.stopped:
@@ -261,10 +264,7 @@ class Trainer:
                 self._count(steps)
                 self._take(episodes)
                 bar.to(min(now.env_steps, config.online_steps))
-                every = config.eval.every
-                if every and now.env_steps // every > now.evaluated_at // every and now.env_steps < config.online_steps:
-                    now.evaluated_at = now.env_steps
-                    self._evaluate(f"at {now.env_steps} steps")
+                self._evaluate_when_due()
                 self._after_update()
             if self.interaction is not None:
                 self.interaction.pause()
@@ -290,8 +290,17 @@ class Trainer:
         until = float(config.online_steps)
         if self.replay.num_online_steps:  # learning begins with the first episode
             until = min(until, now.env_steps + config.interaction.ahead - now.owed_updates / config.updates_per_step)
-        self.interaction.act(best_of_n=best_of_n, until=until / self.acting.num_ranks)
+        with self._simulators():
+            self.interaction.act(best_of_n=best_of_n, until=until / self.acting.num_ranks)
         self._tell(self.interaction)
+
+    @contextmanager
+    def _simulators(self) -> Iterator[None]:
+        """Simulators that fail again and again stop the run like Ctrl-C does, with a checkpoint."""
+        try:
+            yield
+        except SimulatorError as error:
+            self._failure, self._stop = error, True
 
     def _tell(self, interaction: Interaction) -> None:
         told = {"online_steps": self.config.online_steps, "set_aside": self.admission.num_set_aside}
@@ -397,16 +406,37 @@ class Trainer:
 
     def _evaluate(self, label: str, *, videos: str | None = None) -> None:
         self._gather()
-        if not self.is_main or self.config.env is None:
-            self.accelerator.wait_for_everyone()
-            return
-        assert self._eval_envs is not None
+        result = self._play_evaluation(label)
+        if self._on_any_process(self._stop)[0]:
+            self._end()
+        if result is not None:
+            self._take_evaluation(label, result, videos)
+        self.accelerator.wait_for_everyone()
+
+    def _evaluate_when_due(self) -> None:
+        """Evaluate every so many control steps while online."""
+        config, now = self.config, self.progress
+        every = config.eval.every
+        if every and now.env_steps // every > now.evaluated_at // every and now.env_steps < config.online_steps:
+            self._evaluate(f"at {now.env_steps} steps")
+            now.evaluated_at = now.env_steps
+
+    def _play_evaluation(self, label: str) -> EvalResult | None:
+        """The episodes of an evaluation, on the main process; None elsewhere, and where the run is to stop."""
+        if self._eval_envs is None:
+            return None
         settings = self.config.eval
-        with self.display.stage(f"evaluating {label}", settings.episodes) as bar:
-            result = evaluate(
-                self.policy, self._eval_envs, episodes=settings.episodes, seed=settings.seed, on_episode=bar.to
-            )
-        now = self.progress
+        with self.display.stage(f"evaluating {label}", settings.episodes) as bar, self._simulators():
+            try:
+                return evaluate(
+                    self.policy, self._eval_envs, episodes=settings.episodes, seed=settings.seed, on_episode=bar.to
+                )
+            except EvaluationStopped:
+                return None
+        return None
+
+    def _take_evaluation(self, label: str, result: EvalResult, videos: str | None) -> None:
+        settings, now = self.config.eval, self.progress
         self.display.say(f"success {label}: {result.success} of {settings.episodes} episodes")
         figures = {"label": label, "env_steps": now.env_steps, "update": now.update} | result.success.figures()
         now.evaluations.append(figures)
@@ -415,7 +445,6 @@ class Trainer:
         self._keep_best(figures)
         if settings.videos and videos:
             self._written(f"the videos {videos}", lambda: self._write_videos(result.episodes, videos))
-        self.accelerator.wait_for_everyone()
 
     def _write_videos(self, episodes: Sequence[Episode], when: str) -> None:
         """The first success and the first failure."""
@@ -537,7 +566,11 @@ class Trainer:
         ranks = (rank, world_size) if each else (0, 1)
         say = self.display.say
         acted = self.prefixes.acted if self.prefixes is not None else None
-        self.acting = Acting(config, self.actor, self.weights, recorder, self.info, demos[0].task, say, acted, *ranks)
+        acting = replace(config, env=self.env_spec)
+        stop = lambda: self._stop  # noqa: E731
+        self.acting = Acting(
+            acting, self.actor, self.weights, recorder, self.info, demos[0].task, say, acted, *ranks, stop
+        )
         steps = self.replay.num_demo_steps
         trained = sum(p.numel() for p in self.actor_parameters)
         self.display.say(
@@ -566,11 +599,22 @@ class Trainer:
         for task, (episode, step) in first_of_each_task(demos).items():
             first = {key: column[step : step + 1].copy() for key, column in episode.obs.items()}
             network_obs(self.policy, first, [task])
-        if self.is_main and self.config.env is not None:
-            self._eval_envs = EnvPool(self._env, self.config.horizon)
-            self._eval_envs.reset(self.config.eval.seed)
-            network_obs(self.policy, self._eval_envs.obs, self._eval_envs.tasks)
-            check_pictures(self.policy, demos[0].obs, self._eval_envs.obs)
+        self.env_spec = self._first_rollout(demos) if self.config.env is not None else None
+
+    def _first_rollout(self, demos: list[Episode]) -> EnvSpec:
+        """Try the environment before any work; give it with the instruction that the policy is told."""
+        spec, say = self._env, self.display.say
+        if self.is_main:
+            envs = self._eval_envs = EnvPool(spec, self.config.horizon, say=say, give_up=lambda: self._stop)
+            envs.reset(self.config.eval.seed)
+            spec = settle_instruction(spec, envs.tasks, first_of_each_task(demos), say)
+            envs.tell(spec.instruction)
+            check_env_pictures(self.policy, envs)
+            network_obs(self.policy, envs.obs, envs.tasks)
+            check_pictures(self.policy, demos[0].obs, envs.obs)
+            check_rollout(envs, demos[0].action, say)
+        (instruction, _), *_ = self.sharing.values(spec.instruction, [])
+        return replace(spec, instruction=instruction)
 
     def _make_policy(self) -> FlowPolicy:
         config = self.config
@@ -591,7 +635,7 @@ class Trainer:
         )
 
     @property
-    def _env(self) -> Any:
+    def _env(self) -> EnvSpec:
         assert self.config.env is not None
         return self.config.env
 
@@ -600,7 +644,10 @@ class Trainer:
 
     def _receive(self) -> tuple[list[Episode], int]:
         """Episodes that ended, as the pool keeps them, and control steps taken, on every process those of all."""
-        received = self.interaction.receive(wait=self._idle) if self.interaction is not None else Received()
+        received = Received()
+        if self.interaction is not None and self._failure is None:
+            with self._simulators():
+                received = self.interaction.receive(wait=self._idle)
         self.logbook.acted(received.versions)
         if self.acting.num_ranks == 1:
             return self.sharing.episodes([self._shrunk(episode) for episode in received.episodes], received.steps)
@@ -711,7 +758,7 @@ class Trainer:
         return {
             "seed": config.seed,
             "command": sys.argv,
-            "env": to_json(config.env) if config.env else None,
+            "env": to_json(self.env_spec) if self.env_spec else None,
             "before": now.evaluations[0] if now.evaluations else None,
             "after": now.evaluations[-1] if now.evaluations else None,
             "evaluations": now.evaluations,
@@ -770,11 +817,19 @@ class Trainer:
         every, now = self.config.checkpoint_every, self.progress
         stop, due = self._on_any_process(self._stop, self.is_main and self.clock.is_due())
         if stop:
-            path = self._save()
-            self.versions.settle(self.weights.version)
-            raise Interrupted(path)
+            self._end()
         if (every and now.update // every != self._saved // every) or (due and now.update != self._saved):
             self._save()
+
+    def _end(self) -> NoReturn:
+        """Save, and stop the run with an exception that says why."""
+        path = self._save()
+        self.versions.settle(self.weights.version)
+        if self._failure is not None:
+            raise SimulatorError(
+                f"{self._failure}. The run is saved in {path}; continue with --resume."
+            ) from self._failure.__cause__
+        raise Interrupted(path)
 
     def _on_any_process(self, *flags: bool) -> tuple[bool, ...]:
         """Of each flag, whether it is up on one of the processes: they go on together or not at all, and a signal may

@@ -9,6 +9,12 @@ from typing import Any
 
 from poco_vla.config import EnvSpec
 from poco_vla.errors import ConfigError, UnknownNameError
+from poco_vla.rollout.environments.supported import check_supported
+
+
+def name_of(spec: EnvSpec) -> str:
+    """Name an environment in messages."""
+    return f'the environment "{spec.type}" (task {spec.task or default_task(spec.type)})'
 
 
 def environment(spec: EnvSpec) -> Any:
@@ -16,16 +22,18 @@ def environment(spec: EnvSpec) -> Any:
 
     Raises:
         UnknownNameError: no such type, or an option names what there is not; the message lists what there is.
-        ConfigError: an option that the type does not have, or its simulator is not installed.
+        ConfigError: an option that the type does not have, its simulator is not installed, or it has no Gymnasium id.
     """
     kind = _config_class(spec.type)
     _check_options(spec, kind)
     try:
-        return kind(**({"task": spec.task} if spec.task else {}), **spec.options)
+        config = kind(**({"task": spec.task} if spec.task else {}), **spec.options)
     except UnknownNameError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f'environment "{spec.type}": {error}') from error
+    check_supported(config)
+    return config
 
 
 def default_task(kind: str) -> str:

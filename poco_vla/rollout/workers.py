@@ -1,0 +1,361 @@
+"""Objects in worker processes with time limits: a call that hangs, dies or raises is noticed, and its process replaced.
+
+Each worker has a pipe of its own. It ends when the pipe closes or its parent is gone, also in the middle of a call, and
+the kernel ends it (SIGALRM) when a call inside :func:`time_limit` takes too long: that needs neither the parent nor
+Python in the worker, so that code which never returns from C is ended as well.
+"""
+
+import logging
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.context
+import os
+import pickle
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gymnasium.vector.utils import CloudpickleWrapper
+
+from poco_vla.errors import ConfigError, DataError, NonFiniteError, PocoError
+
+logger = logging.getLogger(__name__)
+
+POLL = 0.1
+"""Seconds between two looks at deadlines and at whether to give up."""
+GRACE = 3.0
+"""Seconds that busy workers get to finish a call when the run stops, and to close."""
+MARGIN = 20.0
+"""Seconds beyond a call's own time limits after which the parent kills a worker that the kernel has not ended: a
+suspended one."""
+
+type Kind = Literal["contract", "raised", "died", "timeout", "stopped"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A call that brought no result.
+
+    Attributes:
+        kind: "contract": it broke a rule of this library, which its text names; "raised" any other error; "died" the
+            process ended; "timeout" it was ended for taking too long; "stopped" because the run stops.
+        words: a clause for a message, with file and line where an error was raised.
+        details: the traceback, "" where there is none.
+    """
+
+    kind: Kind
+    words: str
+    details: str = ""
+
+    @classmethod
+    def of(cls, error: Exception) -> "Failure":
+        """Describe an exception, naming the file and line that raised it unless its text is this library's own."""
+        details = "".join(traceback.format_exception(error))
+        if isinstance(error, NonFiniteError | DataError):
+            return cls("raised", str(error), details)
+        if isinstance(error, PocoError):
+            return cls("contract", str(error), details)
+        return cls("raised", f"{type(error).__name__}: {error}{_where(error)}{graphics_advice(details)}", details)
+
+    def cause(self) -> Exception | None:
+        """Give the worker's traceback as an exception to chain to, None where there is none."""
+        return WorkerTracebackError(self.details) if self.details else None
+
+
+class WorkerTracebackError(Exception):
+    """The traceback of an error in another process, for the end of a `raise ... from`."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"
+
+
+def _where(error: Exception) -> str:
+    """Name the innermost line of code outside of installed packages, else the innermost line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename and f.filename not in (__file__, *_LIBRARY)]
+    frame = (own or frames or [None])[-1]
+    return f" ({frame.filename}, line {frame.lineno}, in {frame.name})" if frame is not None else ""
+
+
+_LIBRARY = tuple(str(Path(__file__).with_name(name)) for name in ("chunk_env.py", "pool.py", "demonstrations.py"))
+
+
+def graphics_advice(details: str) -> str:
+    """Give advice where a traceback shows that MuJoCo found no OpenGL context, else ""."""
+    signs = ("gladLoadGL", "GLContext", "OpenGL", "GLFWError", "mujoco/egl", "mujoco/glfw", "mujoco/osmesa", "EGL")
+    if not any(sign in details for sign in signs):
+        return ""
+    return (
+        ". There is no OpenGL context here: set the environment variable MUJOCO_GL=egl (or osmesa), which needs the "
+        "driver's libraries (apt install libegl1 libegl-mesa0 libgl1-mesa-dri)"
+    )
+
+
+# -- in the worker ----------------------------------------------------------------------------------------------------
+
+_in_worker = False
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End this process if the block takes longer; 0 sets no limit. Does nothing outside of a worker process."""
+    if not _in_worker or not seconds or not hasattr(signal, "setitimer"):
+        yield
+        return
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, outer)
+
+
+def ignore_interrupts_in_workers() -> None:
+    """Ctrl-C goes to the whole process group; the process that started the workers decides when they stop."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as its parent is gone, whatever it is doing."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), name="parent", daemon=True).start()
+
+
+def _serve(connection: multiprocessing.connection.Connection, build: Callable[[], Any], seconds: float) -> None:
+    """Build the object, then answer calls until the pipe closes or one fails."""
+    global _in_worker
+    _in_worker = True
+    ignore_interrupts_in_workers()
+    _end_with_parent()
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    target: Any = None
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        try:
+            with time_limit(seconds):
+                target = build()
+            connection.send((True, None))
+            while True:
+                name, arguments = connection.recv()
+                if name == "close":
+                    break
+                connection.send((True, getattr(target, name)(*arguments)))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise  # the parent is gone
+        except Exception as error:  # a simulator raises anything: its words are for the parent
+            connection.send((False, Failure.of(error)))
+    if target is not None:
+        with time_limit(GRACE), suppress(Exception):  # nothing that is wrong from here on matters any more
+            target.close()
+
+
+# -- in the parent ----------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """An object in a process of its own.
+
+    Args:
+        context: where processes come from.
+        build: makes the object, in the worker.
+        name: of the process.
+        within: seconds that making it may take; 0 sets no limit.
+
+    Raises:
+        ConfigError: the system gives no further process.
+    """
+
+    def __init__(
+        self, context: multiprocessing.context.BaseContext, build: Callable[[], Any], name: str, *, within: float
+    ) -> None:
+        self.failure: Failure | None = None
+        self.answers: list[Any] = []
+        self._pending: deque[tuple[str, float]] = deque()
+        try:
+            self.connection, theirs = context.Pipe()
+            arguments = (theirs, CloudpickleWrapper(build), within)
+            self.process = context.Process(target=_serve, args=arguments, name=name, daemon=True)  # type: ignore[attr-defined]
+            self.process.start()
+            theirs.close()
+        except (OSError, EOFError) as error:
+            raise ConfigError(
+                f"the worker process {name} could not be started: {type(error).__name__}: {error}. Ask for fewer at "
+                "once (env.num_envs, demonstrations.workers), or give more: open files (ulimit -n), processes (ulimit "
+                "-u), memory, room in /dev/shm"
+            ) from error
+        self._expect("start", within)
+
+    @property
+    def busy(self) -> bool:
+        """True while an answer is to come."""
+        return bool(self._pending) and self.failure is None
+
+    def ask(self, method: str, *arguments: Any, within: float = 0.0) -> None:
+        """Call a method of the object; `within` is the sum of the time limits inside it, 0 for none."""
+        if self.failure is not None:
+            return
+        self._expect(method, within)
+        try:
+            self.connection.send((method, arguments))
+        except (OSError, EOFError):
+            self._died()
+
+    def take(self) -> None:
+        """Take in one answer."""
+        try:
+            good, value = self.connection.recv()
+        except (OSError, EOFError, pickle.UnpicklingError):
+            self._died()
+            return
+        method, _ = self._pending.popleft()
+        if not good:
+            self.failure = value
+        elif method != "start":
+            self.answers.append(value)
+        self._restart_clock()
+
+    def check_clock(self) -> None:
+        """Kill the process where it is overdue."""
+        if self.busy and time.monotonic() > self._deadline:
+            self.kill(Failure("timeout", f"{self._pending[0][0]} did not return in time"))
+
+    def kill(self, failure: Failure) -> None:
+        """End the process at once."""
+        if self.failure is None:
+            self.failure = failure
+        self.process.kill()
+        self._reap()
+
+    def close(self, deadline: float) -> None:
+        """Let the object close and the process end, by force at `deadline` (monotonic seconds)."""
+        with suppress(OSError, EOFError):
+            self.connection.send(("close", ()))
+        self.process.join(max(0.0, deadline - time.monotonic()))
+        if self.process.exitcode is None:
+            self.process.kill()
+        self._reap()
+
+    def _expect(self, method: str, within: float) -> None:
+        self._pending.append((method, within + MARGIN if within else float("inf")))
+        if len(self._pending) == 1:
+            self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._deadline = time.monotonic() + (self._pending[0][1] if self._pending else float("inf"))
+
+    def _died(self) -> None:
+        method = self._pending[0][0] if self._pending else "waiting"
+        self.process.join(1.0)
+        code = self.process.exitcode
+        if code is None:
+            self.process.kill()
+        self._reap()
+        if hasattr(signal, "SIGALRM") and code == -signal.SIGALRM:
+            self.failure = Failure("timeout", f"{method} did not return in time")
+        elif code is not None and code < 0:
+            name = signal.Signals(-code).name
+            memory = ": no memory left?" if code == -signal.SIGKILL else ""
+            self.failure = Failure("died", f"its process was ended by {name} in {method}{memory}")
+        else:
+            self.failure = Failure("died", f"its process ended with code {code} in {method}")
+
+    def _reap(self) -> None:
+        self.process.join(GRACE)
+        self.connection.close()
+
+
+class LocalWorker:
+    """The same door to an object in this process, which no time limit can end. It works when it is waited for."""
+
+    def __init__(self, build: Callable[[], Any]) -> None:
+        self.failure: Failure | None = None
+        self.answers: list[Any] = []
+        self._pending: deque[tuple[str, tuple[Any, ...]]] = deque()
+        self.target: Any = None
+        self._try(lambda: setattr(self, "target", build()))
+
+    def ask(self, method: str, *arguments: Any, within: float = 0.0) -> None:
+        """Note a call of a method of the object."""
+        del within
+        self._pending.append((method, arguments))
+
+    def work(self) -> None:
+        """Make the calls."""
+        while self._pending and self.failure is None:
+            method, arguments = self._pending.popleft()
+            self._try(lambda: self.answers.append(getattr(self.target, method)(*arguments)))  # noqa: B023 (at once)
+
+    def close(self, deadline: float = 0.0) -> None:
+        """Close the object."""
+        del deadline
+        if self.target is not None:
+            with suppress(Exception):  # it is closed, or broken
+                self.target.close()
+        self.target = None
+
+    def _try(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:  # a simulator raises anything
+            self.failure = Failure.of(error)
+            self._pending.clear()
+
+
+def wait(workers: Sequence[Worker | LocalWorker], give_up: Callable[[], bool] = lambda: False) -> None:
+    """Wait until no worker owes an answer. Once `give_up` says so, those that are still busy after a moment are
+    killed."""
+    for worker in workers:
+        if isinstance(worker, LocalWorker):
+            worker.work()
+    stop_at = float("inf")
+    while busy := _look(workers):
+        if stop_at == float("inf") and give_up():
+            stop_at = time.monotonic() + GRACE
+        if time.monotonic() > stop_at:
+            for worker in busy:
+                if worker.busy:
+                    worker.kill(Failure("stopped", "it was busy when the run stopped"))
+
+
+def wait_for_one(workers: Sequence[Worker | LocalWorker]) -> None:
+    """Wait for a while until one of the workers has an answer, or has failed."""
+    for worker in workers:
+        if isinstance(worker, LocalWorker):
+            worker.work()
+    _look(workers)
+
+
+def _look(workers: Sequence[Worker | LocalWorker]) -> list[Worker]:
+    """Take in what workers have answered within `POLL`, end those that are overdue; give those that were busy."""
+    busy = {w.connection: w for w in workers if isinstance(w, Worker) and w.busy}
+    if busy:
+        for connection in multiprocessing.connection.wait(list(busy), timeout=POLL):
+            busy[connection].take()  # type: ignore[index]
+    for worker in busy.values():
+        worker.check_clock()
+    return list(busy.values())
+
+
+def close_all(workers: Sequence[Worker | LocalWorker]) -> None:
+    """Close all workers, each by force after a moment."""
+    deadline = time.monotonic() + GRACE
+    for worker in workers:
+        if isinstance(worker, Worker) and worker.failure is None:
+            with suppress(OSError, EOFError):
+                worker.connection.send(("close", ()))
+    for worker in workers:
+        worker.close(deadline)
+
+
+def worker_context(preload: Sequence[str]) -> multiprocessing.context.BaseContext:
+    """Give the context that forks workers from a clean process which has imported all they need, never the learner."""
+    multiprocessing.set_forkserver_preload(["__main__", "poco_vla.rollout.pool", *preload])
+    return multiprocessing.get_context("forkserver")
