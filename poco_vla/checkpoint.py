@@ -194,6 +194,8 @@ def load(path: Path, config: TrainConfig) -> Loaded:
         raise DamagedError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
     if not moments and weights and any(group.get("params") for group in groups) and _updates(state):
         raise DamagedError(f"checkpoint {path} is damaged: optimizer.safetensors is empty")
+    if bad := next((name for name, tensor in weights.items() if not _is_finite(tensor)), None):
+        raise DamagedError(f"checkpoint {path} holds weights that are NaN or infinite, in {bad}")
     changed = [d for d in differences(old, config) if d.split(":")[0] not in FREE_TO_CHANGE]
     if changed:
         listed = "\n  ".join(changed)
@@ -332,9 +334,17 @@ def load_good_head(folder: Path) -> dict[str, Tensor]:
     """
     path = folder / GOOD_HEAD
     try:
-        return load_file(path) if path.exists() else {}
+        head = load_file(path) if path.exists() else {}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    if bad := next((name for name, tensor in head.items() if not _is_finite(tensor)), None):
+        raise CheckpointError(f"{path} holds weights that are NaN or infinite, in {bad}")
+    return head
+
+
+def _is_finite(weights: Tensor) -> bool:
+    """Return True for weights that can be gone on with. A single number may be NaN: zeta, until it is calibrated."""
+    return weights.ndim == 0 or not weights.is_floating_point() or bool(torch.isfinite(weights).all())
 
 
 def claim_folder(path: Path, *, lock: bool = True) -> FolderLock:

@@ -300,7 +300,8 @@ class Serve:
     port: int = 8000
     """Port; 0 takes a free one."""
     token: str | None = None
-    """What clients must show ("Authorization: Api-Key TOKEN"). Left out: the environment variable POCO_VLA_TOKEN."""
+    """What clients must show ("Authorization: Api-Key TOKEN"). Left out: the environment variable POCO_VLA_TOKEN, which
+    others on this machine cannot read; @FILE is the first line of a file."""
     certificate: Path | None = None
     """TLS certificate (PEM)."""
     key: Path | None = None
@@ -328,7 +329,8 @@ class Robot:
     url: str = "ws://127.0.0.1:8000"
     """Where training serves its policy: ws://HOST:PORT, or wss:// with TLS."""
     token: str | None = None
-    """What the server wants to be shown. Left out: the environment variable POCO_VLA_TOKEN."""
+    """What the server wants to be shown. Left out: the environment variable POCO_VLA_TOKEN, which others on this
+    machine cannot read; @FILE is the first line of a file."""
     certificate: Path | None = None
     """TLS certificate to trust (PEM), where no authority has signed it."""
     task: str | None = None
@@ -627,6 +629,7 @@ def _push(command: Push, console: Console) -> None:
 def _serve(command: Serve, console: Console) -> None:
     """Answer until Ctrl-C."""
     from poco_vla.rollout import Actor
+    from poco_vla.rollout.serving.access import token_of
     from poco_vla.rollout.serving.server import PolicyServer, observations_of
 
     found = _policy_of(command)
@@ -638,7 +641,7 @@ def _serve(command: Serve, console: Console) -> None:
         fps=command.fps,
         host=command.host,
         port=command.port,
-        token=command.token or os.environ.get("POCO_VLA_TOKEN"),
+        token=token_of(command.token),
         certificate=command.certificate,
         key=command.key,
         insecure=command.insecure,

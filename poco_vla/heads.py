@@ -381,6 +381,8 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt", device="cpu") as handle:
             yield handle
+    except PolicyError:
+        raise
     # A number format that this version of torch has not ends in the last two.
     except (SafetensorError, OSError, AttributeError, RuntimeError) as error:
         raise PolicyError(f"{file} is damaged, cut short, or no safetensors file: {error}") from error
@@ -400,6 +402,13 @@ def check_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
             f"{file} holds weights that are NaN or infinite, in {bad[0]}{more}: take an earlier checkpoint, or fetch "
             "it again"
         )
+
+
+def check_weights_file(file: Path) -> None:
+    """Raise PolicyError unless a file holds safetensors whose numbers are finite. One tensor is in memory at a time."""
+    with _opened(file) as handle:
+        for name in handle.keys():  # noqa: SIM118 (no mapping)
+            check_finite({name: handle.get_tensor(name)}, file)
 
 
 def is_finite(tensor: Tensor) -> bool:

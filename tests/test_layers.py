@@ -38,7 +38,7 @@ DOORS = {
     "processors": {"errors", "heads", "normalization", "sources"},
     "checkpoint": ALGORITHM | {"registry", "files", "locks"},
     "locks": {"errors", "files"},
-    "hub": ALGORITHM | {"registry", "checkpoint", "report", "files", "heads", "sources"},
+    "hub": ALGORITHM | {"registry", "checkpoint", "report", "files", "heads", "sources", "policy_config"},
     "lerobot_rl": ALGORITHM | {"data", "checkpoint"},
     "progress": {"terminal"},
     "evaluate": ACTING,

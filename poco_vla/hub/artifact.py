@@ -8,7 +8,6 @@ README.md, curve.png    the model card
 """
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ import torch
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HOME
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from poco_vla import checkpoint
@@ -36,12 +35,16 @@ from poco_vla.heads import (
     PEFT_WEIGHTS,
     POLICY_WEIGHTS,
     Head,
+    check_finite,
+    check_weights_file,
     read_about,
     read_tensors,
     sha256_of,
 )
 from poco_vla.hub.peft_form import PEFT_CONFIG, write_peft
+from poco_vla.hub.secrets import find_home, find_secret, secret_values
 from poco_vla.registry import GROUP, load_adapter
+from poco_vla.sources import read_object
 
 type Form = Literal["head", "peft", "policy"]
 type Which = Literal["last", "best"]
@@ -57,12 +60,6 @@ MACHINE = (
     *("demonstrations.workers", "interaction.host", "interaction.port", "interaction.certificate", "interaction.key"),
 )
 """Fields of a run's configuration that speak of the machine it ran on, or are told elsewhere (the base)."""
-SECRETS = re.compile(
-    r"\bhf_(?:oauth_)?[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bAKIA[0-9A-Z]{16}\b"
-    r"|\bsk-[A-Za-z0-9_-]{20,}|\bxox[abp]-[A-Za-z0-9-]{10,}|\bAIza[\w-]{30,}|://[^/\s:@\"]+:[^/\s@\"]+@"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY|Bearer [A-Za-z0-9._-]{16,}"
-)
-"""Tokens and keys by their looks; those of this process's environment are searched as they are."""
 LOCAL = re.compile(r"(?:~?/|~\w*/|[A-Za-z]:[\\/]).")
 """How a path begins that means something on one machine only."""
 LOCAL_PATH = "a local path"
@@ -129,7 +126,7 @@ def stage(
     """
     from poco_vla.report import read_result  # loads pandas
 
-    result, config = read_result(run), json.loads((run / "config.json").read_text())
+    result, config = read_result(run), read_object(run / "config.json")
     source = source_folder(run, which)
     head = head_in(source)
     form = _form_of(form, head, dtype, source)
@@ -156,6 +153,7 @@ def stage(
     if critic:
         told["critic"] = _put_critic(run, result, config["poco"], folder)
     if (run / PLOT).is_file():
+        check_inside(run / PLOT, run)
         shutil.copyfile(run / PLOT, folder / PLOT)
     told |= _account(result, config, which, folder)
     told["started_from"] = "base" if head is not None else "policy" if config["policy"] else "random weights"
@@ -176,13 +174,15 @@ def check_portable(folder: Path, *, token: str | None = None) -> None:
     """
     words = "|".join(re.escape(word) for word in (str(Path.home()), str(Path.cwd()), HF_HOME) if len(word) > 1)
     here = re.compile(rf"(?<![\w.:/~-])(?:{words})(?![\w-])[\w./-]*")
-    secrets = [v for n, v in os.environ.items() if re.search(r"TOKEN|SECRET|PASSWORD|API_KEY", n)]
-    secrets = [value for value in (*secrets, get_token() or "", token or "") if len(value) >= 8]
+    values = secret_values(token, get_token())
     for file, text in _texts(folder):
         name = file.relative_to(folder)
-        if SECRETS.search(text) or any(value in text for value in secrets):
-            raise HubError(f"{name} would publish a secret (a token or a key): take it out of the run's configuration")
-        found = [match[0] for match in here.finditer(text)]
+        if secret := find_secret(file, text, values):
+            raise HubError(
+                f"{name} would publish a secret ({secret}): take it out of the run's configuration (config.json and "
+                "result.json in its folder)"
+            )
+        found = [match[0] for match in here.finditer(text)] + find_home(file, text)
         if file.name in (ABOUT, "config.json", "adapter_config.json") or file.name.startswith("policy_"):
             found += (
                 [value for value in _strings(json.loads(text)) if LOCAL.match(value)] if file.suffix == ".json" else []
@@ -264,18 +264,30 @@ def copy_described(source: Path, folder: Path, renames: Mapping[str, str], place
         name = file.relative_to(source)
         if not file.is_file() or name.name in weights or any(part.startswith(".") for part in name.parts):
             continue
+        check_inside(file, source)
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if name.parent == Path() and (name.name == "config.json" or name.match("policy_*.json")):
-            target.write_text(json.dumps(renamed("", json.loads(file.read_text())), indent=2) + "\n")
+            target.write_text(json.dumps(renamed("", read_object(file)), indent=2) + "\n")
         else:
             shutil.copyfile(file, target)
+
+
+def check_inside(file: Path, folder: Path) -> None:
+    """Raise HubError for a link that leads out of a folder: what it points to was never a part of it."""
+    target, own = file.resolve(), folder.resolve()
+    blobs = own.parent.parent / "blobs"  # the Hub's cache links its snapshots to these
+    if not (target.is_relative_to(own) or (own.parent.name == "snapshots" and target.is_relative_to(blobs))):
+        raise HubError(
+            f"{file} is a link out of {folder}, and is not taken along: put a copy in its place, or remove it"
+        )
 
 
 def put_weights(head: Head, source: Path, folder: Path, form: Form, dtype: Dtype) -> Head:
     """The weights of a head in one of its forms, and what they are then."""
     if form == "head" and dtype == "float32" and head.file == HEAD_WEIGHTS:
         head.check(source)
+        check_weights_file(source / head.file)
         _link(source / head.file, folder / HEAD_WEIGHTS)
         return head
     weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in head.read_weights(source).items()}
@@ -290,6 +302,7 @@ def put_weights(head: Head, source: Path, folder: Path, form: Form, dtype: Dtype
 def _put_policy(source: Path, folder: Path) -> dict[str, Any]:
     """The weights of a whole policy, and what poco.json says of them."""
     file = folder / POLICY_WEIGHTS
+    check_weights_file(source / POLICY_WEIGHTS)
     _link(source / POLICY_WEIGHTS, file)
     weights = {"file": file.name, "sha256": sha256_of(file), "lora": None}
     return {"format": FORMAT, "weights": weights, "options": read_about(source).get("options", {})}
@@ -303,6 +316,7 @@ def _put_critic(run: Path, result: Mapping[str, Any], poco: Mapping[str, Any], f
     except (PocoError, KeyError) as error:
         raise HubError(f"there is no critic to push: {error}") from error
     tensors = {name: t for name, t in weights.items() if name.split(".")[0] in ("critic", "target_critic")}
+    check_finite(tensors, folder / CRITIC)
     save_file(tensors, folder / CRITIC, metadata={"format": "pt"})
     options = {name: poco[f"critic_{name}"] for name in ("hidden", "members", "activation", "layer_norm_eps")}
     return {"file": CRITIC, "sha256": sha256_of(folder / CRITIC), "arguments": sizes | options}
@@ -375,7 +389,7 @@ def _statistics(folder: Path) -> dict[str, dict[str, Any]]:
     used = {*(config.get("input_features") or {}), *(config.get("output_features") or {})}
     table: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.glob("policy_preprocessor*.safetensors")):
-        for name, tensor in load_file(file).items():
+        for name, tensor in read_tensors(file).items():
             key, _, kind = name.rpartition(".")
             if key in used or not key.startswith(("observation.", "next.", "complementary_info.", "index", "frame")):
                 table.setdefault(key, {})[kind] = _numbers(tensor)
@@ -410,5 +424,5 @@ def _texts(folder: Path) -> Iterator[tuple[Path, str]]:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as handle:
                 yield file, json.dumps([handle.metadata() or {}, *handle.keys()])
-        elif file.suffix not in (".png", ".model"):
+        else:  # pictures and tokenizers hold texts, too
             yield file, file.read_text(errors="ignore")

@@ -1,17 +1,35 @@
 """A trained head from the Hub or a folder, on its base again: checked, and ready to act or to go on training."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from poco_vla.critic import ChunkCritic
 from poco_vla.errors import HubError, UnknownAdapterError
-from poco_vla.heads import ABOUT, HEAD_WEIGHTS, POLICY_WEIGHTS, another_file, read_about, read_tensors
+from poco_vla.heads import (
+    ABOUT,
+    HEAD_WEIGHTS,
+    POLICY_WEIGHTS,
+    another_file,
+    check_finite,
+    check_tensors,
+    read_about,
+    read_shapes,
+    read_tensors,
+)
 from poco_vla.hub.artifact import CRITIC
 from poco_vla.hub.places import policy_folder
 from poco_vla.policy import FlowPolicy
+from poco_vla.policy_config import describing
 from poco_vla.registry import available_adapters, load_adapter
-from poco_vla.sources import Source, check_file, locate
+from poco_vla.sources import Source, check_file, check_sizes, locate
+
+CRITIC_SIZES = {"feature_dim": 1_000_000, "horizon": 4096, "action_dim": 65_536, "hidden": 65_536, "members": 1000}
+"""Largest sizes of a critic that are taken from a file."""
+_DISTRIBUTION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def load_head(
@@ -70,12 +88,25 @@ def load_critic(repo_or_path: str | Path, *, revision: str | None = None, target
     told = _about(source).get("critic")
     if told is None:
         raise HubError(f"{source.name} came without its critic: push it again with critic=True (--critic)")
+    if (
+        not isinstance(told, dict)
+        or not isinstance(told.get("sha256"), str)
+        or not isinstance(told.get("arguments"), dict)
+    ):
+        raise HubError(f"{source.folder / ABOUT} is damaged: critic is of another kind")
     file = source.file(CRITIC)
     check_file(file)
     _check_hash(file, told["sha256"], source)
+    check_sizes(told["arguments"], CRITIC_SIZES, source.folder / ABOUT)
+    with describing(f"{source.folder / ABOUT} describes no critic"), torch.device("meta"):
+        critic = ChunkCritic(**told["arguments"])  # takes no memory yet
     prefix = "target_critic." if target else "critic."
-    critic = ChunkCritic(**told["arguments"])
-    critic.load_state_dict({n.removeprefix(prefix): t for n, t in read_tensors(file).items() if n.startswith(prefix)})
+    names = {name: name.removeprefix(prefix) for name in read_shapes(file) if name.startswith(prefix)}
+    wanted = {name: tuple(tensor.shape) for name, tensor in critic.state_dict().items()}
+    check_tensors(wanted, {names[n]: shape for n, shape in read_shapes(file).items() if n in names}, file)
+    tensors = read_tensors(file)
+    check_finite(tensors, file)
+    critic.load_state_dict({own: tensors[name] for name, own in names.items()}, assign=True)
     return critic
 
 
@@ -115,8 +146,11 @@ def _adapter(source: Source, about: dict[str, Any]) -> type[FlowPolicy]:
     try:
         return load_adapter(name)
     except UnknownAdapterError as error:
-        distribution = (about.get("adapter_distribution") or {}).get("name")
-        install = f"install {distribution}" if distribution else "install the distribution that offers it"
+        told = about.get("adapter_distribution")
+        distribution = told.get("name") if isinstance(told, dict) else None
+        install = "install the distribution that offers it"
+        if isinstance(distribution, str) and _DISTRIBUTION.fullmatch(distribution):
+            install = f"install {distribution}, which its {ABOUT} names, if you trust who wrote that"
         raise HubError(
             f'{source.name} needs the adapter "{name}", which is not installed (installed: '
             f"{', '.join(available_adapters()) or 'none'}): {install}"

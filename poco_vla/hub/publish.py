@@ -203,7 +203,8 @@ def _look(api: HfApi, repo_id: str, adapter: str, *, private: bool) -> _Place:
             f'{repo_id} holds what the adapter "{theirs["adapter"]}" has trained, and this is of "{adapter}": choose '
             "another name"
         )
-    pushed = tuple(name for name in theirs.get("files", ()) if name in held)
+    listed = theirs.get("files")
+    pushed = tuple(name for name in held if name in listed) if isinstance(listed, list) else ()
     return _Place(info.sha, bool(info.private), theirs.get("weights", {}).get("sha256"), pushed)
 
 

@@ -1,6 +1,5 @@
 """`poco-vla robot`: a robot, a person at its terminal and a learner elsewhere, put together."""
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from poco_vla.rollout.robots.signals import KEYS, AnySignals, KeySignals, KnowsS
 from poco_vla.rollout.robots.spool import Spool
 from poco_vla.rollout.robots.view import View, log_lines
 from poco_vla.rollout.serving import client as client_module
+from poco_vla.rollout.serving.access import token_of
 from poco_vla.rollout.serving.client import ConnectionLostError, PolicyClient, Retry
 from poco_vla.terminal import SafeConsole
 
@@ -79,7 +79,7 @@ def run_robot(
         stack.enter_context(log_lines(view, silent=client_module.__name__))
         look = _looking_on(view, show, stack)
         with view:
-            client = _learner_at(url, token or os.environ.get("POCO_VLA_TOKEN"), certificate, view)
+            client = _learner_at(url, token_of(token), certificate, view)
             stack.callback(client.close)
         metadata = client.metadata
         for key in check_match(robot, metadata):

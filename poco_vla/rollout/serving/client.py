@@ -19,6 +19,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from poco_vla.data.episode import Episode
 from poco_vla.errors import ConfigError, DataError, PocoError
+from poco_vla.rollout.serving.access import is_exposed
 from poco_vla.rollout.serving.codec import (
     MAX_BYTES,
     PROTOCOL_VERSION,
@@ -107,6 +108,12 @@ class PolicyClient:
         self._headers = {VERSION_HEADER: str(PROTOCOL_VERSION)}
         if token is not None:
             self._headers["Authorization"] = f"Api-Key {token}"
+            if is_exposed(url):
+                logger.warning(
+                    "the token crosses the network to %s in the clear, and whoever reads it can steer the robot: serve "
+                    "with a certificate and a key, and connect to wss://",
+                    url,
+                )
         self._open: tuple[ClientConnection, ExitStack] | None = None
         self._metadata: dict[str, Any] = {}
         self._insist(lambda connection: None)
@@ -207,7 +214,7 @@ class PolicyClient:
     def _receive(self, connection: ClientConnection, timeout: float | None = None) -> Any:
         message = connection.recv(timeout=timeout or self.timeout)
         if isinstance(message, str):
-            raise RefusedError(f"the server at {self.url} refused: {message}")
+            raise RefusedError(f"the server at {self.url} refused: {message[:2000]}")
         return unpack(message, self.limits)
 
     def _chunk_of(self, reply: Any, latency: float) -> Chunk:
