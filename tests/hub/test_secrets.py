@@ -60,7 +60,7 @@ def test_words_of_models_are_no_secrets(name, value):
 def test_a_home_folder_is_found_whoevers_it_is():
     for path in ("/" + "home/alice/data", "/" + "Users/bob/x", "C:\\Users\\eve\\x"):
         assert find_home(ABOUT, json.dumps({"root": path}))
-    assert not find_home(ABOUT, json.dumps({"page": "https://host/home/page"}))
+    assert not find_home(ABOUT, json.dumps({"page": "https://host/" + "home/page"}))
 
 
 @pytest.mark.parametrize("name", ["curve.png", "tokenizer.model", "notes.txt"])
