@@ -355,6 +355,9 @@ class Robot:
     """Largest actions, likewise."""
     max_step: tuple[float, ...] | None = None
     """Largest change of an action from one control step to the next, likewise. Left out: no limit."""
+    joints: Literal["by-name", "positional"] = "by-name"
+    """Bring states and actions into the policy's order by name, or take them in their order where the names merely
+    differ."""
     episodes: int | None = None
     """End after so many episodes that were kept. Left out: when training ends."""
     spool: Path = Path("runs/spool")

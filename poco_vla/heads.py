@@ -252,6 +252,7 @@ def write_head(
     lora: Lora | None = None,
     options: Mapping[str, Any] | None = None,
     peft: PeftLayout | None = None,
+    names: Mapping[str, Any] | None = None,
 ) -> None:
     """Weights and poco.json of what trains in `module`.
 
@@ -264,6 +265,7 @@ def write_head(
         lora: what trains in the place of the full head.
         options: what `from_pretrained` must be told to give the same function again.
         peft: how peft can carry it; None offers no such form.
+        names: of states and actions (:meth:`poco_vla.naming.VectorOrder.to_json`).
 
     Raises:
         PolicyError: there is no base, so that a head alone could not be put on anything.
@@ -285,12 +287,16 @@ def write_head(
         options=options or {},
         peft=peft.found_in(module) if peft and lora is None else peft,
     )
-    write_json(folder / ABOUT, head.to_json())
+    write_json(folder / ABOUT, head.to_json() | ({"names": dict(names)} if names else {}))
 
 
-def write_about(folder: Path, *, adapter: str, options: Mapping[str, Any] | None = None) -> None:
-    """poco.json of a whole policy: by which adapter it is loaded, and the `options` that make it the same function."""
-    write_json(folder / ABOUT, {"format": FORMAT, "adapter": adapter, "options": dict(options or {})})
+def write_about(
+    folder: Path, *, adapter: str, options: Mapping[str, Any] | None = None, names: Mapping[str, Any] | None = None
+) -> None:
+    """poco.json of a whole policy: by which adapter it is loaded, the `options` that make it the same function, and the
+    `names` of its states and actions."""
+    about = {"format": FORMAT, "adapter": adapter, "options": dict(options or {})}
+    write_json(folder / ABOUT, about | ({"names": dict(names)} if names else {}))
 
 
 def base_of(head: Head, moved: str | Path | None = None) -> Source:

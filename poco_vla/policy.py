@@ -5,13 +5,16 @@ An adapter subclasses :class:`FlowPolicy`; :func:`poco_vla.testing.check_policy`
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from poco_vla.errors import NotWrittenError
 from poco_vla.flow import integrate, uniform_time
+from poco_vla.raw import raw_batch
 from poco_vla.types import ActionSpec
 
 
@@ -56,6 +59,8 @@ class FlowPolicy(nn.Module):
         terms: what whoever gets weights derived from this model's must be told; None where nothing beyond the licence's
             name.
         lerobot_arguments: what LeRobot's commands need beside ``--policy.path`` to load what `save_pretrained` writes.
+        names: names of the numbers of raw states and actions, by column (``action``, ``observation.state``), in the
+            order that `preprocess` takes and `postprocess` gives; columns without names are left out.
     """
 
     spec: ActionSpec
@@ -68,6 +73,7 @@ class FlowPolicy(nn.Module):
     base_version: str | None = None
     terms: str | None = None
     lerobot_arguments: tuple[str, ...] = ()
+    names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
     @classmethod
     def option_names(cls, *, pretrained: bool) -> frozenset[str] | None:
@@ -87,9 +93,43 @@ class FlowPolicy(nn.Module):
         """
         return images
 
+    @torch.no_grad()
+    def act(
+        self,
+        observation: Mapping[str, Any],
+        task: str | Sequence[str] | None = None,
+        *,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "B H A"]:
+        """Return one sampled chunk for each of B raw observations, in the robot's units: the whole way from what a
+        robot sees to what it does.
+
+        Args:
+            observation: arrays or tensors by LeRobot's names (`input_keys`), of one state or of B; pictures uint8 or in
+                [0, 1], of either axis order.
+            task: the instruction of all states, or one for each; None takes the observation's own "task".
+            steps: Euler steps; the model's own number when None.
+            generator: draws the noise.
+
+        Raises:
+            DataError: the observation lacks what the policy reads.
+        """
+        processed = self.preprocess(raw_batch(observation, self.input_keys, task))
+        obs = {key: value for key, value in processed.items() if key.startswith("observation.") and value is not None}
+        chunk = propose(self, self.encode(obs), 1, steps=steps, generator=generator)
+        return self.postprocess(chunk[:, 0, :, : self.spec.action_dim])
+
+    def check_prompts(self, tasks: Sequence[str]) -> None:
+        """Raise DataError if one of these instructions does not fit the model's prompt, with whatever state beside it.
+        A run asks before its first update; a policy that reads no text takes all."""
+
     def encode(self, obs: Mapping[str, Any]) -> Prefix:
-        """Prefix of B processed observations: frozen, in eval mode, without gradient."""
-        raise NotImplementedError
+        """Prefix of B processed observations: frozen, in eval mode, without gradient.
+
+        Raw observations go through `preprocess` first, or to `act`; :func:`poco_vla.raw.refuse_raw` tells them apart.
+        """
+        raise NotWrittenError(f"{type(self).__name__} has no encode: its adapter has to write it")
 
     @property
     def can_pack(self) -> bool:
@@ -99,12 +139,12 @@ class FlowPolicy(nn.Module):
     def pack(self, prefix: Any) -> list[Packed]:
         """What is to be stored of each of B states: its valid tokens without padding, and nothing that weights made
         which train."""
-        raise NotImplementedError
+        raise NotWrittenError(f"{type(self).__name__} has no pack: its adapter has to write it")
 
     def unpack(self, states: Sequence[Mapping[str, Tensor]]) -> Prefix:
         """The prefix of what `pack` gave, of any states in any order, on the device that the tensors are on. What
         weights make that train is made anew, by those of now."""
-        raise NotImplementedError
+        raise NotWrittenError(f"{type(self).__name__} has no unpack: its adapter has to write it")
 
     def preprocess_actions(self, batch: dict[str, Any]) -> Tensor:
         """What `preprocess` makes of a batch's actions, where its pictures were left out; states and `task` are
@@ -115,7 +155,7 @@ class FlowPolicy(nn.Module):
         self, prefix: Prefix, x: Float[Tensor, "B N H A"], t: Float[Tensor, "B N"]
     ) -> Float[Tensor, "B N H A"]:
         """v(x, t | state), every candidate with a time of its own, all N attending to the one prefix of their state."""
-        raise NotImplementedError
+        raise NotWrittenError(f"{type(self).__name__} has no velocity: its adapter has to write it")
 
     def sample_time(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """Flow times from the distribution this model trains with (t = 1 is the action)."""
@@ -126,7 +166,7 @@ class FlowPolicy(nn.Module):
 
         `check_policy` holds `integrate` against it: this is what proves the adapter's time convention.
         """
-        raise NotImplementedError
+        raise NotWrittenError(f"{type(self).__name__} has no native_sample: its adapter has to write it")
 
     @classmethod
     def from_pretrained(
@@ -148,7 +188,7 @@ class FlowPolicy(nn.Module):
         The trainer checks that they fit the data. `dataset_meta` is LeRobot's own description of that dataset, for a
         policy whose processors need more of it (statistics of relative actions).
         """
-        raise NotImplementedError
+        raise NotWrittenError(f"{cls.__name__} has no from_pretrained: its adapter has to write it")
 
     @classmethod
     def from_dataset(
@@ -156,27 +196,33 @@ class FlowPolicy(nn.Module):
     ) -> "FlowPolicy":
         """A fresh policy for a dataset: its LeRobot features and statistics. For models small enough to start from
         nothing; a VLA raises PolicyError and asks for a pretrained base."""
-        raise NotImplementedError
+        raise NotWrittenError(
+            f"{cls.__name__} has no from_dataset, so that a fresh policy cannot be built from a dataset alone: give a "
+            "pretrained one (--policy FOLDER_OR_HUB_ID)"
+        )
 
     @classmethod
     def tiny(cls, seed: int = 0) -> "FlowPolicy":
         """The real architecture with small random weights, for tests and CPUs."""
-        raise NotImplementedError
+        raise NotWrittenError(f"{cls.__name__} has no tiny: its adapter has to write it")
 
     def example_obs(self, batch_size: int, seed: int = 0) -> dict[str, Any]:
         """Random processed observations of the right keys and shapes, for the conformance kit."""
-        raise NotImplementedError
+        raise NotWrittenError(
+            f"{type(self).__name__} has no example_obs (it is optional): give observations of your own, such as "
+            "check_policy(policy, policy.preprocess(batch))"
+        )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that LeRobot itself loads: config, weights, both processors. Whole or not at all."""
-        raise NotImplementedError
+        raise NotWrittenError(f"{type(self).__name__} has no save_pretrained: its adapter has to write it")
 
     def save_head(self, path: str | Path) -> None:
         """Write what was trained and where its base is; `from_pretrained` loads it. For policies that have a `base`.
 
         :mod:`poco_vla.heads` has the file format and what writes and reads it.
         """
-        raise NotImplementedError
+        raise NotWrittenError(f"{type(self).__name__} has no save_head: its adapter has to write it")
 
 
 @torch.no_grad()

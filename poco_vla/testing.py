@@ -11,6 +11,7 @@ Each point that is broken is reported in words: what was found, what was expecte
 """
 
 import copy
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,8 +25,11 @@ from torch import Tensor
 from poco_vla.distill import flow_errors
 from poco_vla.errors import PolicyError
 from poco_vla.flow import integrate
+from poco_vla.interface import left_out, missing_parts
 from poco_vla.policy import FlowPolicy, Prefix, propose
 from poco_vla.types import ActionSpec
+
+logger = logging.getLogger(__name__)
 
 NUM_CANDIDATES = 3
 OTHER_STEP_COUNTS = (1, 2, 4, 5, 8, 10, 16, 20, 50)
@@ -59,6 +63,8 @@ def check_policy(
         listed = "\n".join(f"{i}. {point}" for i, point in enumerate(broken, 1))
         count = "1 point" if len(broken) == 1 else f"{len(broken)} points"
         raise PolicyError(f"{type(policy).__name__} breaks the contract of poco_vla.FlowPolicy in {count}:\n{listed}")
+    if optional := left_out(policy):
+        logger.info("%s keeps the contract; optional and not written: %s", type(policy).__name__, "; ".join(optional))
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ def _broken_points(policy: FlowPolicy, obs: Mapping[str, Any] | None, atol: floa
     copies: list[FlowPolicy] = []
     run("copy", _make_copy, policy, copies)
     run("sample_time", _check_sample_time, policy)
+    run("interface", missing_parts, policy)
     probes: list[_Probe] = []
     basics = run("spec", _check_spec, policy) and run("encode", _make_probe, policy, copies, obs, atol, probes)
     if not (basics and run("velocity", _check_velocity, probes[0]) and run("memory", _check_memory, probes[0])):

@@ -21,13 +21,16 @@ DOORS = {
     "types": set(),
     "terminal": {"errors"},  # what a person sees: control characters of foreign names are shown, not obeyed
     **dict.fromkeys(MATHS, BASE | {"flow"}),
+    "raw": {"errors"},
+    "policy": BASE | {"flow", "raw"},
+    "interface": {"policy"},
     "critic": {"dense"},
     "config": {"errors"},
     "algorithm": ALGORITHM,
     "registry": {"policy", *BASE},
-    "testing": MATHS | BASE,  # it probes the contract with the flow's own equations
+    "testing": MATHS | BASE | {"interface"},  # it probes the contract with the flow's own equations
     "data": {"policy", "config", "lazy", *BASE},
-    "rollout": ACTING | {"files", "terminal"},
+    "rollout": ACTING | {"files", "joint_names", "terminal"},
     "files": {"errors"},
     "lazy": set(),
     "lora": {"errors"},
@@ -36,6 +39,10 @@ DOORS = {
     "normalization": {"errors", "heads"},
     "policy_config": {"errors", "sources"},
     "processors": {"errors", "heads", "normalization", "sources"},
+    "joint_names": {"errors"},
+    "naming": {"errors", "heads", "joint_names"},
+    "camera_names": {"errors", "heads", "joint_names"},
+    "weights": {"errors", "heads", "normalization", "sources"},
     "checkpoint": ALGORITHM | {"registry", "files", "locks"},
     "locks": {"errors", "files"},
     "hub": ALGORITHM | {"registry", "checkpoint", "report", "files", "heads", "sources", "policy_config"},
@@ -62,7 +69,8 @@ DOORS = {
 
 PURE = {"torch", "jaxtyping"}
 THIRD_PARTY = {
-    **dict.fromkeys(BASE | MATHS | {"config", "algorithm", "registry", "testing", "__init__"}, PURE),
+    **dict.fromkeys(BASE | MATHS | {"config", "algorithm", "registry", "testing", "__init__", "raw"}, PURE),
+    "interface": set(),
     "data": PURE | {"numpy", "lerobot", "filelock", "pyarrow"},  # of a dataset's files what LeRobot does not read
     "rollout": PURE
     | {
@@ -79,6 +87,10 @@ THIRD_PARTY = {
     "normalization": {"torch"},
     "policy_config": set(),
     "processors": {"torch"},
+    "naming": {"torch"},
+    "joint_names": set(),
+    "camera_names": set(),
+    "weights": {"torch", "safetensors"},
     "hub": PURE | {"safetensors", "huggingface_hub", "httpx", "peft"},
     "lerobot_rl": PURE | {"numpy", "lerobot"},
     "progress": {"rich"},
@@ -253,13 +265,17 @@ def test_adapters_use_poco_vlas_public_names_only(path):
 
     for name in imports(path):
         if name.split(".")[0] == "poco_vla":
-            public = {
-                *poco_vla.__all__,
+            modules = {
+                "camera_names",
                 "heads",
+                "naming",
                 "normalization",
                 "policy_config",
                 "processors",
-            }  # modules for adapters
+                "raw",
+                "weights",
+            }
+            public = {*poco_vla.__all__, *modules}
             assert name == "poco_vla" or name.removeprefix("poco_vla.") in public, f"{name} is not public"
 
 

@@ -133,18 +133,24 @@ def test_a_new_dataset_is_not_renamed_as_the_old_one_was(saved, tmp_path):
     assert taken.encode(taken.preprocess(raw_batch(cameras=top))).lengths.min() > 2 * 16
 
 
-@pytest.mark.parametrize("cameras", [[WRIST], [WRIST, FRONT], [FRONT, WRIST]])
-def test_cameras_are_seen_in_the_order_that_is_asked_for(saved, cameras):
-    """Positions differ, so order matters; a camera that is left out is not seen."""
-    options = dataset(cameras=(FRONT, "observation.images.side", WRIST))
+SWAPPED = {FRONT: WRIST, WRIST: FRONT}
+
+
+@pytest.mark.parametrize(
+    ("cameras", "seen"),
+    [([WRIST], [WRIST]), ([WRIST, FRONT], [FRONT, WRIST]), ([FRONT, WRIST], [FRONT, WRIST]), (SWAPPED, [WRIST, FRONT])],
+    ids=["one", "listed backwards", "listed", "mapped"],
+)
+def test_cameras_keep_their_slots_unless_they_are_mapped(saved, cameras, seen):
+    """Positions differ, so order matters: it is the checkpoint's, not a list's. One that is left out is not seen."""
+    options = dataset(cameras=("observation.images.side", WRIST, FRONT))
     policy = Pi05.from_pretrained(saved, statistics="dataset", cameras=cameras, **options)
-    assert list(policy.policy.config.image_features) == cameras
-    assert policy.input_keys == (*cameras, STATE)
+    assert policy.input_keys == (*seen, STATE)
     batch = raw_batch()
     features = policy.encode(policy.preprocess(batch)).features
     in_order = Pi05.from_pretrained(saved, statistics="dataset", **dataset(cameras=(FRONT, WRIST)))
     expected = in_order.encode(in_order.preprocess(raw_batch())).features
-    assert torch.allclose(features, expected, atol=1e-5) is (cameras == [FRONT, WRIST])
+    assert torch.allclose(features, expected, atol=1e-5) is (seen == [FRONT, WRIST])
 
 
 def test_a_camera_that_the_dataset_lacks_is_named(saved):

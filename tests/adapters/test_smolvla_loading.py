@@ -343,14 +343,21 @@ def test_a_trained_policy_may_take_on_a_dataset_of_other_sizes(saved, tmp_path):
         check_policy(taken)
 
 
-@pytest.mark.parametrize("cameras", [[WRIST], [WRIST, FRONT], [FRONT, WRIST]])
-def test_cameras_are_seen_in_the_order_that_is_asked_for(saved, cameras):
-    options = dataset(cameras=(FRONT, "observation.images.side", WRIST)) | {"statistics": "dataset"}
+SWAPPED = {FRONT: WRIST, WRIST: FRONT}
+
+
+@pytest.mark.parametrize(
+    ("cameras", "seen"),
+    [([WRIST], [WRIST]), ([WRIST, FRONT], [FRONT, WRIST]), ([FRONT, WRIST], [FRONT, WRIST]), (SWAPPED, [WRIST, FRONT])],
+    ids=["one", "listed backwards", "listed", "mapped"],
+)
+def test_cameras_keep_their_slots_unless_they_are_mapped(saved, cameras, seen):
+    options = dataset(cameras=("observation.images.side", WRIST, FRONT)) | {"statistics": "dataset"}
     policy = SmolVla.from_pretrained(saved, cameras=cameras, **options)
-    assert policy.input_keys == (*cameras, OBS_STATE)
+    assert policy.input_keys == (*seen, OBS_STATE)
     in_order = SmolVla.from_pretrained(saved, statistics="dataset", **dataset())
     found, expected = (p.encode(p.preprocess(raw_batch())).features for p in (policy, in_order))
-    assert torch.allclose(found, expected, atol=1e-5) is (cameras == [FRONT, WRIST])
+    assert torch.allclose(found, expected, atol=1e-5) is (seen == [FRONT, WRIST])
 
 
 @pytest.mark.parametrize(

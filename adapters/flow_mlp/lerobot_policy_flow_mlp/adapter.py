@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 import torch
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
+from lerobot.processor import RenameObservationsProcessorStep
 from lerobot.utils.constants import ACTION, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor
@@ -16,9 +17,23 @@ from torch import Tensor
 from lerobot_policy_flow_mlp.configuration_flow_mlp import MAX_WIDTH, FlowMlpConfig
 from lerobot_policy_flow_mlp.modeling_flow_mlp import STATE_KEYS, TRUST_VARIABLE, FlowMlpPolicy
 from lerobot_policy_flow_mlp.processor_flow_mlp import make_flow_mlp_pre_post_processors
-from poco_vla import ActionSpec, FlowPolicy, PolicyError, heads, linear, policy_config, processors, whole_folder
+from poco_vla import (
+    ActionSpec,
+    FlowPolicy,
+    PolicyError,
+    camera_names,
+    heads,
+    linear,
+    naming,
+    policy_config,
+    processors,
+    weights,
+    whole_folder,
+)
 
-OF_DATASET = frozenset({"input_features", "output_features", "chunk_size", "n_action_steps", "push_to_hub"})
+OF_DATASET = frozenset(
+    {"input_features", "output_features", "chunk_size", "n_action_steps", "push_to_hub", "action_feature_names"}
+)
 """Fields of FlowMlpConfig that :meth:`FlowMlp.from_dataset` sets itself."""
 
 
@@ -42,17 +57,26 @@ class FlowMlp(FlowPolicy):
         model: the LeRobot policy.
         preprocess: its pre-processor pipeline.
         postprocess: its post-processor pipeline.
+        order: of the data's states and actions against the policy's own; None takes them as they come.
     """
 
-    def __init__(self, model: FlowMlpPolicy, preprocess: Any, postprocess: Any) -> None:
+    def __init__(
+        self, model: FlowMlpPolicy, preprocess: Any, postprocess: Any, *, order: naming.VectorOrder | None = None
+    ) -> None:
         super().__init__()
         config = model.config
+        self.order = order or naming.VectorOrder()
+        self.names = self.order.names
+        renamed = {new: old for old, new in _renames(preprocess).items()}
+        if self.order.index:
+            preprocess = naming.Reordered(preprocess, self.order)
+            postprocess = naming.Reordered(postprocess, self.order, after=True)
         self.model = model.requires_grad_(False)
         self.head = model.net.requires_grad_(True)
         self.head.linear = linear
         self.preprocess, self.postprocess = preprocess, postprocess
         self.feature_dim = model.feature_dim
-        self.input_keys = tuple(config.input_features or {})
+        self.input_keys = tuple(renamed.get(key, key) for key in config.input_features or {})
         self.spec = ActionSpec(config.chunk_size, model.action_dim, model.action_dim, config.num_inference_steps)
 
     def encode(self, obs: Mapping[str, Any]) -> MlpPrefix:
@@ -75,7 +99,7 @@ class FlowMlp(FlowPolicy):
     def option_names(cls, *, pretrained: bool) -> frozenset[str] | None:
         if pretrained:
             return None
-        return frozenset(f.name for f in fields(FlowMlpConfig)) - OF_DATASET | {"trust_remote_code"}
+        return frozenset(f.name for f in fields(FlowMlpConfig)) - OF_DATASET | {"trust_remote_code", "cameras"}
 
     @classmethod
     def from_pretrained(
@@ -90,8 +114,31 @@ class FlowMlp(FlowPolicy):
         dataset_meta: Any = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        cameras: camera_names.Cameras = None,
+        joints: naming.Joints = None,
+        base: str | Path | None = None,
         **options: Any,
     ) -> Self:
+        """Load a ``flow_mlp`` folder or repository.
+
+        Args:
+            repo_or_path: local folder or Hub id.
+            horizon: H, the policy's own.
+            device: torch device.
+            features: LeRobot features of the dataset to go on with.
+            stats: not needed: the policy keeps its own.
+            statistics: "auto" or "checkpoint".
+            dataset_meta: not needed here.
+            revision: Hub revision.
+            cameras: {camera of the dataset: camera of the policy}, where they have other names.
+            joints: "positional", or {name in the dataset: name in the policy}, for numbers of states and actions whose
+                names merely differ.
+            base: where the base of a LoRA is, if not where the LoRA says.
+            options: refused.
+
+        Raises:
+            PolicyError: files are missing or damaged, or do not fit together.
+        """
         if statistics == "dataset":
             raise PolicyError("a pretrained flow_mlp keeps the statistics that it was trained with")
         if options:
@@ -117,25 +164,37 @@ class FlowMlp(FlowPolicy):
             )
         config.device = device
         processors.check_pipelines(source.folder, processors.INPUT_STEPS, processors.OUTPUT_STEPS)
-        weights = source.file(heads.POLICY_WEIGHTS)
-        model = _load_model(config, weights, trust_remote_code)
+        files = weights.weights_of(source, base)
+        saved = camera_names.saved_cameras(source.folder / "policy_preprocessor.json", list(config.image_features))
+        renames = camera_names.kept_renames(saved, features, cameras, where=source.name)
+        order = _kept_order(source, config, features, joints)
+        model = _load_model(config, files, trust_remote_code)
         # The folder remembers the device it was trained on.
-        overrides = {"device_processor": {"device": device}}
+        overrides: dict[str, Any] = {"device_processor": {"device": device}}
+        if renames is not None:
+            overrides["rename_observations_processor"] = {"rename_map": renames}
         with policy_config.describing(f"the processors in {repo_or_path} cannot be loaded"):
             pipelines = make_pre_post_processors(
-                config, pretrained_path=str(weights.parent), preprocessor_overrides=overrides
+                config, pretrained_path=str(source.folder), preprocessor_overrides=overrides
             )
         processors.check_inverse(*pipelines, config, source.name)
-        return cls(model, *pipelines)
+        return cls(model, *pipelines, order=order)
 
     @classmethod
     def from_dataset(
         cls, features: Mapping[str, Any], stats: Mapping[str, Any], *, horizon: int, **options: Any
     ) -> Self:
         """A fresh policy. Options are the fields of FlowMlpConfig, such as ``hidden_dims`` or ``activation``, and
-        ``trust_remote_code``: whether an image encoder's repository may run its own code."""
+        ``trust_remote_code``: whether an image encoder's repository may run its own code, and ``cameras``: those to use
+        of the dataset's (all but depth cameras when left out)."""
         trusted = options.pop("trust_remote_code", False) is True
-        policy_features = dataset_to_policy_features(dict(features))
+        cameras = options.pop("cameras", None)
+        offered = camera_names.colour_features(features, cameras)
+        if cameras is not None:
+            pictures = [key for key, feature in offered.items() if camera_names.is_picture(feature)]
+            chosen = camera_names.camera_slots([], pictures, cameras) if cameras else {}
+            offered = {key: ft for key, ft in offered.items() if key in chosen or key not in pictures}
+        policy_features = dataset_to_policy_features(offered)
         outputs = {key: ft for key, ft in policy_features.items() if ft.type is FeatureType.ACTION}
         inputs = {key: ft for key, ft in policy_features.items() if key in STATE_KEYS or ft.type is FeatureType.VISUAL}
         settings: dict[str, Any] = {"device": "cpu"} | options
@@ -151,8 +210,10 @@ class FlowMlp(FlowPolicy):
             config.validate_features()
         except (TypeError, ValueError) as error:
             raise PolicyError(f"flow_mlp cannot be built: {error}") from error
+        order = naming.new_order(features)
+        config.action_feature_names = list(order.own[ACTION]) if ACTION in order.own else None
         model = _built(config, trusted)
-        return cls(model, *make_flow_mlp_pre_post_processors(config, dict(stats)))
+        return cls(model, *make_flow_mlp_pre_post_processors(config, dict(stats)), order=order)
 
     @classmethod
     def tiny(cls, seed: int = 0) -> Self:
@@ -187,7 +248,7 @@ class FlowMlp(FlowPolicy):
     def save_pretrained(self, path: str | Path) -> None:
         with whole_folder(path) as partial:
             self.model.save_pretrained(partial)
-            heads.write_about(partial, adapter="flow_mlp")
+            heads.write_about(partial, adapter="flow_mlp", names=self.order.to_json())
             self.preprocess.save_pretrained(partial, config_filename="policy_preprocessor.json")  # pyright: ignore
             self.postprocess.save_pretrained(partial, config_filename="policy_postprocessor.json")  # pyright: ignore
 
@@ -210,19 +271,19 @@ def _built(config: FlowMlpConfig, trust_remote_code: bool) -> FlowMlpPolicy:
         ) from error
 
 
-def _load_model(config: FlowMlpConfig, file: Path, trust_remote_code: bool) -> FlowMlpPolicy:
-    """Build a policy with the weights of a file, whose shapes are compared before memory is taken.
+def _load_model(config: FlowMlpConfig, files: weights.Weights, trust_remote_code: bool) -> FlowMlpPolicy:
+    """Build a policy with a checkpoint's weights, whose shapes are compared before memory is taken.
 
     Raises:
-        PolicyError: the file is missing or damaged, or does not hold this policy's weights.
+        PolicyError: they are damaged, or not this policy's.
     """
-    heads.check_file(file)
-    shapes = heads.read_shapes(file)
+    file = files.where
+    shapes = files.shapes()
     of_net = {name: shape for name, shape in shapes.items() if name.startswith("net.")}
     _check_fit(_net_shapes(config, of_net), of_net, file)
     model = _built(config, trust_remote_code)
     _check_fit({name: tuple(one.shape) for name, one in model.state_dict().items()}, shapes, file)
-    tensors = heads.read_tensors(file)
+    tensors = files.tensors()
     heads.check_finite(tensors, file)
     model.load_state_dict(tensors)
     return model.to(config.device).eval()
@@ -249,3 +310,21 @@ def _net_shapes(config: FlowMlpConfig, found: Mapping[str, tuple[int, ...]]) -> 
     for i, (inner, outer) in enumerate(pairwise(widths)):
         shapes |= {f"net.layers.{i}.weight": (outer, inner), f"net.layers.{i}.bias": (outer,)}
     return shapes
+
+
+def _kept_order(
+    source: heads.Source, config: FlowMlpConfig, features: Mapping[str, Any] | None, joints: naming.Joints
+) -> naming.VectorOrder:
+    """How the data's states and actions come into the order of a trained policy."""
+    columns = {**(config.input_features or {}), **(config.output_features or {})}
+    sizes = {key: columns[key].shape[0] for key in (*STATE_KEYS, ACTION) if key in columns}
+    order = naming.saved_order(source.folder, config.action_feature_names, sizes)
+    if features is None:
+        return order
+    return naming.matched_order(order, features, sizes=sizes, where=source.name, joints=joints)
+
+
+def _renames(pipeline: Any) -> Mapping[str, str]:
+    """The names that a pre-processor changes."""
+    steps = (step for step in getattr(pipeline, "steps", ()) if isinstance(step, RenameObservationsProcessorStep))
+    return next((step.rename_map for step in steps), {})

@@ -29,6 +29,7 @@ class FlowMlpConfig(PreTrainedConfig):
         normalization_mapping: LeRobot's normalisation per kind of feature. "STATE": "IDENTITY" suits observations that
             are scaled by design (OGBench's): a nearly constant dimension otherwise becomes noise of unit variance.
         optimizer_lr: learning rate for ``lerobot-train``.
+        action_feature_names: names of the action's dimensions, in order, by which LeRobot sends them to a robot.
     """
 
     chunk_size: int = 5
@@ -38,6 +39,7 @@ class FlowMlpConfig(PreTrainedConfig):
     num_inference_steps: int = 10
     vision_encoder: str = "lerobot/resnet10"
     optimizer_lr: float = 3e-4
+    action_feature_names: list[str] | None = None
 
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {

@@ -11,6 +11,7 @@ import torch
 from draccus.utils import DraccusException
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
+from lerobot.processor import RenameObservationsProcessorStep
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError
@@ -48,19 +49,23 @@ from poco_vla import (
     FlowPolicy,
     Lora,
     PolicyError,
+    camera_names,
     heads,
     inject_lora,
     merge_lora,
+    naming,
     policy_config,
     processors,
     whole_folder,
 )
+from poco_vla import weights as weight_files
 
 PROCESSED = {"embodiment", "tokenizer", "byte_ids", "letterbox", "exact_images", "augment_images"}
 """Options that the processors heed."""
 
 
 ADAPTER = "groot_n1d6"
+PREPROCESSOR = "policy_preprocessor.json"
 
 _NUMBERS = {"max_state_dim": processors.whole_number(65_536, 1), "max_action_dim": processors.whole_number(65_536, 1)}
 _EMBODIMENT = {"embodiment": processors.TABLE}
@@ -142,6 +147,7 @@ class GrootN1d6Adapter(FlowPolicy):
         source: the checkpoint that the frozen part came from; None when it came from nowhere.
         recompute: keep one tensor per layer for backward and compute the rest again.
         lora: train this on the transformer instead of the full head.
+        order: of the data's states and actions against the policy's own; None takes them as they come.
     """
 
     terms = (
@@ -157,8 +163,11 @@ class GrootN1d6Adapter(FlowPolicy):
         source: heads.Source | None = None,
         recompute: bool = True,
         lora: Lora | None = None,
+        order: naming.VectorOrder | None = None,
     ) -> None:
         super().__init__()
+        self.order = order or naming.VectorOrder()
+        self.names = self.order.names
         config = policy.config
         self.policy, self.source, self.recompute, self.lora = policy, source, recompute, lora
         if lora is not None:
@@ -167,13 +176,17 @@ class GrootN1d6Adapter(FlowPolicy):
             self.base = source.name
             self.base_version = f"{source.name}@{source.revision}:{heads.fingerprint(policy)}"
         self.head: Any = policy.action_head
-        self.preprocess, self.postprocess = pipelines
+        self.preprocess, self.postprocess = self._pipelines = pipelines
+        if self.order.index:
+            self.preprocess = naming.Reordered(pipelines[0], self.order)
+            self.postprocess = naming.Reordered(pipelines[1], self.order, after=True)
         (encode,) = (step for step in pipelines[0].steps if isinstance(step, EncodeStep))
         self.embodiment = encode.embodiment
         self.state_dim = self.embodiment.state_dim
         self.feature_dim = policy.sizes.language.width + self.state_dim
         columns = [view.column for view in self.embodiment.views] + [key.column for key in self.embodiment.state]
-        self.input_keys = tuple(dict.fromkeys(columns))
+        renamed = {new: old for old, new in _renaming(pipelines[0]).rename_map.items()}
+        self.input_keys = tuple(dict.fromkeys(renamed.get(column, column) for column in columns))
         self.spec = ActionSpec(
             horizon=config.chunk_size,
             width=config.max_action_dim,
@@ -212,7 +225,7 @@ class GrootN1d6Adapter(FlowPolicy):
 
     @property
     def _steps(self) -> Sequence[Any]:
-        return self.preprocess.steps  # pyright: ignore
+        return self._pipelines[0].steps
 
     def pack(self, prefix: Any) -> list[dict[str, Tensor]]:
         """Features, tokens and state; no keys and values, whose weights train."""
@@ -229,7 +242,7 @@ class GrootN1d6Adapter(FlowPolicy):
     def preprocess_actions(self, batch: dict[str, Any]) -> Tensor:
         """The pre-processor without its steps for pictures and prompts, of which actions know nothing."""
         steps = [step for step in self._steps if not isinstance(step, ImageStep | PromptStep)]
-        return replace(self.preprocess, steps=steps)(batch)[ACTION]  # pyright: ignore[reportArgumentType]
+        return replace(self._pipelines[0], steps=steps)(self.order.to_policy(batch))[ACTION]
 
     def velocity(self, prefix: Any, x: Tensor, t: Tensor) -> Tensor:
         compute, slot = self.policy.compute, self.embodiment.slot
@@ -269,6 +282,8 @@ class GrootN1d6Adapter(FlowPolicy):
         base: str | Path | None = None,
         recompute: bool = True,
         lora: Any = None,
+        cameras: camera_names.Cameras = None,
+        joints: naming.Joints = None,
         **options: Any,
     ) -> Self:
         """Load a ``groot_n1d6`` LeRobot folder, a head that this class saved, or one of NVIDIA's N1.6 checkpoints
@@ -287,6 +302,10 @@ class GrootN1d6Adapter(FlowPolicy):
             base: where the base of a saved head is now, if not where it was.
             recompute: see the class.
             lora: rank, or a mapping of rank, alpha and targets: train a LoRA on the transformer instead of the head.
+            cameras: the dataset's cameras to use, all of them when None; or {camera of the dataset: camera of the
+                policy}. A camera that the policy knows keeps its slot.
+            joints: "positional", or {name in the dataset: name in the policy}, for numbers of states and actions whose
+                names merely differ.
             options: fields of GrootN1d6Config, such as `embodiment`, `tokenizer`, `letterbox`, `dtype`.
 
         Raises:
@@ -296,15 +315,16 @@ class GrootN1d6Adapter(FlowPolicy):
             raise PolicyError(f"horizon is {horizon}: expected at least 1 step")
         if statistics not in ("auto", "dataset", "checkpoint"):
             raise PolicyError(f'statistics is "{statistics}": expected auto, dataset or checkpoint')
-        data, source = _Data(features, stats, dataset_meta), _located(repo_or_path, revision)
+        colours = None if features is None else camera_names.colour_features(features, cameras)
+        data, source = _Data(colours, stats, dataset_meta, cameras, joints), _located(repo_or_path, revision)
         head = heads.read_head(source.folder, ADAPTER)
         frozen = source if head is None else heads.base_of(head, base)
         lora = heads.chosen_lora(Lora.of(lora, LORA_TARGETS), head)
         try:
             if _type(source) == ADAPTER:
-                policy, pipelines = _of_lerobot(source, frozen, horizon, device, data, statistics, options)
+                policy, pipelines, order = _of_lerobot(source, frozen, horizon, device, data, statistics, options, base)
             else:
-                policy, pipelines = _of_nvidia(source, horizon, device, data, options)
+                policy, pipelines, order = _of_nvidia(source, horizon, device, data, options)
         except PolicyError:
             raise
         # LeRobot's loaders name no file.
@@ -313,7 +333,7 @@ class GrootN1d6Adapter(FlowPolicy):
         except (ValueError, TypeError, OSError) as error:
             raise PolicyError(str(error)) from error
         heads.check_finite(policy.state_dict(), frozen.folder)
-        adapter = cls(policy, pipelines, source=frozen, recompute=recompute, lora=lora)
+        adapter = cls(policy, pipelines, source=frozen, recompute=recompute, lora=lora, order=order)
         if head is not None:
             head.put_on(policy, source.folder)
         return adapter
@@ -375,14 +395,17 @@ class GrootN1d6Adapter(FlowPolicy):
     def save_pretrained(self, path: str | Path) -> None:
         with whole_folder(path) as partial:
             self.policy.save_pretrained(partial, state_dict=merge_lora(self.policy.state_dict(), self.policy))
-            heads.write_about(partial, adapter=ADAPTER)
+            heads.write_about(partial, adapter=ADAPTER, names=self.order.to_json())
             self._save_processors(partial)
 
     def save_head(self, path: str | Path) -> None:
         """What was trained, and where its base model is: `from_pretrained` puts the two together again."""
         with heads.head_folder(path) as partial:
             horizon, lora = self.spec.horizon, self.lora
-            heads.write_head(partial, self.policy, self.source, adapter=ADAPTER, horizon=horizon, lora=lora)
+            names = self.order.to_json()
+            heads.write_head(
+                partial, self.policy, self.source, adapter=ADAPTER, horizon=horizon, lora=lora, names=names
+            )
             self.policy.config._save_pretrained(partial)
             self._save_processors(partial)
 
@@ -393,11 +416,13 @@ class GrootN1d6Adapter(FlowPolicy):
 
 @dataclass(frozen=True)
 class _Data:
-    """The dataset to fine-tune on: LeRobot's features, statistics and description of it."""
+    """The dataset to fine-tune on: LeRobot's features, statistics and description of it, and options on its names."""
 
     features: Mapping[str, Any] | None
     stats: Mapping[str, Any] | None
     meta: Any
+    cameras: camera_names.Cameras = None
+    joints: naming.Joints = None
 
 
 def _located(repo_or_path: str | Path, revision: str | None) -> heads.Source:
@@ -426,8 +451,9 @@ def _of_lerobot(
     data: "_Data",
     statistics: str,
     options: Mapping[str, Any],
-) -> tuple[GrootN1d6Policy, tuple[Any, Any]]:
-    """A LeRobot folder as it is, or fitted to a dataset; its weights from `base`."""
+    moved: str | Path | None = None,
+) -> tuple[GrootN1d6Policy, tuple[Any, Any], naming.VectorOrder]:
+    """A LeRobot folder as it is, or fitted to a dataset; its weights from `base`, where a LoRA's base has `moved`."""
     folder = source.folder
     config = policy_config.load_policy_config(
         folder,
@@ -454,9 +480,12 @@ def _of_lerobot(
     if statistics == "dataset":
         if data.features is None or data.stats is None:
             raise PolicyError('statistics="dataset" without a dataset: give features and stats')
-        _adopt(config, data.features)
+        saved = camera_names.saved_cameras(folder / PREPROCESSOR, config.image_features)
+        renames = _adopt(config, data, list(saved), source.name)
         config.base_model_path = None  # its statistics are not asked for, and it may be gone
         pipelines = make_groot_n1d6_pre_post_processors(config, data.stats, data.meta)
+        _renaming(pipelines[0]).rename_map = renames
+        order = naming.new_order(data.features)
     else:
         processors.check_pipelines(folder, INPUT_STEPS, OUTPUT_STEPS)
         overrides = {"device_processor": {"device": device}}
@@ -468,16 +497,24 @@ def _of_lerobot(
                 f"{source.name} was trained with chunks of {trained} steps, asked for {config.chunk_size}: choose a "
                 "shorter horizon"
             )
+        views = [view.column for view in encode.embodiment.views]
+        saved = camera_names.saved_cameras(folder / PREPROCESSOR, views)
+        renames = camera_names.kept_renames(saved, data.features, data.cameras, where=source.name)
+        if renames is not None:
+            _renaming(pipelines[0]).rename_map = renames
+        order = _kept_order(source, config, data)
+    config.action_feature_names = list(order.own[ACTION]) if ACTION in order.own else None
     if _type(base) != ADAPTER:
         config.base_model_path, config.base_revision = base.name, base.revision
-        return GrootN1d6Policy(config).eval(), pipelines
-    file = base.file(heads.POLICY_WEIGHTS)
-    heads.check_file(file)
+        return GrootN1d6Policy(config).eval(), pipelines, order
+    files = weight_files.weights_of(base, moved)
     with policy_config.describing(f"{source.name} describes no GR00T N1.6"):
         network = GrootN1d6.empty(network_sizes(config))  # takes no memory
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    heads.check_tensors(shapes, heads.read_shapes(file), file)
-    return GrootN1d6Policy.from_pretrained(str(file.parent), config=config), pipelines
+    heads.check_tensors(shapes, files.shapes(), files.where)
+    policy = GrootN1d6Policy(config, load_base=False)
+    policy.load_state_dict(files.tensors())
+    return policy.eval(), pipelines, order
 
 
 def _check_inverse(pipelines: tuple[Any, Any], config: GrootN1d6Config, where: str) -> EncodeStep:
@@ -504,13 +541,28 @@ def _check_inverse(pipelines: tuple[Any, Any], config: GrootN1d6Config, where: s
     return encode
 
 
+def _kept_order(source: heads.Source, config: GrootN1d6Config, data: "_Data") -> naming.VectorOrder:
+    """How the data's states and actions come into the order of a policy that keeps its own."""
+    columns = {**(config.input_features or {}), **(config.output_features or {})}
+    sizes = {key: columns[key].shape[0] for key in (OBS_STATE, ACTION) if key in columns}
+    order = naming.saved_order(source.folder, config.action_feature_names, sizes)
+    if data.features is None:
+        return order
+    return naming.matched_order(order, data.features, sizes=sizes, where=source.name, joints=data.joints)
+
+
+def _renaming(pipeline: Any) -> Any:
+    """The step of a pre-processor that renames observations."""
+    return next(step for step in pipeline.steps if isinstance(step, RenameObservationsProcessorStep))
+
+
 def _of_nvidia(
     source: heads.Source,
     horizon: int | None,
     device: str,
     data: "_Data",
     options: Mapping[str, Any],
-) -> tuple[GrootN1d6Policy, tuple[Any, Any]]:
+) -> tuple[GrootN1d6Policy, tuple[Any, Any], naming.VectorOrder]:
     """NVIDIA's weights for a dataset's robot."""
     described = weights.read_config(source.folder)
     policy_config.check_sizes(described, NVIDIA_SIZES, source.folder / policy_config.CONFIG)
@@ -534,9 +586,11 @@ def _of_nvidia(
         push_to_hub=False,
     )
     _set(config, options)
-    _adopt(config, data.features)
+    _adopt(config, data, [], source.name)
     pipelines = make_groot_n1d6_pre_post_processors(config, data.stats, data.meta)
-    return GrootN1d6Policy(config).eval(), pipelines
+    order = naming.new_order(data.features)
+    config.action_feature_names = list(order.own[ACTION]) if ACTION in order.own else None
+    return GrootN1d6Policy(config).eval(), pipelines, order
 
 
 def _set(config: GrootN1d6Config, options: Mapping[str, Any]) -> None:
@@ -555,10 +609,12 @@ def _set(config: GrootN1d6Config, options: Mapping[str, Any]) -> None:
         )
 
 
-def _adopt(config: GrootN1d6Config, features: Mapping[str, Any]) -> None:
-    """Take a dataset's cameras, state and action into a configuration."""
-    offered = dataset_to_policy_features(dict(features))
-    config.input_features = {
-        key: ft for key, ft in offered.items() if ft.type in (FeatureType.VISUAL, FeatureType.STATE)
-    }
+def _adopt(config: GrootN1d6Config, data: _Data, own: Sequence[str], where: str) -> dict[str, str]:
+    """Take a dataset's cameras, state and action into a configuration; the cameras' names there, where they change."""
+    offered = dataset_to_policy_features(dict(data.features or {}))
+    images = {key: feature for key, feature in offered.items() if feature.type is FeatureType.VISUAL}
+    chosen = camera_names.camera_slots(own, list(images), data.cameras, where=where) if images or data.cameras else {}
+    states = {key: ft for key, ft in offered.items() if ft.type is FeatureType.STATE}
+    config.input_features = {slot or key: images[key] for key, slot in chosen.items()} | states
     config.output_features = {key: ft for key, ft in offered.items() if ft.type is FeatureType.ACTION}
+    return {key: slot for key, slot in chosen.items() if slot not in (None, key)}

@@ -38,6 +38,7 @@ class GrootN1d6Config(PreTrainedConfig):
         exact_images: resize with OpenCV and PIL themselves (a CPU's business), not in torch.
         augment_images: random crops and colours while training.
         optimizer_lr: learning rate for ``lerobot-train``, as for the next two (NVIDIA's fine-tuning values).
+        action_feature_names: names of the action's dimensions, in order, by which LeRobot sends them to a robot.
     """
 
     base_model_path: str | None = None
@@ -63,6 +64,7 @@ class GrootN1d6Config(PreTrainedConfig):
     optimizer_weight_decay: float = 1e-5
     scheduler_warmup_steps: int = 500
     scheduler_decay_steps: int = 10_000
+    action_feature_names: list[str] | None = None
 
     # The processors normalise by embodiment keys, which LeRobot's own normalisation does not know.
     normalization_mapping: dict[str, NormalizationMode] = field(

@@ -23,10 +23,13 @@ from poco_vla import (
     FlowPolicy,
     Lora,
     PolicyError,
+    camera_names,
     heads,
     inject_lora,
     merge_lora,
+    naming,
     normalization,
+    weights,
     whole_folder,
 )
 from poco_vla_pi05 import checkpoint, expert, processors
@@ -67,6 +70,7 @@ class Pi05(FlowPolicy):
         recompute: keep one tensor per layer for backward and compute the rest again: the head's forward and backward
             take a third longer and an eighth of the memory.
         lora: train this instead of the full head.
+        order: of the data's states and actions against the policy's own; None takes them as they come.
     """
 
     def __init__(
@@ -79,8 +83,11 @@ class Pi05(FlowPolicy):
         compute: torch.dtype | None = None,
         recompute: bool = True,
         lora: Lora | None = None,
+        order: naming.VectorOrder | None = None,
     ) -> None:
         super().__init__()
+        self.order = order or naming.VectorOrder()
+        self.names = self.order.names
         config, model = policy.config, policy.model
         core: Any = model.paligemma_with_expert
         self._backbone_dtype = core.paligemma.model.language_model.layers[0].self_attn.q_proj.weight.dtype
@@ -111,8 +118,7 @@ class Pi05(FlowPolicy):
         )
         self.feature_dim = core.paligemma.config.text_config.hidden_size + config.robot_state_feature.shape[0]
         self.preprocessor, self.postprocessor = pipelines or (None, None)
-        cameras = [key for key in config.image_features if not key.startswith(f"{OBS_IMAGES}.empty_camera")]
-        keys = (*cameras, OBS_STATE)
+        keys = (*checkpoint.cameras(config), OBS_STATE)
         self.input_keys = keys if pipelines is None else processors.raw_keys(self.preprocessor, keys)
         self.train(self.training)
 
@@ -135,14 +141,14 @@ class Pi05(FlowPolicy):
             raise PolicyError(NO_PROCESSORS)
         *cameras, state = self.input_keys
         processors.check_batch(batch, cameras, state, self.policy.config)
-        processed = self.preprocessor(batch)
+        processed = self.preprocessor(self.order.to_policy(batch))
         processors.check_prompts(processed, self.policy.config)
         return processed
 
     def postprocess(self, actions: Tensor) -> Tensor:  # pyright: ignore
         if self.postprocessor is None:
             raise PolicyError(NO_PROCESSORS)
-        return self.postprocessor(actions)
+        return self.order.to_data(self.postprocessor(actions))
 
     def encode(self, obs: Mapping[str, Any]) -> Pi05Prefix:
         """SigLIP and the VLM, once per state; see :func:`poco_vla_pi05.prefix.encode`."""
@@ -159,7 +165,7 @@ class Pi05(FlowPolicy):
         """LeRobot's pre-processor, which reads no pictures."""
         if self.preprocessor is None:
             raise PolicyError(NO_PROCESSORS)
-        return self.preprocessor(batch)[ACTION]
+        return self.preprocessor(self.order.to_policy(batch))[ACTION]
 
     def velocity(self, prefix: Any, x: Tensor, t: Tensor) -> Tensor:
         # A time that is expanded from one number, as `integrate` gives it, stays so.
@@ -230,7 +236,8 @@ class Pi05(FlowPolicy):
         revision: str | None = None,
         dtype: Literal["bfloat16", "float32"] | None = None,
         statistics: Literal["auto", "dataset", "checkpoint"] = "auto",
-        cameras: Sequence[str] | None = None,
+        cameras: camera_names.Cameras = None,
+        joints: naming.Joints = None,
         normalization_mapping: Mapping[str, str] | None = None,
         tokenizer: str | Path | None = None,
         tokenizer_max_length: int | None = None,
@@ -256,7 +263,10 @@ class Pi05(FlowPolicy):
             statistics: whose features and statistics hold: "dataset" as when fine-tuning a base model, "checkpoint" as
                 when going on with a policy that was trained on this data, "auto" takes the checkpoint's if it has any
                 for actions that are not padded.
-            cameras: the dataset's cameras in the order in which the model is to see them; all of them when None.
+            cameras: the dataset's cameras to use, all of them when None; or {camera of the dataset: camera of the
+                checkpoint}. A camera that the checkpoint knows keeps its slot.
+            joints: "positional", or {name in the dataset: name in the checkpoint}, for numbers of states and actions
+                whose names merely differ.
             normalization_mapping: LeRobot's normalisation per kind of feature, where the default will not do.
             tokenizer: Hub id, folder or sentencepiece file; the checkpoint's own or LeRobot's default when None.
             tokenizer_max_length: tokens of the longest prompt.
@@ -280,7 +290,7 @@ class Pi05(FlowPolicy):
         frozen = source if head is None else heads.base_of(head, base)
         lora = heads.chosen_lora(Lora.of(lora, LORA_TARGETS), head)
 
-        config, stats_used, use_dataset = _configure(
+        config, stats_used, use_dataset, renames = _configure(
             source,
             horizon=horizon,
             device=device,
@@ -291,6 +301,7 @@ class Pi05(FlowPolicy):
             normalization_mapping=normalization_mapping,
             tokenizer_max_length=tokenizer_max_length,
             asset=asset,
+            base=base,
         )
         if processors.are_saved(source.folder):
             processors.check_saved(source.folder)
@@ -299,17 +310,24 @@ class Pi05(FlowPolicy):
             new_stats = stats_used if use_dataset else None
             remap = bool(normalization_mapping)
             pipelines = processors.load(
-                source.folder, config, words, stats=new_stats, normalization=remap, max_length=tokenizer_max_length
+                source.folder,
+                config,
+                words,
+                stats=new_stats,
+                normalization=remap,
+                max_length=tokenizer_max_length,
+                renames=renames,
             )
         else:
-            pipelines = processors.build(config, stats_used, words)
+            pipelines = processors.build(config, stats_used, words, renames=renames)
         processors.check_inverse(pipelines, config, "the dataset" if use_dataset else source.name)
 
-        architecture = Architecture.of_folder(frozen.folder)
+        whole = weights.whole_source(frozen, base)
+        architecture = Architecture.of_folder(whole.folder)
         policy = empty_policy(config, architecture)
         checkpoint.load_weights(
             policy,
-            frozen.file(checkpoint.WEIGHTS),
+            weights.weights_of(frozen, base),
             backbone=getattr(torch, dtype or heads.saved_dtype(source.folder) or config.dtype),
             head=[name for name, _ in policy.named_parameters() if in_head(name)],
             device=device,
@@ -322,6 +340,7 @@ class Pi05(FlowPolicy):
             compute=getattr(torch, compute) if compute else None,
             recompute=recompute,
             lora=lora,
+            order=_order(source, config, features, use_dataset, joints),
         )
         if head is not None:
             head.put_on(adapter.policy, source.folder)
@@ -380,7 +399,7 @@ class Pi05(FlowPolicy):
         weights = merge_lora(self.policy.state_dict(), self.policy)
         with whole_folder(path) as partial:
             checkpoint.write_tensors(checkpoint.full_weights(self.policy, weights), partial / checkpoint.WEIGHTS)
-            heads.write_about(partial, adapter=ADAPTER, options=self._options)
+            heads.write_about(partial, adapter=ADAPTER, options=self._options, names=self.order.to_json())
             self._save_description(partial, Path(path))
 
     def save_head(self, path: str | Path) -> None:
@@ -398,6 +417,7 @@ class Pi05(FlowPolicy):
                 lora=self.lora,
                 options=self._options,
                 peft=PEFT,
+                names=self.order.to_json(),
             )
             self._save_description(partial, Path(path))
 
@@ -464,14 +484,16 @@ def _configure(
     features: Mapping[str, Any] | None,
     stats: Mapping[str, Any] | None,
     statistics: str,
-    cameras: Sequence[str] | None,
+    cameras: camera_names.Cameras,
     normalization_mapping: Mapping[str, str] | None,
     tokenizer_max_length: int | None,
     asset: str | None,
-) -> tuple[PI05Config, Mapping[str, Any], bool]:
-    """The checkpoint's configuration as it is asked for, the statistics in use, and whether they are the dataset's."""
+    base: str | Path | None = None,
+) -> tuple[PI05Config, Mapping[str, Any], bool, dict[str, str] | None]:
+    """The checkpoint's configuration as it is asked for, the statistics in use, whether they are the dataset's, and
+    what cameras are renamed to, where that is not as it was saved."""
     config, from_openpi = checkpoint.read_config(source)
-    own = _own_stats(source.folder, from_openpi, asset, given=stats is not None, statistics=statistics)
+    own = _own_stats(source, config, from_openpi, asset, given=stats is not None, statistics=statistics, base=base)
     if horizon is not None and horizon > config.chunk_size:
         raise PolicyError(
             f"{source.name} was trained with chunks of {config.chunk_size} steps, asked for {horizon}: it never "
@@ -485,15 +507,33 @@ def _configure(
     if from_openpi:
         _take_sizes(config, own)
     use_dataset = _use_dataset(statistics, config, own, features, stats)
+    saved = camera_names.saved_cameras(source.folder / processors.PREPROCESSOR, checkpoint.cameras(config))
     if use_dataset:
         assert features is not None
         assert stats is not None
-        _adopt(config, features, cameras)
+        renames = _adopt(config, features, cameras, saved, source.name)
+    else:
+        renames = camera_names.kept_renames(saved, features, cameras, where=source.name)
     used = stats if use_dataset and stats is not None else own
     where = "the dataset" if use_dataset else source.name
     normalization.check_stats(config, used, where)
     logger.info("pi05: features and statistics of %s", where)
-    return config, used, use_dataset
+    return config, used, use_dataset, renames
+
+
+def _order(
+    source: heads.Source, config: PI05Config, features: Mapping[str, Any] | None, adopted: bool, joints: naming.Joints
+) -> naming.VectorOrder:
+    """How the data's states and actions come into the policy's order; the configuration names its actions."""
+    if adopted:
+        order = naming.new_order(features or {})
+    else:
+        sizes = checkpoint.sizes(config)
+        order = naming.saved_order(source.folder, config.action_feature_names, sizes)
+        if features is not None:
+            order = naming.matched_order(order, features, sizes=sizes, where=source.name, joints=joints)
+    config.action_feature_names = list(order.own[ACTION]) if ACTION in order.own else None
+    return order
 
 
 def _saved_tokenizer(folder: Path) -> str | Path | None:
@@ -512,12 +552,22 @@ def _saved_tokenizer(folder: Path) -> str | Path | None:
 
 
 def _own_stats(
-    folder: Path, from_openpi: bool, asset: str | None, *, given: bool, statistics: str
+    source: heads.Source,
+    config: PI05Config,
+    from_openpi: bool,
+    asset: str | None,
+    *,
+    given: bool,
+    statistics: str,
+    base: str | Path | None,
 ) -> Mapping[str, Mapping[str, Tensor]]:
     """The checkpoint's statistics. openpi's base models have those of many datasets; they matter only where none is
     given."""
+    folder = source.folder
     if not from_openpi:
-        return normalization.saved_stats(folder)
+        if processors.are_saved(folder) or (given and statistics == "dataset"):
+            return normalization.saved_stats(folder)
+        return weights.old_stats(source, config, base)
     several = asset is None and checkpoint.num_assets(folder) > 1
     if given and (statistics == "dataset" or (statistics == "auto" and several)):
         return {}
@@ -535,16 +585,13 @@ def _use_dataset(statistics: str, config: PI05Config, own: Mapping[str, Any], fe
     return statistics == "dataset"
 
 
-def _adopt(config: PI05Config, features: Mapping[str, Any], cameras: Sequence[str] | None) -> None:
-    """Take a dataset's cameras, state and action into a configuration."""
-    offered = dataset_to_policy_features(dict(features))
+def _adopt(
+    config: PI05Config, features: Mapping[str, Any], cameras: camera_names.Cameras, saved: Mapping[str, str], where: str
+) -> dict[str, str]:
+    """Take a dataset's cameras, state and action into a configuration; the cameras' names there, where they change."""
+    offered = dataset_to_policy_features(camera_names.colour_features(features, cameras))
     images = {key: feature for key, feature in offered.items() if feature.type is FeatureType.VISUAL}
-    chosen = list(images) if cameras is None else list(cameras)
-    unknown = [key for key in chosen if key not in images]
-    if unknown or not chosen:
-        raise PolicyError(
-            f"the dataset has no camera {', '.join(unknown) or 'at all'}; its cameras: {', '.join(images) or 'none'}"
-        )
+    chosen = camera_names.camera_slots(list(saved), list(images), cameras, where=where)
     if OBS_STATE not in offered or ACTION not in offered:
         raise PolicyError(f"pi05 needs {OBS_STATE} and {ACTION}; the dataset has {', '.join(sorted(offered))}")
     for key, limit in ((OBS_STATE, config.max_state_dim), (ACTION, config.max_action_dim)):
@@ -555,9 +602,10 @@ def _adopt(config: PI05Config, features: Mapping[str, Any], cameras: Sequence[st
             "this checkpoint acts relative to the state, and a dataset's own statistics are of absolute actions: "
             'recompute them for relative actions and use statistics="checkpoint", or start from an absolute base'
         )
-    config.input_features = {key: images[key] for key in chosen} | {OBS_STATE: offered[OBS_STATE]}
+    config.input_features = {slot or key: images[key] for key, slot in chosen.items()} | {OBS_STATE: offered[OBS_STATE]}
     config.output_features = {ACTION: offered[ACTION]}
     config.empty_cameras = 0
+    return {key: slot for key, slot in chosen.items() if slot not in (None, key)}
 
 
 def _take_sizes(config: PI05Config, stats: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -14,11 +14,10 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from poco_vla import PolicyError, heads, policy_config
+from poco_vla import PolicyError, heads, policy_config, weights
 from poco_vla_pi05.architecture import Architecture
 
 WEIGHTS = "model.safetensors"
@@ -60,6 +59,17 @@ def read_config(source: heads.Source) -> tuple[PI05Config, bool]:
     with policy_config.describing(f"{file} describes no pi0.5"):
         config.validate_features()
     return config, False
+
+
+def cameras(config: PI05Config) -> list[str]:
+    """Return a policy's cameras in the order of its slots, without LeRobot's empty ones."""
+    return [key for key in config.image_features if not key.startswith(f"{OBS_IMAGES}.empty_camera")]
+
+
+def sizes(config: PI05Config) -> dict[str, int]:
+    """Return how many numbers a policy's state and action have."""
+    features = {OBS_STATE: config.robot_state_feature, ACTION: config.action_feature}
+    return {key: feature.shape[0] for key, feature in features.items() if feature is not None}
 
 
 def _openpi_config(values: Mapping[str, Any], image_size: int) -> PI05Config:
@@ -113,12 +123,14 @@ def openpi_stats(folder: Path, asset: str | None) -> dict[str, dict[str, Tensor]
         }
 
 
-def load_weights(policy: PI05Policy, file: Path, *, backbone: torch.dtype, head: Iterable[str], device: str) -> None:
-    """Fill an empty policy from a safetensors file; its language heads are dropped.
+def load_weights(
+    policy: PI05Policy, file: Path | weights.Weights, *, backbone: torch.dtype, head: Iterable[str], device: str
+) -> None:
+    """Fill an empty policy from safetensors; its language heads are dropped.
 
     Args:
         policy: from :func:`poco_vla_pi05.architecture.empty_policy`.
-        file: LeRobot's or openpi's ``model.safetensors``.
+        file: LeRobot's or openpi's ``model.safetensors``, or what else holds the weights.
         backbone: dtype of what is frozen, but for the parts that LeRobot keeps in float32.
         head: names of the parameters that train: float32.
         device: where they go.
@@ -129,18 +141,14 @@ def load_weights(policy: PI05Policy, file: Path, *, backbone: torch.dtype, head:
     drop_language_heads(policy)
     wanted = {name: tuple(parameter.shape) for name, parameter in policy.named_parameters()}
     head = set(head)
-    with _open(file) as handle:
+    with weights.of_file(file) if isinstance(file, Path) else file as handle:
         found = _lerobot_names(handle.keys())
-        heads.check_tensors(
-            wanted, {name: tuple(handle.get_slice(key).get_shape()) for name, key in found.items()}, file
-        )
-        weights = {}
+        heads.check_tensors(wanted, {name: handle.shape(key) for name, key in found.items()}, handle.where)
+        tensors = {}
         for name in wanted:
             exact = name in head or any(part in name for part in FLOAT32_PARTS)
-            tensor = handle.get_tensor(found[name])
-            heads.check_finite({found[name]: tensor}, file)
-            weights[name] = tensor.to(device, torch.float32 if exact else backbone)
-    policy.load_state_dict(weights, strict=False, assign=True)
+            tensors[name] = handle.tensor(found[name]).to(device, torch.float32 if exact else backbone)
+    policy.load_state_dict(tensors, strict=False, assign=True)
     policy.to(device)  # buffers
 
 
@@ -150,15 +158,6 @@ def _lerobot_names(keys: Iterable[str]) -> dict[str, str]:
     if EMBEDDINGS not in found and VLM_HEAD in found:
         found[EMBEDDINGS] = found[VLM_HEAD]
     return {name: key for name, key in found.items() if name not in (VLM_HEAD, EXPERT_HEAD)}
-
-
-def _open(file: Path) -> Any:
-    if not file.is_file():
-        raise PolicyError(f"no weights in {file.parent}: {file.name} is missing")
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise PolicyError(f"{file} is damaged or cut short: {error}") from error
 
 
 def drop_language_heads(policy: PI05Policy) -> None:

@@ -24,7 +24,7 @@ from lerobot.processor import (
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK
 from torch import Tensor
 
-from poco_vla import DataError, PolicyError
+from poco_vla import DataError, PolicyError, camera_names
 from poco_vla import processors as pipelines
 
 PREPROCESSOR, POSTPROCESSOR = pipelines.PREPROCESSOR, pipelines.POSTPROCESSOR
@@ -48,14 +48,17 @@ OUTPUT_STEPS: pipelines.Steps = {
 type Stats = Mapping[str, Mapping[str, Any]]
 
 
-def build(config: PI05Config, stats: Stats, tokenizer: Any) -> tuple[Any, Any]:
-    """New pipelines, step for step those of LeRobot's `make_pi05_pre_post_processors`."""
+def build(
+    config: PI05Config, stats: Stats, tokenizer: Any, *, renames: Mapping[str, str] | None = None
+) -> tuple[Any, Any]:
+    """New pipelines, step for step those of LeRobot's `make_pi05_pre_post_processors`; `renames` are of cameras."""
     relative = RelativeActionsProcessorStep(
         enabled=config.use_relative_actions,
         exclude_joints=config.relative_exclude_joints,
         action_names=config.action_feature_names,
     )
     steps = make_default_policy_processor_steps(config, {key: dict(value) for key, value in stats.items()})
+    steps.rename_observations.rename_map = dict(renames or {})
     inputs: list[ProcessorStep] = [
         steps.rename_observations,
         steps.add_batch_dim,
@@ -83,6 +86,7 @@ def load(
     stats: Stats | None = None,
     normalization: bool = False,
     max_length: int | None = None,
+    renames: Mapping[str, str] | None = None,
 ) -> tuple[Any, Any]:
     """The pipelines saved in `folder`, changed where it is asked for.
 
@@ -94,6 +98,7 @@ def load(
             saved pipeline changes belong to the old one.
         normalization: take the configuration's normalisation, with the saved statistics.
         max_length: tokens of the longest prompt.
+        renames: cameras of the data that have another name in the policy; None keeps the saved ones.
     """
     check_saved(folder)
     overrides: dict[str, Any] = {
@@ -109,8 +114,14 @@ def load(
         shared = {"stats": {key: dict(value) for key, value in stats.items()}, "norm_map": config.normalization_mapping}
         outputs = config.output_features or {}
         overrides["normalizer_processor"] = shared | {"features": {**(config.input_features or {}), **outputs}}
-        overrides["rename_observations_processor"] = {"rename_map": {}}
+        overrides["rename_observations_processor"] = {"rename_map": dict(renames or {})}
         after["unnormalizer_processor"] = shared | {"features": outputs}
+    elif renames is not None:
+        pictures = set(config.image_features)
+        kept = {
+            old: new for old, new in camera_names.saved_renames(folder / PREPROCESSOR).items() if new not in pictures
+        }
+        overrides["rename_observations_processor"] = {"rename_map": kept | dict(renames)}
     try:
         return make_pre_post_processors(
             config, pretrained_path=str(folder), preprocessor_overrides=overrides, postprocessor_overrides=after

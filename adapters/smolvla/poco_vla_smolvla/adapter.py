@@ -24,11 +24,14 @@ from poco_vla import (
     FlowPolicy,
     Lora,
     PolicyError,
+    camera_names,
     heads,
     inject_lora,
     merge_lora,
+    naming,
     normalization,
     processors,
+    weights,
     whole_folder,
 )
 from poco_vla_smolvla import checkpoint, network
@@ -65,6 +68,7 @@ class SmolVla(FlowPolicy):
         vlm: configuration and tokenizer of its VLM, if they are to be saved beside the weights; None where LeRobot
             finds them under `config.vlm_model_name`.
         lora: train this instead of the full head.
+        order: of the data's states and actions against the policy's own; None takes them as they come.
     """
 
     def __init__(
@@ -75,8 +79,11 @@ class SmolVla(FlowPolicy):
         source: heads.Source | None = None,
         vlm: Vlm | None = None,
         lora: Lora | None = None,
+        order: naming.VectorOrder | None = None,
     ) -> None:
         super().__init__()
+        self.order = order or naming.VectorOrder()
+        self.names = self.order.names
         config, model = policy.config, policy.model
         core: Any = model.vlm_with_expert
         self.policy, self.source, self.vlm, self.lora = policy.requires_grad_(False), source, vlm, lora
@@ -99,7 +106,7 @@ class SmolVla(FlowPolicy):
         )
         self.feature_dim = core.config.text_config.hidden_size + config.robot_state_feature.shape[0]
         self.preprocessor, self.postprocessor = pipelines
-        cameras = [key for key in config.image_features if not key.startswith(f"{OBS_IMAGES}.empty_camera")]
+        cameras = checkpoint.cameras(config)
         renamed = {
             new: old for old, new in _step(self.preprocessor, RenameObservationsProcessorStep).rename_map.items()
         }
@@ -111,10 +118,10 @@ class SmolVla(FlowPolicy):
         """LeRobot's pre-processor; LeRobot would go on without a camera that is missing."""
         if missing := [key for key in (*self.input_keys, "task") if key not in batch]:
             raise DataError(f"the batch lacks {', '.join(missing)}; it holds {', '.join(sorted(batch))}")
-        return self.preprocessor(batch)
+        return self.preprocessor(self.order.to_policy(batch))
 
     def postprocess(self, actions: Tensor) -> Tensor:  # pyright: ignore
-        return self.postprocessor(actions)
+        return self.order.to_data(self.postprocessor(actions))
 
     def shrink_images(self, images: np.ndarray) -> np.ndarray:
         """Pictures at the model's resolution, by LeRobot's own letterbox, rounded to uint8."""
@@ -139,7 +146,7 @@ class SmolVla(FlowPolicy):
 
     def preprocess_actions(self, batch: dict[str, Any]) -> Tensor:
         """LeRobot's pre-processor, which reads no pictures."""
-        return self.preprocessor(batch)[ACTION]
+        return self.preprocessor(self.order.to_policy(batch))[ACTION]
 
     def velocity(self, prefix: Any, x: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(self._device.type, enabled=False):
@@ -179,7 +186,9 @@ class SmolVla(FlowPolicy):
         dataset_meta: Any = None,
         revision: str | None = None,
         dtype: Literal["bfloat16", "float32"] | None = None,
-        cameras: Sequence[str] | None = None,
+        cameras: camera_names.Cameras = None,
+        joints: naming.Joints = None,
+        tokenizer_max_length: int | None = None,
         normalization_mapping: Mapping[str, str] | None = None,
         vlm: str | Path | None = None,
         base: str | Path | None = None,
@@ -199,7 +208,11 @@ class SmolVla(FlowPolicy):
             dataset_meta: not needed here.
             revision: Hub revision.
             dtype: of the frozen VLM; the file's when None, or that which a saved head was trained on.
-            cameras: the dataset's cameras in the order in which the model is to see them; all of them when None.
+            cameras: the dataset's cameras to use, all of them when None; or {camera of the dataset: camera of the
+                checkpoint}. A camera that the checkpoint knows keeps its slot.
+            joints: "positional", or {name in the dataset: name in the checkpoint}, for numbers of states and actions
+                whose names merely differ.
+            tokenizer_max_length: tokens of the longest instruction.
             normalization_mapping: LeRobot's normalisation per kind of feature, where the default will not do.
             vlm: Hub id or folder of the VLM's configuration and tokenizer; the checkpoint's own when None.
             base: where the base of a saved head is now, if not where it was.
@@ -230,30 +243,38 @@ class SmolVla(FlowPolicy):
         changed = {kind: NormalizationMode(mode) for kind, mode in (normalization_mapping or {}).items()}
         config.normalization_mapping |= changed
 
-        own = normalization.saved_stats(source.folder)
+        config.tokenizer_max_length = tokenizer_max_length or config.tokenizer_max_length
+        own = _own_stats(source, config, base, fresh=statistics == "dataset")
         adopted = _adopts(statistics, config, own, given=features is not None and stats is not None)
+        saved = camera_names.saved_cameras(source.folder / checkpoint.PREPROCESSOR, checkpoint.cameras(config))
         if adopted:
-            _adopt(config, features or {}, cameras)
+            renames = _adopt(config, features or {}, cameras, saved, source.name)
+        else:
+            renames = camera_names.kept_renames(saved, features, cameras, where=source.name)
         if config.robot_state_feature is None or config.action_feature is None:
             raise PolicyError(f"{source.name} has no {OBS_STATE} among its inputs, or no {ACTION} among its outputs")
         used = stats or {} if adopted else own
         normalization.check_stats(config, used, "the dataset" if adopted else source.name)
 
-        beside = (frozen.folder / VLM_FOLDER).is_dir() and vlm is None
+        whole = weights.whole_source(frozen, base).folder
+        beside = (whole / VLM_FOLDER).is_dir() and vlm is None
         if vlm is not None:
             config.vlm_model_name = str(Path(vlm).resolve()) if Path(vlm).is_dir() else str(vlm)
-        about_vlm = Vlm.load(frozen.folder / VLM_FOLDER if beside else config.vlm_model_name)
+        about_vlm = Vlm.load(whole / VLM_FOLDER if beside else config.vlm_model_name)
         kept_vlm = about_vlm if beside or Path(config.vlm_model_name).is_dir() else None
         policy = empty_policy(config, about_vlm)
         kept_dtype = dtype or heads.saved_dtype(source.folder)
         kept = getattr(torch, kept_dtype) if kept_dtype else None
-        checkpoint.load_weights(policy, frozen.file(heads.POLICY_WEIGHTS), device=device, dtype=kept)
-        if adopted:
-            pipelines = checkpoint.build_pipelines(config, used, about_vlm.tokenizer)
+        checkpoint.load_weights(policy, weights.weights_of(frozen, base), device=device, dtype=kept)
+        if adopted or not checkpoint.pipelines_are_saved(source.folder):
+            pipelines = checkpoint.build_pipelines(config, used, about_vlm.tokenizer, renames=renames)
         else:
-            pipelines = checkpoint.load_pipelines(source.folder, config, about_vlm.tokenizer)
+            pipelines = checkpoint.load_pipelines(
+                source.folder, config, about_vlm.tokenizer, renames=renames, max_length=tokenizer_max_length
+            )
+        order = naming.new_order(features or {}) if adopted else _kept_order(source, config, features, joints)
         processors.check_inverse(*pipelines, config, "the dataset" if adopted else source.name)
-        adapter = cls(policy.eval(), pipelines, source=frozen, vlm=kept_vlm, lora=lora)
+        adapter = cls(policy.eval(), pipelines, source=frozen, vlm=kept_vlm, lora=lora, order=order)
         if head is not None:
             head.put_on(policy, source.folder)
         return adapter
@@ -304,14 +325,14 @@ class SmolVla(FlowPolicy):
         A VLM that is nowhere else is described beside the weights, and configuration and processors name its absolute
         path: LeRobot looks for it there.
         """
-        weights = {
+        tensors = {
             name: tensor.detach().cpu().contiguous()
             for name, tensor in merge_lora(self.policy.state_dict(), self.policy).items()
             if not (name == checkpoint.LANGUAGE_HEAD and checkpoint.tied(self.policy))
         }
         with whole_folder(path) as partial:
-            save_file(weights, partial / heads.POLICY_WEIGHTS, metadata={"format": "pt"})
-            heads.write_about(partial, adapter=ADAPTER)
+            save_file(tensors, partial / heads.POLICY_WEIGHTS, metadata={"format": "pt"})
+            heads.write_about(partial, adapter=ADAPTER, names=self.order.to_json())
             self._save_description(partial, Path(path))
 
     def save_head(self, path: str | Path) -> None:
@@ -327,6 +348,7 @@ class SmolVla(FlowPolicy):
                 lora=self.lora,
                 options={"dtype": dtypes.pop()} if len(dtypes) == 1 else {},
                 peft=PEFT,
+                names=self.order.to_json(),
             )
             self._save_description(partial, Path(path))
 
@@ -365,24 +387,47 @@ def _adopts(statistics: str, config: SmolVLAConfig, own: Mapping[str, Any], *, g
     return given and (statistics == "dataset" or (statistics == "auto" and (ACTION not in own or padded)))
 
 
-def _adopt(config: SmolVLAConfig, features: Mapping[str, Any], cameras: Sequence[str] | None) -> None:
-    """Take a dataset's cameras, state and action into a configuration."""
-    offered = dataset_to_policy_features(dict(features))
+def _own_stats(
+    source: heads.Source, config: SmolVLAConfig, base: str | Path | None, *, fresh: bool
+) -> Mapping[str, Mapping[str, Tensor]]:
+    """The checkpoint's statistics: of its processors, or of its weights where it is older than those."""
+    if fresh or checkpoint.pipelines_are_saved(source.folder):
+        return normalization.saved_stats(source.folder)
+    return weights.old_stats(source, config, base)
+
+
+def _kept_order(
+    source: heads.Source, config: SmolVLAConfig, features: Mapping[str, Any] | None, joints: naming.Joints
+) -> naming.VectorOrder:
+    """How a dataset's states and actions come into the order of a policy that keeps its own."""
+    columns = {OBS_STATE: config.robot_state_feature, ACTION: config.action_feature}
+    sizes = {key: feature.shape[0] for key, feature in columns.items() if feature is not None}
+    order = naming.saved_order(source.folder, getattr(config, "action_feature_names", None), sizes)
+    if features is None:
+        return order
+    return naming.matched_order(order, features, sizes=sizes, where=source.name, joints=joints)
+
+
+def _adopt(
+    config: SmolVLAConfig,
+    features: Mapping[str, Any],
+    cameras: camera_names.Cameras,
+    saved: Mapping[str, str],
+    where: str,
+) -> dict[str, str]:
+    """Take a dataset's cameras, state and action into a configuration; the cameras' names there, where they change."""
+    offered = dataset_to_policy_features(camera_names.colour_features(features, cameras))
     images = {key: feature for key, feature in offered.items() if feature.type is FeatureType.VISUAL}
-    chosen = list(images) if cameras is None else list(cameras)
-    unknown = [key for key in chosen if key not in images]
-    if unknown or not chosen:
-        raise PolicyError(
-            f"the dataset has no camera {', '.join(unknown) or 'at all'}; its cameras: {', '.join(images) or 'none'}"
-        )
+    chosen = camera_names.camera_slots(list(saved), list(images), cameras, where=where)
     for key, limit in ((OBS_STATE, config.max_state_dim), (ACTION, config.max_action_dim)):
         if key not in offered:
             raise PolicyError(f"smolvla needs {OBS_STATE} and {ACTION}; the dataset has {', '.join(sorted(offered))}")
         if offered[key].shape[0] > limit:
             raise PolicyError(f'"{key}" has {offered[key].shape[0]} dimensions, the checkpoint knows at most {limit}')
-    config.input_features = {key: images[key] for key in chosen} | {OBS_STATE: offered[OBS_STATE]}
+    config.input_features = {slot or key: images[key] for key, slot in chosen.items()} | {OBS_STATE: offered[OBS_STATE]}
     config.output_features = {ACTION: offered[ACTION]}
     config.empty_cameras = 0
+    return {key: slot for key, slot in chosen.items() if slot not in (None, key)}
 
 
 def _step(pipeline: Any, kind: type[Any]) -> Any:

@@ -18,8 +18,9 @@ from lerobot.processor import (
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
+from lerobot.utils.constants import OBS_IMAGES
 
-from poco_vla import PolicyError, heads, policy_config, processors
+from poco_vla import PolicyError, camera_names, heads, policy_config, processors, weights
 
 PREPROCESSOR, POSTPROCESSOR = processors.PREPROCESSOR, processors.POSTPROCESSOR
 INPUT_STEPS: processors.Steps = {
@@ -32,6 +33,7 @@ SIZES = dict.fromkeys(("num_vlm_layers", "num_expert_layers", "self_attn_every_n
     "prefix_length": 65_536,
 }
 """Largest values of this model's own fields."""
+VLM = "model.vlm_with_expert.vlm."
 LANGUAGE_HEAD = "model.vlm_with_expert.vlm.lm_head.weight"
 EMBEDDINGS = "model.vlm_with_expert.vlm.model.text_model.embed_tokens.weight"
 type Stats = Mapping[str, Mapping[str, Any]]
@@ -58,8 +60,15 @@ def read_config(source: heads.Source) -> SmolVLAConfig:
     return config
 
 
-def load_weights(policy: SmolVLAPolicy, file: Path, *, device: str, dtype: torch.dtype | None) -> None:
-    """Fill an empty policy from LeRobot's ``model.safetensors``.
+def cameras(config: SmolVLAConfig) -> list[str]:
+    """Return a policy's cameras in the order of its slots, without LeRobot's empty ones."""
+    return [key for key in config.image_features if not key.startswith(f"{OBS_IMAGES}.empty_camera")]
+
+
+def load_weights(
+    policy: SmolVLAPolicy, file: Path | weights.Weights, *, device: str, dtype: torch.dtype | None
+) -> None:
+    """Fill an empty policy from LeRobot's ``model.safetensors``, or what else holds the weights.
 
     Where a file holds one tensor for the language head and the embeddings that it is tied to, both get it.
 
@@ -73,17 +82,16 @@ def load_weights(policy: SmolVLAPolicy, file: Path, *, device: str, dtype: torch
         PolicyError: the file is missing or damaged, or names or shapes differ.
     """
     wanted = {name: tuple(parameter.shape) for name, parameter in policy.named_parameters()}
-    heads.check_file(file)
-    weights = heads.read_tensors(file)
-    heads.check_finite(weights, file)
+    with weights.of_file(file) if isinstance(file, Path) else file as opened:
+        tensors = {name: opened.tensor(name, as_stored=name.startswith(VLM)) for name in opened.keys()}  # noqa: SIM118
+        where = opened.where
     if tied(policy):
-        shared = weights.get(EMBEDDINGS, weights.get(LANGUAGE_HEAD))
-        weights |= {} if shared is None else {EMBEDDINGS: shared, LANGUAGE_HEAD: shared}
-    heads.check_tensors(wanted, {name: tuple(tensor.shape) for name, tensor in weights.items()}, file)
-    for name, tensor in weights.items():
-        of_vlm = name.startswith("model.vlm_with_expert.vlm.")
-        weights[name] = tensor.to(device, (dtype or tensor.dtype) if of_vlm else torch.float32)
-    policy.load_state_dict(weights, assign=True)
+        shared = tensors.get(EMBEDDINGS, tensors.get(LANGUAGE_HEAD))
+        tensors |= {} if shared is None else {EMBEDDINGS: shared, LANGUAGE_HEAD: shared}
+    heads.check_tensors(wanted, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, where)
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(device, (dtype or tensor.dtype) if name.startswith(VLM) else torch.float32)
+    policy.load_state_dict(tensors, assign=True)
     policy.to(device)  # buffers
 
 
@@ -92,10 +100,18 @@ def tied(policy: SmolVLAPolicy) -> bool:
     return bool(policy.model.vlm_with_expert.config.tie_word_embeddings)
 
 
-def build_pipelines(config: SmolVLAConfig, stats: Stats, tokenizer: Any) -> tuple[Any, Any]:
+def pipelines_are_saved(folder: Path) -> bool:
+    """Whether a folder holds both pipelines."""
+    return all((folder / name).is_file() for name in (PREPROCESSOR, POSTPROCESSOR))
+
+
+def build_pipelines(
+    config: SmolVLAConfig, stats: Stats, tokenizer: Any, *, renames: Mapping[str, str] | None = None
+) -> tuple[Any, Any]:
     """New pipelines, step for step those of LeRobot's `make_smolvla_pre_post_processors`, which loads its tokenizer by
-    name."""
+    name; `renames` are of cameras."""
     steps = make_default_policy_processor_steps(config, {key: dict(value) for key, value in stats.items()})
+    steps.rename_observations.rename_map = dict(renames or {})
     words = TokenizerProcessorStep(
         tokenizer=tokenizer,
         padding=config.pad_language_to,
@@ -106,15 +122,37 @@ def build_pipelines(config: SmolVLAConfig, stats: Stats, tokenizer: Any) -> tupl
     return make_policy_processor_pipelines([*inputs, steps.normalize], [steps.unnormalize, steps.to_cpu])
 
 
-def load_pipelines(folder: Path, config: SmolVLAConfig, tokenizer: Any) -> tuple[Any, Any]:
-    """The pipelines saved in `folder`, normalising as `config` says."""
+def load_pipelines(
+    folder: Path,
+    config: SmolVLAConfig,
+    tokenizer: Any,
+    *,
+    renames: Mapping[str, str] | None = None,
+    max_length: int | None = None,
+) -> tuple[Any, Any]:
+    """The pipelines saved in `folder`, normalising as `config` says.
+
+    Args:
+        folder: holds both.
+        config: the policy's.
+        tokenizer: to use.
+        renames: cameras of the data that have another name in the policy; None keeps the saved ones.
+        max_length: tokens of the longest instruction; None keeps the saved one.
+    """
     processors.check_pipelines(folder, INPUT_STEPS, processors.OUTPUT_STEPS)
     mapping = {"norm_map": config.normalization_mapping}
-    overrides = {
-        "tokenizer_processor": {"tokenizer": tokenizer, "tokenizer_name": None},
+    words: dict[str, Any] = {"tokenizer": tokenizer, "tokenizer_name": None}
+    overrides: dict[str, Any] = {
+        "tokenizer_processor": words | ({} if max_length is None else {"max_length": max_length}),
         "device_processor": {"device": config.device},
         "normalizer_processor": mapping,
     }
+    if renames is not None:
+        pictures = set(config.image_features)
+        kept = {
+            old: new for old, new in camera_names.saved_renames(folder / PREPROCESSOR).items() if new not in pictures
+        }
+        overrides["rename_observations_processor"] = {"rename_map": kept | dict(renames)}
     try:
         return make_pre_post_processors(
             config,

@@ -7,23 +7,26 @@ import numpy as np
 from lerobot.robots import Robot
 
 from poco_vla.errors import ConfigError
+from poco_vla.joint_names import ACTION
 from poco_vla.rollout.robots.interaction import observation_features
+from poco_vla.rollout.robots.joint_order import ByName, index_of, joint_order
 from poco_vla.rollout.robots.safety import ActionLimits
 
 WIDENED = 0.05
 """Of the demonstrations' range of an action: as far beyond it the robot may be sent, unless limits are given."""
 
 
-def check_match(robot: Robot, metadata: Mapping[str, Any]) -> list[str]:
+def check_match(robot: Robot, metadata: Mapping[str, Any], *, joints: ByName = "by-name") -> list[str]:
     """The robot's observations that the policy does not read.
 
     Args:
         robot: need not be connected.
         metadata: what the learner said on connecting.
+        joints: "positional" compares no names of states and actions.
 
     Raises:
         ConfigError: the policy needs a camera that the robot does not have, or of another size; states or actions are
-            not as many.
+            not as many, or have other names.
     """
     has = {key: _seen(feature) for key, feature in observation_features(robot).items()}
     wants = {key: _said(feature) for key, feature in metadata["observation"].items()}
@@ -40,6 +43,7 @@ def check_match(robot: Robot, metadata: Mapping[str, Any]) -> list[str]:
             f"{', '.join(f'{key} {shape}' for key, shape in has.items())}. Use cameras of the names and sizes that the "
             "policy was trained with."
         )
+    joint_order(robot, metadata, joints)
     return [key for key in has if key not in wants]
 
 
@@ -50,6 +54,7 @@ def limits_of(
     low: Sequence[float] | None = None,
     high: Sequence[float] | None = None,
     max_step: Sequence[float] | None = None,
+    joints: ByName = "by-name",
 ) -> ActionLimits:
     """What may be sent, in mode "clip": the given bounds, else the demonstrations' range and 5 % of it beyond.
 
@@ -57,6 +62,7 @@ def limits_of(
         metadata: what the learner said on connecting, with "action_low" and "action_high".
         names: the robot's actions.
         low, high, max_step: one number for all actions, or one for each, in the order of `names`.
+        joints: "positional" takes the demonstrations' range in the order of `names`.
 
     Raises:
         ConfigError: bounds are neither given nor known.
@@ -64,6 +70,8 @@ def limits_of(
     known_low, known_high = (metadata.get(name) for name in ("action_low", "action_high"))
     if known_low is not None and known_high is not None:
         least, most = np.asarray(known_low, dtype=np.float64), np.asarray(known_high, dtype=np.float64)
+        if order := index_of(names, metadata, ACTION, "the robot", joints):
+            least, most = (bound[np.argsort(order)] for bound in (least, most))
         # An action that never changed has no range: it gets a hair of one, because limits may not be equal.
         margin = np.maximum(WIDENED * (most - least), 1e-5 * np.maximum(1.0, np.abs(least)))
         low, high = (

@@ -15,6 +15,7 @@ from lerobot.utils.visualization_utils import init_visualization, log_visualizat
 from poco_vla.errors import ConfigError, PocoError
 from poco_vla.rollout.robots.devices import make_devices
 from poco_vla.rollout.robots.interaction import RobotInteraction, Sent
+from poco_vla.rollout.robots.joint_order import ByName, joint_order
 from poco_vla.rollout.robots.matching import check_match, limits_of
 from poco_vla.rollout.robots.session import Learner, RobotSession, patiently
 from poco_vla.rollout.robots.signals import KEYS, AnySignals, KeySignals, KnowsSuccess, RobotSuccess, Signal, Signals
@@ -66,6 +67,7 @@ def run_robot(
     spool: Path,
     reset: Literal["auto", "prompt"],
     show: bool,
+    joints: ByName = "by-name",
 ) -> None:
     """Run episodes for a learner until training is over; `poco-vla robot --help` says what each argument is.
 
@@ -82,9 +84,11 @@ def run_robot(
             client = _learner_at(url, token_of(token), certificate, view)
             stack.callback(client.close)
         metadata = client.metadata
-        for key in check_match(robot, metadata):
+        for key in check_match(robot, metadata, joints=joints):
             view.say(f"{key} is not read by the policy, and not sent", "dim")
-        limits = limits_of(metadata, list(robot.action_features), low=low, high=high, max_step=max_step)
+        order = joint_order(robot, metadata, joints)
+        names = list(robot.action_features)
+        limits = limits_of(metadata, names, low=low, high=high, max_step=max_step, joints=joints)
         rate = metadata["fps"] if fps is None else fps
         chunk = metadata["horizon"] if horizon is None else horizon
         if chunk > metadata["horizon"]:
@@ -92,7 +96,7 @@ def run_robot(
         stored = stack.enter_context(Spool(spool, view.say))
         _connect(robot, teleoperator, stack)
         signals, keys = _judges(rewards, robot, stack)
-        learner = Learner(client, metadata["observation"], view)
+        learner = Learner(client, metadata["observation"], view, order)
         drive = RobotInteraction(
             robot,
             learner.chunk,

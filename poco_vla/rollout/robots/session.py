@@ -12,6 +12,7 @@ import numpy as np
 from poco_vla.data.episode import Episode
 from poco_vla.files import wait_for_space
 from poco_vla.rollout.robots.interaction import NOBODY, RobotEpisode, RobotInteraction
+from poco_vla.rollout.robots.joint_order import JointOrder
 from poco_vla.rollout.robots.safety import StoppedError
 from poco_vla.rollout.robots.signals import KeySignals
 from poco_vla.rollout.robots.spool import Spool, new_key
@@ -32,16 +33,22 @@ class Learner:
         client: connected.
         observations: what the policy reads; nothing else is sent.
         view: says that the learner is away, and back.
+        order: of the robot's numbers against the policy's; None where they are alike.
     """
 
-    def __init__(self, client: PolicyClient, observations: Collection[str], view: View) -> None:
+    def __init__(
+        self, client: PolicyClient, observations: Collection[str], view: View, order: JointOrder | None = None
+    ) -> None:
         self.client, self.observations, self.view = client, list(observations), view
+        self.order = order or JointOrder()
         self._one_at_a_time = threading.Lock()
 
     def chunk(self, batch: Mapping[str, np.ndarray], task: str) -> Chunk:
         """A chunk for a batch of one state; raises what `PolicyClient.chunk` does."""
         with self._one_at_a_time:
-            return self.client.chunk({key: batch[key][0] for key in self.observations}, task)
+            obs = self.order.observation({key: batch[key][0] for key in self.observations})
+            chunk = self.client.chunk(obs, task)
+        return replace(chunk, actions=self.order.to_robot(chunk.actions)) if self.order.action else chunk
 
     def status(self) -> Mapping[str, Any]:
         """How training goes; waits for a learner that is away."""
@@ -54,6 +61,7 @@ class Learner:
             RefusedError: it does not take this one.
         """
         wanted = replace(episode, obs={name: episode.obs[name] for name in self.observations})
+        wanted = self.order.episode(wanted)
         self._patiently(lambda: self.client.record(wanted, key))
 
     def _patiently[T](self, talk: Callable[[], T]) -> T:

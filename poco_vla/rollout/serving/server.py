@@ -249,6 +249,7 @@ class PolicyServer:
             "max_bytes": self.limits.max_bytes,
             "weights_version": self.actor.weights_version,
             "task": self.task,
+            "names": {key: list(names) for key, names in self.actor.policy.names.items()},
             "action_low": self.action_bounds and self.action_bounds[0].tolist(),
             "action_high": self.action_bounds and self.action_bounds[1].tolist(),
             "takes_episodes": self.episodes is not None,
