@@ -293,4 +293,4 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise PolicyError(f"{file} is damaged or cut short: {error}") from error
+        raise PolicyError(f"{file} is damaged, cut short, or no safetensors file: {error}") from error
