@@ -12,9 +12,9 @@ import numpy as np
 
 from poco_vla.config import DatasetConfig
 from poco_vla.data.episode import Episode
-from poco_vla.data.features import check_columns, table_of
+from poco_vla.data.features import check_columns, is_picture, table_of
 from poco_vla.data.folder import check_episodes, check_folder, check_rows, old_format
-from poco_vla.data.numbers import PICTURES, column_of, read_columns
+from poco_vla.data.numbers import column_of, read_columns
 from poco_vla.data.pictures import read_pictures
 from poco_vla.data.signals import DONE, REWARD, SUCCESS, TRUNCATED, signals_of
 from poco_vla.errors import DataError, PocoError
@@ -209,7 +209,7 @@ def read_episodes(
             f"{name} was recorded at {dataset.meta.fps} fps, the environment runs at {fps}: a chunk would last another "
             "time. Use data of the same rate."
         )
-    image_keys = [key for key in obs_keys if features[key]["dtype"] in PICTURES]
+    image_keys = [key for key in obs_keys if is_picture(key, features[key])]
     notes = [key for key in (*SIGNALS, POLICY_VERSION, INTERVENTION) if key in features]
     numbers = [key for key in obs_keys if key not in image_keys]
     columns = read_columns(dataset, ("action", *numbers, *INDICES, *notes))

@@ -34,7 +34,7 @@ def table_of(dataset: Any, name: str, cameras: Sequence[str] | None = None) -> d
     """
     features = dataset.meta.features
     check_columns(features, ("action",), name)
-    known = {key for key, feature in features.items() if feature["dtype"] in PICTURES}
+    known = {key for key, feature in features.items() if is_picture(key, feature)}
     depth = known & set(dataset.meta.depth_keys)
     for key in cameras or ():
         if key not in known:
@@ -58,6 +58,28 @@ def table_of(dataset: Any, name: str, cameras: Sequence[str] | None = None) -> d
             ", ".join(sorted(depth)),
         )
     return table if cameras is None else {key: table[key] for key in (*cameras, *(k for k in table if k not in known))}
+
+
+def is_picture(key: str, feature: Mapping[str, Any]) -> bool:
+    """True for cameras: pictures, videos, and columns of a camera's name that hold pixels as numbers."""
+    if feature["dtype"] in PICTURES:
+        return True
+    shape = tuple(feature["shape"])
+    pixels = (
+        len(shape) == 3 and _channels(shape) is not None and min(shape[:2] if _channels(shape) == 2 else shape[1:]) > 4
+    )
+    return key.startswith("observation.image") and _is_number(feature) and pixels
+
+
+def pixel_axes(key: str, feature: Mapping[str, Any]) -> int:
+    """Return which axis of a camera's pictures holds the channels."""
+    place = _channels(tuple(feature["shape"]))
+    assert place is not None, f"{key} is a camera"
+    return place
+
+
+def _channels(shape: tuple[int, ...]) -> int | None:
+    return next((i for i in (2, 0) if shape[i] in CHANNELS), None)
 
 
 def check_columns(features: Mapping[str, Any], wanted: Sequence[str], name: str) -> None:
@@ -114,7 +136,7 @@ def _picture(key: str, feature: Mapping[str, Any], name: str) -> dict[str, Any]:
     axes = [str(axis).lower() for axis in names] if isinstance(names, list | tuple) and len(names) == 3 else []
     place = next((i for i, axis in enumerate(axes) if axis.startswith(("channel", "rgb")) or axis == "c"), None)
     if place is None or shape[place] not in CHANNELS:
-        place = next((i for i in (2, 0) if shape[i] in CHANNELS), None)
+        place = _channels(shape)
     if place is None:
         raise DataError(
             f'camera "{key}" of {name} has shape {shape}, in which no axis is one of 1, 3 or 4 channels: leave it out '
@@ -123,4 +145,5 @@ def _picture(key: str, feature: Mapping[str, Any], name: str) -> dict[str, Any]:
     height, width = (size for i, size in enumerate(shape) if i != place)
     if [axis[:1] for i, axis in enumerate(axes) if i != place] == ["w", "h"]:
         height, width = width, height
-    return {**feature, "shape": (height, width, 3), "names": list(AXES)}
+    kind = feature["dtype"] if feature["dtype"] in PICTURES else "image"
+    return {**feature, "dtype": kind, "shape": (height, width, 3), "names": list(AXES)}

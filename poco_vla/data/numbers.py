@@ -24,7 +24,7 @@ def read_columns(dataset: Any, names: Iterable[str] | None = None) -> dict[str, 
 
     Args:
         dataset: an open LeRobotDataset.
-        names: columns to read; None takes every column that holds numbers, and leaves out the others.
+        names: columns to read; None takes every vector and matrix of numbers, and leaves out the others.
 
     Raises:
         DataError: a column of `names` holds something else than numbers, or numbers that float32 cannot tell apart.
@@ -34,7 +34,7 @@ def read_columns(dataset: Any, names: Iterable[str] | None = None) -> dict[str, 
     columns = {}
     for name in table.column_names if names is None else names:
         feature = dataset.meta.features.get(name, {})
-        if names is None and feature.get("dtype") in (*PICTURES, "string", "language"):
+        if names is None and (feature.get("dtype") in (*PICTURES, "string", "language") or _is_large(feature)):
             continue
         try:
             columns[name] = column_of(table, name, feature)
@@ -42,6 +42,11 @@ def read_columns(dataset: Any, names: Iterable[str] | None = None) -> dict[str, 
             if names is not None:
                 raise
     return columns
+
+
+def _is_large(feature: Mapping[str, Any]) -> bool:
+    """True for pictures that are stored as numbers, of which nothing but cameras asks."""
+    return len(feature.get("shape", ())) > 2
 
 
 def column_of(table: Any, name: str, feature: Mapping[str, Any]) -> np.ndarray:

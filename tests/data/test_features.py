@@ -164,3 +164,26 @@ def test_a_dataset_without_names_of_axes_builds_a_policys_features(tmp_path):
     root = write(tmp_path / "d", [random_columns(2, STATE_ONLY | {TOP: camera()})], features)
     info = info_of(open_dataset(DatasetConfig("local/test", root)))
     assert dataset_to_policy_features(dict(info.features))[TOP].shape == (3, 16, 24)
+
+
+@pytest.mark.parametrize("shape", [(16, 24, 3), (3, 16, 24), (16, 24, 1), (4, 16, 24)])
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_pictures_that_are_stored_as_numbers_are_cameras(tmp_path, shape, dtype):
+    """Channels last or first, whole numbers to 255 or fractions to 1."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, *shape))
+    columns = random_columns(3, STATE_ONLY) | {TOP: (pixels if dtype == "uint8" else pixels / 255).astype(dtype)}
+    root = write(tmp_path / "d", [columns], STATE_ONLY | {TOP: {"dtype": dtype, "shape": shape, "names": None}})
+    last = pixels if shape[2] < 5 else np.moveaxis(pixels, 1, -1)
+    np.testing.assert_array_equal(pictures_of(root), last.repeat(3, -1) if last.shape[-1] == 1 else last[..., :3])
+    feature = info_of(open_dataset(DatasetConfig("local/test", root))).features[TOP]
+    assert (feature["dtype"], feature["shape"]) == ("image", (16, 24, 3))
+
+
+def test_numbers_that_are_no_pixels_are_refused_by_camera_and_step(tmp_path):
+    columns = random_columns(3, STATE_ONLY) | {TOP: np.zeros((3, 16, 24, 3), "uint16")}
+    columns[TOP][1] = 3000
+    root = write(
+        tmp_path / "d", [columns], STATE_ONLY | {TOP: {"dtype": "uint16", "shape": (16, 24, 3), "names": None}}
+    )
+    with pytest.raises(DataError, match=rf'camera "{TOP}": step 1 holds numbers that are neither 0 to 255 nor 0 to 1'):
+        pictures_of(root)
