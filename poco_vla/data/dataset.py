@@ -13,7 +13,7 @@ import numpy as np
 from poco_vla.config import DatasetConfig
 from poco_vla.data.episode import Episode
 from poco_vla.data.features import check_columns, is_picture, table_of
-from poco_vla.data.folder import check_episodes, check_folder, check_rows, old_format
+from poco_vla.data.folder import check_episodes, check_folder, check_rows, damaged_tables, old_format
 from poco_vla.data.numbers import column_of, read_columns
 from poco_vla.data.pictures import read_pictures
 from poco_vla.data.signals import DONE, REWARD, SUCCESS, TRUNCATED, signals_of
@@ -76,7 +76,7 @@ def open_dataset(config: DatasetConfig) -> Any:
     except PocoError:
         raise
     except Exception as error:  # LeRobot, datasets, the Hub client and the network each raise their own
-        raise DataError(f"the dataset {name} cannot be opened: {_reason(error, config)}") from error
+        raise DataError(f"the dataset {name} cannot be opened: {_reason(error, config, root)}") from error
     check_rows(dataset, name)
     dataset.cameras = config.cameras
     return dataset
@@ -123,7 +123,7 @@ def _open(config: DatasetConfig, root: Path | None, name: str) -> Any:
     )
 
 
-def _reason(error: Exception, config: DatasetConfig) -> str:
+def _reason(error: Exception, config: DatasetConfig, root: Path | None) -> str:
     """What went wrong and what to do, of an error that is not ours."""
     from lerobot.datasets.utils import CompatibilityError
 
@@ -131,6 +131,8 @@ def _reason(error: Exception, config: DatasetConfig) -> str:
     if isinstance(error, CompatibilityError | NotImplementedError):
         found = re.search(r"v?\d+\.\d+", str(error))
         return old_format(found[0] if found else "v2", config.repo_id, None)
+    if root is not None and (damaged := damaged_tables(root)):
+        return f"{damaged[0]} is damaged ({type(error).__name__}). Copy or download it again."
     if "corresponds to no data" in reason:
         return "data/ holds no row of the episodes that are asked for. Put its files back, or name other episodes."
     if reason.startswith(("Couldn't cast", "An error occurred while generating")):

@@ -138,6 +138,27 @@ def check_rows(dataset: Any, name: str) -> None:
     )
 
 
+def is_table(path: Path) -> bool:
+    """True if a file is there and can be read as a parquet table."""
+    from pyarrow.parquet import read_schema
+
+    try:
+        read_schema(path)
+    except (OSError, ValueError):  # Arrow's own derive from these
+        return False
+    return True
+
+
+def damaged_tables(root: Path) -> list[Path]:
+    """Return the tables of a dataset that cannot be read."""
+    files = [
+        root / TASKS,
+        *sorted((root / "meta/episodes").glob("*/*.parquet")),
+        *sorted((root / "data").glob("*/*.parquet")),
+    ]
+    return [path for path in files if path.is_file() and not is_table(path)]
+
+
 def missing_videos(dataset: Any, keys: Iterable[str]) -> list[tuple[int, str, Path]]:
     """Return episode, camera and file of each video that an open dataset lacks among these cameras'."""
     used = range(dataset.meta.total_episodes) if dataset.episodes is None else dataset.episodes

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from poco_vla.data.folder import TASKS, read_info
+from poco_vla.data.folder import TASKS, is_table, read_info
 from poco_vla.errors import DataError
 from poco_vla.files import sync
 
@@ -216,7 +216,7 @@ class GrowingDataset:
         self._refuse_gaps(length)
         self._set_aside(self._beyond(length), f"{self.root}: files of an episode that was not written to its end")
         self._read_metadata(length)
-        if not is_parquet(self.root / TASKS):
+        if not is_table(self.root / TASKS):
             self._restore_tasks(length)
         self.tasks = load_tasks(self.root).iloc[: self.info.total_tasks]
         # A crash between the last two steps leaves statistics that know one episode more.
@@ -313,15 +313,6 @@ class GrowingDataset:
             return {"dataset_to_index": row["dataset_to_index"], "tasks": row["tasks"], KEY: row[KEY]}
         except (OSError, KeyError, ValueError) as error:
             raise DataError(f"{path} is not the metadata of a recorded episode: {error!r}") from error
-
-
-def is_parquet(path: Path) -> bool:
-    """True if a file is there and can be read as a table."""
-    try:
-        pq.read_schema(path)
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def write_tasks(tasks: list[str], root: Path) -> None:

@@ -207,3 +207,11 @@ def test_columns_that_the_description_does_not_have_are_named(root):
     features["observation.velocity"] = features.pop(STATE)
     with pytest.raises(DataError, match=r"the columns of data/ are not those that meta/info.json describes"):
         opened(rewritten(root, features=features))
+
+
+@pytest.mark.parametrize("tree", ["data", "meta/episodes", "meta"])
+def test_a_damaged_table_is_named(root, tree):
+    file = next((root / tree).rglob("*.parquet")) if tree != "meta" else root / "meta/tasks.parquet"
+    file.write_bytes(bytes(100))
+    with pytest.raises(DataError, match=f"the dataset {root} cannot be opened: {file} is damaged"):
+        opened(root)
