@@ -143,12 +143,12 @@ def _put(options: dict[str, Any], path: list[str], words: list[str], flag: str) 
     options[key] = _value(words, options.get(key), flag, key if isinstance(options.get(key), dict) else within)
 
 
-def _key(name: str, known: Iterable[str], within: str) -> str:
-    """Return the known name that is meant: - and _ are alike, and so are upper and lower case."""
-    if name in known:
-        return name
+def _key(name: str, known: Iterable[str], within: str, *, json_name: bool = False) -> str:
+    """Return the known name that is meant: - and _ are alike, and so are upper and lower case. A new name of a JSON
+    object stays as it is."""
     plain = name.replace("-", "_")
-    return next((key for key in known if key.lower() == plain.lower()), plain.upper() if within == UPPER else plain)
+    new = plain.upper() if within == UPPER else name if json_name else plain
+    return name if name in known else next((key for key in known if key.lower() == plain.lower()), new)
 
 
 def _value(words: list[str], default: Any, flag: str, within: str) -> Any:
@@ -205,7 +205,7 @@ def _merged(old: Mapping[str, Any], new: Mapping[str, Any], flag: str, within: s
     """Return `old` with the values of `new`, mapping by mapping."""
     out = _copied(old)
     for name, value in new.items():
-        key = _key(name, out, within)
+        key = _key(name, old, within, json_name=True)
         inner = key if isinstance(value, Mapping) else within
         out[key] = _checked(value, out.get(key), f"{flag}.{key}", inner)
     return out

@@ -170,6 +170,13 @@ def test_values_keep_their_kind():
     assert (found, rest) == ({"name": "12", "on": True, "off": False, "rate": -1, "new": None}, ["--seed", "3"])
 
 
+def test_names_in_a_json_object_that_no_default_has_stay_as_they_are():
+    """Those of cameras, say, as the groot adapter's `embodiment` has them."""
+    table = {"front-cam": [1, {"A-b": 2}], "Front_Cam": None, "x.y": {"state-0": 1}}
+    found, _ = take_options(["--x.table", json.dumps(table)], "x", {})
+    assert found == {"table": table}
+
+
 @pytest.mark.parametrize(
     ("given", "policy_options", "env", "rest"),
     [
