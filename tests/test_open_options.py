@@ -21,6 +21,7 @@ MAPPING = {"STATE": "IDENTITY", "ACTION": "MIN_MAX"}
 VALID = {
     "optim.micro-batch": "None",
     "demonstrations.kind": "expert",
+    "env.num-envs": "7",
     "env.type": "robosuite",
     "guard.window": "60",
     "guard.least": "6",
@@ -55,9 +56,12 @@ def listed(ask, capsys, monkeypatch):
     return [(flag, negative, kind) for flag, negative, kind in found if flag != "--help"]
 
 
-def value_for(flag, kind):
-    """Words that are valid for an option, by the kind that --help shows."""
+def value_for(flag, kind, config):
+    """Words that are valid for an option, by the kind that --help shows; a number's default is valid in any case."""
     name = flag.removeprefix("--")
+    default = put(config, flag)
+    if name not in VALID and kind in ("INT", "FLOAT"):
+        return [str(default + 1 if kind == "INT" else default)]
     if name in VALID:
         return [VALID[name]]
     if choices := re.search(r"\{(\w+(?:,\w+)+)\}", kind):
@@ -71,7 +75,7 @@ def put(config, flag):
     """The value of a configuration at the place that a flag names."""
     table = flat(to_json(config))
     plain = {name.replace("_", "-").lower(): value for name, value in table.items()}
-    return plain[flag.removeprefix("--").lower()]
+    return plain.get(flag.removeprefix("--").lower())
 
 
 @pytest.mark.parametrize("recipe", ONE_PER_ADAPTER)
@@ -80,7 +84,7 @@ def test_every_option_that_a_recipe_lists_can_be_set(recipe, capsys, monkeypatch
     config = config_of(recipe)
     flags = listed(lambda: run_recipe(config, ["--help"]), capsys, monkeypatch)
     assert len(flags) > 90
-    given = {flag: value_for(flag, kind) for flag, negative, kind in flags if not negative}
+    given = {flag: value_for(flag, kind, config) for flag, negative, kind in flags if not negative}
     switches = {flag: negative for flag, negative, _ in flags if negative}
     found = parsed(config, *(word for flag, words in given.items() for word in (flag, *words)), *switches)
     for flag, words in given.items():
@@ -93,7 +97,9 @@ def test_every_option_that_a_recipe_lists_can_be_set(recipe, capsys, monkeypatch
 @pytest.mark.parametrize("verb", [["train"], ["data", "make"]])
 def test_every_option_that_a_verb_lists_can_be_set(verb, capsys, monkeypatch):
     flags = listed(lambda: main([*verb, "--help"]), capsys, monkeypatch)
-    given = {flag: value_for(flag, kind) for flag, negative, kind in flags if not negative}
+    default = _command(verb)
+    default = default.config if verb == ["train"] else default.source.demonstrations
+    given = {flag: value_for(flag, kind, default) for flag, negative, kind in flags if not negative}
     command = _command([*verb, *(word for flag, words in given.items() for word in (flag, *words))])
     found = flat(to_json(command.config if verb == ["train"] else command.source))
     found = {name.replace("_", "-").removeprefix("demonstrations."): value for name, value in found.items()}

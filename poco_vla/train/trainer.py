@@ -65,6 +65,7 @@ from poco_vla.train.failures import Failures, OtherProcessError
 from poco_vla.train.finite import FiniteWatch
 from poco_vla.train.launcher import launched_precision, precision_told
 from poco_vla.train.logbook import Logbook
+from poco_vla.train.main_guard import check_main_guard
 from poco_vla.train.memory import Budget
 from poco_vla.train.outlook import Outlook
 from poco_vla.train.parent import ParentWatch
@@ -124,6 +125,7 @@ def train(config: TrainConfig) -> TrainResult:
         PocoError: a bad configuration, dataset, policy or checkpoint, before any long work.
         Interrupted: Ctrl-C; the run is saved and can be resumed.
     """
+    check_main_guard(config)
     trainer = Trainer(config)
     try:
         return trainer.run()
