@@ -60,8 +60,8 @@ def value_for(flag, kind, config):
     """Words that are valid for an option, by the kind that --help shows; a number's default is valid in any case."""
     name = flag.removeprefix("--")
     default = put(config, flag)
-    if name not in VALID and kind in ("INT", "FLOAT"):
-        return [str(default + 1 if kind == "INT" else default)]
+    if name not in VALID and kind.removeprefix("{None}|") in ("INT", "FLOAT") and default is not None:
+        return [str(default + 1 if "INT" in kind else default)]
     if name in VALID:
         return [VALID[name]]
     if choices := re.search(r"\{(\w+(?:,\w+)+)\}", kind):
