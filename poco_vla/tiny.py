@@ -52,26 +52,31 @@ def tiny_pick_task(config: TrainConfig) -> TrainConfig:
 def smoke_run(config: TrainConfig) -> TrainConfig:
     """A simulation's `config` on little data, with small networks and few steps: under a minute on a CPU."""
     root = Path("runs/smoke")
-    assert config.env is not None
-    demos = config.demonstrations
+    demos, env = config.demonstrations, config.env
     # An expert needs its time to succeed, play does not; and updates wait for the end of a first episode.
     limit = 250 if demos is None or demos.kind == "expert" else 30
     if demos is not None:
         demos = replace(demos, episodes=2, steps=60, recovery=0.0, root=root / "data")
     policy, options = None, config.policy_options | {"hidden_dims": [32, 32], "num_inference_steps": 2}
-    if config.policy:  # what an earlier run of a sweep has written, which has its sizes
-        policy, options = str(root / Path(config.policy).relative_to("runs")), config.policy_options
+    if config.policy:  # what an earlier run of a sweep has written, which has its sizes; or somebody's own
+        swept = Path(config.policy).parts[0] == "runs"
+        policy, options = str(_below(root, Path(config.policy))) if swept else config.policy, config.policy_options
     return replace(
         config,
         policy=policy,
         policy_options=options,
         demonstrations=demos,
-        env=replace(config.env, options=config.env.options | {"episode_length": limit}, num_envs=2),
+        env=replace(env, options=env.options | {"episode_length": limit}, num_envs=2) if env else None,
         poco=replace(config.poco, num_candidates=2, critic_hidden=(32, 32)),
         optim=replace(config.optim, batch_size=16),
         eval=replace(config.eval, episodes=2, every=0),
         sft_steps=min(20, config.sft_steps),
         warmup_steps=5,
         online_steps=min(3 * limit, config.online_steps),
-        output_dir=root / config.output_dir.relative_to("runs"),
+        output_dir=_below(root, config.output_dir),
     )
+
+
+def _below(root: Path, path: Path) -> Path:
+    """Return `path` below `root`: without its "runs", or its last name alone where it lies elsewhere."""
+    return root / (path.relative_to("runs") if path.parts[:1] == ("runs",) else path.name)

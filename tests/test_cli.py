@@ -113,6 +113,7 @@ def test_eval_reports_the_success_of_an_exported_policy(run, capsys):
         (["trian"], 'no command named "trian"'),
         (["data", "mkae"], 'Did you mean "make"?'),
         (["report", "{tmp}"], "no result.json in"),
+        (["report", __file__], "is a file: give the run's folder"),
         (["export", "{tmp}/nowhere/at/all", "{tmp}/out"], "the folder does not exist"),
         (["data", "consolidate", "{tmp}", "--root", "{tmp}/out"], "no LeRobot dataset in"),
         (["eval", "{tmp}", "--adapter", "flow_mpl"], 'no adapter named "flow_mpl"'),

@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,12 @@ def test_smoke_keeps_the_task_and_the_data_and_shrinks_the_rest():
     assert (small.env.task, small.demonstrations.kind, small.reward) == (config.env.task, "play", config.reward)
     assert small.online_steps < 1000
     assert small.output_dir == Path("runs/smoke/offline_to_online_puzzle_3x3/{time}")
+
+
+def test_smoke_takes_a_recipe_of_ones_own():
+    """One that writes outside runs/, starts from a policy of the Hub, or has no environment."""
+    own = TrainConfig(policy="you/policy", online_steps=0, output_dir=Path("/elsewhere/mine/{time}"))
+    small = smoke_run(own)
+    assert (small.policy, small.env, small.output_dir) == ("you/policy", None, Path("runs/smoke/{time}"))
+    swept = smoke_run(replace(config_of("online_lift"), policy="runs/sft/policy"))
+    assert (swept.policy, swept.output_dir) == ("runs/smoke/sft/policy", Path("runs/smoke/online_lift/{time}"))

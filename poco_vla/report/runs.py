@@ -59,6 +59,8 @@ def read_run(folder: Path) -> "Run":
     Raises:
         DataError: the folder holds none, or a damaged one.
     """
+    if folder.is_file():
+        raise DataError(f"{folder} is a file: give the run's folder, {folder.parent}")
     if (folder / "result.json").is_file():
         return Run(folder, read_result(folder), read_config(folder))
     config = read_config(folder)
