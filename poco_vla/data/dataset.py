@@ -1,7 +1,6 @@
 """A LeRobot v3 dataset -> episodes as column arrays, read once, not frame by frame."""
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -88,7 +87,7 @@ def _folder_of(config: DatasetConfig) -> Path | None:
     from lerobot.utils.constants import HF_LEROBOT_HOME
 
     if config.root is not None:
-        return config.root
+        return config.root.expanduser()  # no shell does so in --dataset.root=~/data
     recorded = HF_LEROBOT_HOME / config.repo_id
     if (recorded / "meta" / "info.json").is_file() and not has_legacy_hub_download_metadata(recorded):
         return recorded
@@ -125,12 +124,20 @@ def _open(config: DatasetConfig, root: Path | None, name: str) -> Any:
 
 def _reason(error: Exception, config: DatasetConfig, root: Path | None) -> str:
     """What went wrong and what to do, of an error that is not ours."""
-    from lerobot.datasets.utils import CompatibilityError
+    from lerobot.datasets.utils import BackwardCompatibilityError
 
     reason = str(error).strip().split("\n")[0].rstrip(".")
-    if isinstance(error, CompatibilityError | NotImplementedError):
-        found = re.search(r"v?\d+\.\d+", str(error))
-        return old_format(found[0] if found else "v2", config.repo_id, None)
+    if isinstance(error, BackwardCompatibilityError | NotImplementedError):
+        old = "v2.1" if isinstance(error, BackwardCompatibilityError) else "v2.0 or older"
+        return old_format(old, config.repo_id, root)
+    if isinstance(error, ForwardCompatibilityError):
+        return "it is of a newer format than the installed LeRobot reads. Install a newer LeRobot."
+    if "must be tagged" in reason:
+        return (
+            "the repository has no tag that says its format. If it is of v3.0, give dataset.revision its branch, such "
+            f'as main, or tag it: huggingface_hub.HfApi().create_tag("{config.repo_id}", tag="v3.0", '
+            'repo_type="dataset")'
+        )
     if root is not None and (damaged := damaged_tables(root)):
         return f"{damaged[0]} is damaged ({type(error).__name__}). Copy or download it again."
     if "corresponds to no data" in reason:

@@ -3,14 +3,17 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from lerobot.datasets import utils
 from lerobot_on_disk import STATE_ONLY, random_columns, write
+from packaging.version import Version
 
 from poco_vla.config import DatasetConfig
 from poco_vla.data import open_dataset, read_episodes
-from poco_vla.data.dataset import info_of
+from poco_vla.data.dataset import _reason, info_of
 from poco_vla.errors import ConfigError, DataError
 
 STATE, TOP, SIDE = "observation.state", "observation.images.top", "observation.images.side"
@@ -215,3 +218,27 @@ def test_a_damaged_table_is_named(root, tree):
     file.write_bytes(bytes(100))
     with pytest.raises(DataError, match=f"the dataset {root} cannot be opened: {file} is damaged"):
         opened(root)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            utils.BackwardCompatibilityError("you/x_1.0", Version("2.1")),
+            "format v2.1, v3.0 is needed. Convert it: python -m",
+        ),
+        (utils.ForwardCompatibilityError("you/x_1.0", Version("4.0")), "Install a newer LeRobot"),
+        (
+            RuntimeError(utils.MISSING_VERSION_TAG_MESSAGE.format(repo_id="you/x_1.0")),
+            'create_tag("you/x_1.0", tag="v3.0"',
+        ),
+    ],
+    ids=["older", "newer", "untagged"],
+)
+def test_lerobots_own_remedies_for_formats_on_the_hub_are_kept(error, said):
+    assert said in _reason(error, DatasetConfig("you/x_1.0"), None)
+
+
+def test_a_folder_in_the_home_folder_is_found(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root.parent))
+    assert len(opened(Path("~/data"))) == 18
