@@ -124,7 +124,7 @@ def _open(config: DatasetConfig, root: Path | None, name: str) -> Any:
 
 def _reason(error: Exception, config: DatasetConfig, root: Path | None) -> str:
     """What went wrong and what to do, of an error that is not ours."""
-    from lerobot.datasets.utils import BackwardCompatibilityError
+    from lerobot.datasets.utils import BackwardCompatibilityError, ForwardCompatibilityError
 
     reason = str(error).strip().split("\n")[0].rstrip(".")
     if isinstance(error, BackwardCompatibilityError | NotImplementedError):
