@@ -42,11 +42,13 @@ def read_result(run: Path) -> dict[str, Any]:
         DataError: the folder holds none, a damaged one, or one that lacks what a report needs.
     """
     path = run / "result.json"
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} cannot be read: it is no regular file")
     try:
         result = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise DataError(f"no result.json in {run}: not the folder of a finished run") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     with _told(path, "not as a run that ended well writes it, run it again"):
         _check(result)

@@ -464,3 +464,62 @@ def test_sizes_of_an_architecture_are_bounded(folder_of):
     folder = folder_of("smolvla")
     change(folder / "vlm" / CONFIG, lambda held: held["text_config"].update(num_hidden_layers=10**9))
     assert "num_hidden_layers is 1000000000" in refused("smolvla", folder)
+
+
+# -- heads -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lora(saved, tmp_path_factory):
+    """A folder with a LoRA of rank 2 on a small pi0.5."""
+    folder = tmp_path_factory.mktemp("lora") / "head"
+    load_adapter("pi05").from_pretrained(saved("pi05")[0], lora=2).save_head(folder)
+    return folder
+
+
+def in_head(*path, value):
+    def damage(held):
+        for name in path[:-1]:
+            held = held[name]
+        held[path[-1]] = value
+
+    return damage
+
+
+HEADS = {
+    "a revision that leads elsewhere": in_head("base", "revision", value="../../refs"),
+    "a base that is a number": in_head("base", "id", value=3),
+    "a fingerprint that is a list": in_head("base", "fingerprint", value=[]),
+    "a horizon without end": in_head("horizon", value=10**9),
+    "a horizon of words": in_head("horizon", value="long"),
+    "a hash that is a number": in_head("weights", "sha256", value=3),
+    "a rank without end": in_head("weights", "lora", "rank", value=10**9),
+    "a rank that the file has not": in_head("weights", "lora", "rank", value=4000),
+    "targets of numbers": in_head("weights", "lora", "targets", value=[1, 2]),
+    "a scale of words": in_head("weights", "lora", "alpha", value="big"),
+    "a file elsewhere": in_head("weights", "file", value="../base/model.safetensors"),
+    "an adapter with terminal codes": in_head("adapter", value="\x1b]0;pwned\x07"),
+    "options of another kind": in_head("options", value={"dtype": {"a": 1}}),
+}
+
+
+@pytest.mark.parametrize("damage", HEADS)
+def test_what_a_head_says_of_itself_is_checked_before_it_is_used(lora, tmp_path, damage):
+    folder = shutil.copytree(lora, tmp_path / "head")
+    change(folder / heads.ABOUT, HEADS[damage])
+    for load in (load_head, load_adapter("pi05").from_pretrained):
+        with pytest.raises(PocoError) as told:
+            load(folder)
+        assert str(told.value).replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_head_that_is_not_finite_is_refused(lora, tmp_path, value):
+    folder = shutil.copytree(lora, tmp_path / "head")
+    held = load_file(folder / heads.HEAD_WEIGHTS)
+    held[max(held)].view(-1)[:1].fill_(value)
+    save_file(held, folder / heads.HEAD_WEIGHTS)
+    digest = heads.sha256_of(folder / heads.HEAD_WEIGHTS)
+    change(folder / heads.ABOUT, lambda about: about["weights"].update(sha256=digest))
+    with pytest.raises(PocoError, match=r"head\.safetensors holds weights that are NaN or infinite"):
+        load_head(folder)

@@ -10,7 +10,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from run_folders import about_of, based_run, move, write_run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from poco_vla import PocoError, load_adapter, load_critic, load_head, propose, push_head
 from poco_vla.errors import HubError
@@ -556,3 +556,44 @@ def test_no_file_that_was_pushed_names_this_machine(based, run, made):
         "tokenizer"
     ]
     assert yaml.safe_load(based.files(HEAD)["README.md"].decode().split("---")[1])["license"] == "gemma"
+
+
+# -- what must not go --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole(hub, tmp_path):
+    return write_run(tmp_path / "run", load_adapter("flow_mlp").tiny(), "flow_mlp")
+
+
+@pytest.mark.parametrize("name", ["policy/notes.txt", "policy/model.safetensors", "curve.png"])
+def test_a_link_out_of_the_policys_folder_is_not_followed(hub, whole, tmp_path, name):
+    (tmp_path / "private.txt").write_text("root:x:0:0")
+    (whole / name).unlink(missing_ok=True)
+    (whole / name).symlink_to(tmp_path / "private.txt")
+    with pytest.raises(PocoError, match=r"link out of|no safetensors file"):
+        push_head(whole, "someone/cube")
+    assert not hub.repos
+
+
+def test_weights_that_are_not_finite_do_not_go(hub, whole):
+    file = whole / "policy" / "model.safetensors"
+    held = load_file(file)
+    held[max(held)].view(-1)[:1].fill_(torch.nan)
+    save_file(held, file)
+    with pytest.raises(PocoError, match="NaN or infinite"):
+        push_head(whole, "someone/cube")
+    assert not hub.repos
+
+
+def test_a_secret_among_the_options_of_the_environment_does_not_go(hub, whole):
+    for name in ("config.json", "result.json"):
+        held = json.loads((whole / name).read_text())
+        held["env"]["options"] = {"password": "hunter2"}
+        (whole / name).write_text(json.dumps(held))
+    with pytest.raises(
+        HubError, match=r"poco\.json would publish a secret \(the value of .*options\.password\)"
+    ) as told:
+        push_head(whole, "someone/cube")
+    assert "hunter2" not in str(told.value)
+    assert not hub.repos

@@ -4,6 +4,7 @@ import pytest
 
 from poco_vla.errors import ConfigError
 from poco_vla.rollout.serving.access import is_exposed, token_of
+from poco_vla.rollout.serving.client import ConnectionLostError, PolicyClient, Retry
 
 
 def test_the_environment_gives_the_token_without_a_word(monkeypatch, caplog):
@@ -45,3 +46,11 @@ def test_a_file_without_a_token_is_told(tmp_path, content):
 )
 def test_a_token_is_exposed_where_it_leaves_the_machine_unencrypted(url, exposed):
     assert is_exposed(url) is exposed
+
+
+@pytest.mark.parametrize(("token", "warns"), [("secret", True), (None, False)])
+def test_a_client_warns_before_it_sends_a_token_in_the_clear(caplog, token, warns):
+    with pytest.raises(ConnectionLostError):
+        PolicyClient("ws://0.0.0.0:9", token, timeout=0.2, retry=Retry(budget=0.0))
+    assert ("in the clear" in caplog.text) is warns
+    assert "secret" not in caplog.text
