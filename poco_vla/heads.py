@@ -10,7 +10,6 @@ adapter_model.safetensors, the same tensors under peft's names (:func:`peft_name
 
 import hashlib
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from poco_vla.errors import PolicyError
 from poco_vla.files import whole_folder, write_json
 from poco_vla.lora import Lora
-from poco_vla.sources import Source, check_file, locate, on_hub, read_object
+from poco_vla.sources import REVISION, Source, check_file, locate, on_hub, read_object
 
 ABOUT = "poco.json"
 FORMAT = 1
@@ -36,7 +35,6 @@ DTYPES = ("bfloat16", "float16", "float32")
 """Dtypes that a frozen part may be of."""
 MAX_HORIZON = 4096
 """Longest chunk that a head may be of, in control steps."""
-_REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
 
 
 @dataclass(frozen=True)
@@ -438,7 +436,7 @@ def _check_kinds(about: Mapping[str, Any], where: Path) -> None:
     base, horizon = about["base"], about["horizon"]
     wrong = [name for name in ("id", "fingerprint") if not isinstance(base[name], str)]
     wrong += [name for name in ("revision", "content") if not isinstance(base[name], str | None)]
-    if base["revision"] is not None and (".." in base["revision"] or not _REVISION.fullmatch(base["revision"])):
+    if base["revision"] is not None and (".." in base["revision"] or not REVISION.fullmatch(base["revision"])):
         wrong.append("revision")
     if isinstance(horizon, bool) or not isinstance(horizon, int) or not 1 <= horizon <= MAX_HORIZON:
         wrong.append("horizon")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 STEPS_OF = ("lerobot.processor.", "lerobot.policies.", "lerobot_policy_", "poco_vla")
 """Where a processor's steps may come from when they are named by their class."""
 
+REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
+"""How a commit, tag or branch is spelled."""
 MAX_JSON_BYTES = 8 * 1024**2
 """Longest JSON file of a policy that is read: configurations and processors are some kilobytes."""
 MAX_JSON_DEPTH = 32
@@ -90,6 +93,8 @@ def locate(repo_or_path: str | Path, revision: str | None = None) -> Source:
 
 def on_hub(name: str, revision: str | None = None) -> Source:
     """As :func:`locate`, of a repository: a folder of that name here is not looked at."""
+    if revision is not None and (".." in revision or not REVISION.fullmatch(revision)):
+        raise PolicyError(f'"{revision}" is no commit, tag or branch of "{name}"')  # the Hub's cache makes a path of it
     with hub_errors(name, revision):
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=[*SMALL_FILES, *HEADS]))
     check_processors(snapshot)
