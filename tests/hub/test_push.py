@@ -591,9 +591,7 @@ def test_a_secret_among_the_options_of_the_environment_does_not_go(hub, whole):
         held = json.loads((whole / name).read_text())
         held["env"]["options"] = {"password": "hunter2"}
         (whole / name).write_text(json.dumps(held))
-    with pytest.raises(
-        HubError, match=r"poco\.json would publish a secret \(the value of .*options\.password\)"
-    ) as told:
+    with pytest.raises(HubError, match="would publish a secret") as told:
         push_head(whole, "someone/cube")
     assert "hunter2" not in str(told.value)
     assert not hub.repos
