@@ -1,6 +1,8 @@
 """Every form in which people name a policy: a run, folders in it, with ~, relative, with a slash; a Hub id."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -160,3 +162,19 @@ def test_a_file_is_no_run(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(HubError, match="is a file"):
         located(tmp_path / "x")
+
+
+def test_a_card_links_a_dataset_only_if_the_hub_shows_it(hub, home, tmp_path):
+    """LeRobot's cache may hold one of that name which was never pushed."""
+    run = tmp_path / "run"
+    shutil.copytree(home / "run", run)
+    values = json.loads((run / "config.json").read_text())
+    values["dataset"]["repo_id"] = "someone/pen"
+    (run / "config.json").write_text(json.dumps(values))
+    card = push_head(run, "someone/cube", license="mit").card
+    assert 'a dataset that its user calls "someone/pen", of unknown origin' in card
+    assert "datasets/someone/pen" not in card
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x.txt").write_text("x")
+    hub.add_repo("someone/pen", tmp_path / "data", kind="dataset")
+    assert "datasets/someone/pen" in push_head(run, "someone/cube", license="mit", update=True).card
