@@ -308,8 +308,8 @@ class Serve:
     """Its private key (PEM)."""
     insecure: bool = False
     """Serve other machines without a token."""
-    fps: float = 15.0
-    """Control steps per second, told to clients."""
+    fps: float | None = None
+    """Control steps per second, told to clients. Left out: those of the data that the policy was trained on."""
     device: str = "cpu"
     """Torch device."""
     seed: int = 0
@@ -582,10 +582,12 @@ class _Policy:
 
 def _policy_of(command: Eval | Serve) -> _Policy:
     """Find a policy, and its adapter where none is told."""
+    from poco_vla.devices import check_device
     from poco_vla.heads import read_about
     from poco_vla.hub import load_head, located
     from poco_vla.registry import load_adapter
 
+    check_device(command.device)
     if command.adapter is not None:
         load_adapter(command.adapter)  # a mistyped name is told before anything is fetched
     options: dict[str, Any] = {"device": command.device} | ({} if command.base is None else {"base": command.base})
@@ -631,17 +633,19 @@ def _push(command: Push, console: Console) -> None:
 
 def _serve(command: Serve, console: Console) -> None:
     """Answer until Ctrl-C."""
+    from poco_vla.hub.rate import rate_of
     from poco_vla.rollout import Actor
     from poco_vla.rollout.serving.access import token_of
     from poco_vla.rollout.serving.server import PolicyServer, observations_of
 
     found = _policy_of(command)
+    fps = rate_of(command.policy, command.revision) if command.fps is None else command.fps
     policy = found.load()
     server = PolicyServer(
         Actor(policy, command.seed),
         observations_of(str(found.folder), policy.input_keys),
         adapter=found.adapter,
-        fps=command.fps,
+        fps=fps,
         host=command.host,
         port=command.port,
         token=token_of(command.token),

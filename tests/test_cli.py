@@ -347,6 +347,7 @@ def test_serve_answers_a_client_until_it_is_interrupted(run):
         url = line.split()[3].rstrip(";")
         with PolicyClient(url, token="secret") as client:
             state = np.zeros(client.metadata["observation"]["observation.state"]["shape"], dtype=np.float32)
+            assert client.metadata["fps"] == 10, "the demonstrations' rate"
             chunk = client.chunk({"observation.state": state}, "dock")
         assert chunk.actions.shape == (5, 2)
     finally:

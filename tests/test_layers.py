@@ -32,6 +32,7 @@ DOORS = {
     "data": {"policy", "config", "lazy", *BASE},
     "rollout": ACTING | {"files", "joint_names", "terminal"},
     "files": {"errors"},
+    "devices": {"errors"},
     "lazy": set(),
     "lora": {"errors"},
     "sources": {"errors"},
@@ -61,6 +62,7 @@ DOORS = {
         *{"train", "tiny", "evaluate", "report", "hub", "registry", "checkpoint", "config", "errors"},
         "open_options",
         "heads",  # which adapter a folder or a repository is of
+        "devices",
         *{"rollout", "progress", "terminal"},  # `poco-vla data` makes datasets and shows how far it is
     },
     "__init__": ALGORITHM | {"registry", "testing", "files", "lora", "lazy", "hub"},

@@ -337,6 +337,7 @@ def _account(result: Mapping[str, Any], config: Mapping[str, Any], which: Which,
     origin = _origin(config)
     return {
         "date": date.today().isoformat(),
+        "fps": result.get("fps"),
         "adapter_distribution": _distribution(result["adapter"]),
         "normalization": _statistics(folder),
         "algorithm": config["poco"] | {"zeta": result.get("zeta", config["poco"]["zeta"])},

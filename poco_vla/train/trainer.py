@@ -42,6 +42,7 @@ from poco_vla.evaluate import EvalResult, EvaluationStopped, SuccessRate, evalua
 from poco_vla.files import wait_for_space, write_json
 from poco_vla.flow import Draws
 from poco_vla.guard import CollapseGuard
+from poco_vla.hub.rate import note_rate
 from poco_vla.policy import FlowPolicy
 from poco_vla.progress import Bar, Display
 from poco_vla.registry import check_options, load_adapter
@@ -463,9 +464,11 @@ class Trainer:
         before, after = (rates[0], rates[-1]) if rates else (None, None)
         self._gather()
         if self.is_main:
-            self._written("the final policy", lambda: self.policy.save_pretrained(policy_dir))
+            self._written("the final policy", partial(self._export, self.policy.save_pretrained, policy_dir))
             if self.policy.base is not None:
-                self._written("the final head", lambda: self.policy.save_head(config.output_dir / "head"))
+                self._written(
+                    "the final head", partial(self._export, self.policy.save_head, config.output_dir / "head")
+                )
             figures = self._figures()
             self._written("result.json", lambda: write_json(config.output_dir / "result.json", figures))
             self._written("the report", lambda: report.finish(config.output_dir, self.display.console))
@@ -474,6 +477,10 @@ class Trainer:
                 self.interaction.finish()
         self.accelerator.wait_for_everyone()
         return TrainResult(config.output_dir, policy_dir, before, after, now.env_steps, self.progress.elapsed())
+
+    def _export(self, save: Callable[[Path], None], folder: Path) -> None:
+        save(folder)
+        note_rate(folder, self.info.fps)
 
     # -- parts --------------------------------------------------------------------------------------------------
 
@@ -747,7 +754,7 @@ class Trainer:
         if best is not None and figures["success_rate"] < best["success_rate"]:
             return
         save = self.policy.save_pretrained if self.policy.base is None else self.policy.save_head
-        self._written("the best policy", lambda: save(self.config.output_dir / "best"))
+        self._written("the best policy", partial(self._export, save, self.config.output_dir / "best"))
         self.progress.best = figures | {"policy": "best"}
 
     def _head_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -775,6 +782,7 @@ class Trainer:
             "stopped_early": now.stopped,
             "seconds": round(self.progress.elapsed(), 1),
             "adapter": config.adapter,
+            "fps": self.info.fps,
             "sizes": {
                 "feature_dim": self.policy.feature_dim,
                 "horizon": self.policy.spec.horizon,

@@ -176,7 +176,7 @@ def test_no_command_runs_code_of_a_folder(folder_of, hostile, tmp_path, verb, ca
     name_the_encoder(folder, str(repo))
     commands = {
         "eval": lambda: main(["eval", str(folder), "--env", "{}"]),
-        "serve": lambda: main(["serve", str(folder), "--port", "0"]),
+        "serve": lambda: main(["serve", str(folder), "--port", "0", "--fps", "10"]),
         "export": lambda: export_policy(folder, tmp_path / "out"),
         "load_head": lambda: load_head(folder),
     }

@@ -261,6 +261,12 @@ def _built(config: FlowMlpConfig, trust_remote_code: bool) -> FlowMlpPolicy:
     """
     try:
         return FlowMlpPolicy(config, trust_remote_code=trust_remote_code)
+    except OSError as error:  # of transformers, some sixty lines long
+        raise PolicyError(
+            f'the image encoder "{config.vision_encoder}" is neither in the cache nor a folder, and cannot be fetched '
+            f"now ({str(error).strip().splitlines()[0][:150]}): fetch it once where there is a network (hf download "
+            f'{config.vision_encoder}), or name a folder with policy_options {{"vision_encoder": ...}}'
+        ) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise PolicyError(f"the policy cannot be built: {' '.join(str(error).split())[:300]}") from error

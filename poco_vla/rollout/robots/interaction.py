@@ -21,6 +21,7 @@ from poco_vla.data import Episode
 from poco_vla.errors import ConfigError, DataError, NonFiniteError
 from poco_vla.rollout.robots.safety import ActionError, ActionLimits, StoppedError, check_finite
 from poco_vla.rollout.robots.signals import Signal, Signals
+from poco_vla.rollout.robots.standstill import Standstill, awake_and_asleep, oldest_chunk
 
 logger = logging.getLogger(__name__)
 
@@ -186,11 +187,13 @@ class _Run:
     """The episode that is being driven."""
 
     pace: Pace
+    standstill: Standstill
     observation: RobotObservation | None = None
     obs: dict[str, np.ndarray] = field(default_factory=dict)
     last: np.ndarray | None = None
     plan: np.ndarray | None = None
     k: int = 0
+    adopted: float = 0.0
     version: int = 0
     request: _Request | None = None
     taken_over: bool = False
@@ -230,6 +233,9 @@ class RobotInteraction:
     robot going on meanwhile, and of the answer those actions are left out whose time has passed. An answer that is late
     finds the robot holding, one control step after the other. Holding is the last position for actions called `*.pos`,
     and 0 for velocities and changes (`*.vel`, `delta_*`): while the robot waits at rest nothing needs to be sent.
+
+    A chunk is for the moment it was asked at: after the program (or its machine) has stood still, and when the robot
+    takes more than twice as long for a chunk as it should, the rest is dropped and the policy asked anew.
 
     Emergency stop: no action follows the signal but the one that `on_stop` sends. The default sends the present
     position once, because an arm that is sent nothing still travels to its last goal. The robot stays connected:
@@ -326,7 +332,8 @@ class RobotInteraction:
         self._hear_stop_between_episodes()
         self.reset()
         self.signals.begin()
-        run = _Run(Pace(self.fps))
+        pace = Pace(self.fps)
+        run = _Run(pace, Standstill(pace.period))
         try:
             ended = self._drive(run)
         except BaseException:  # Ctrl-C or a camera that breaks must not leave the arm on its way
@@ -376,6 +383,8 @@ class RobotInteraction:
         heard = _heard(self.signals)
         if Signal.STOP in heard:
             raise _EndedError(Ending.STOPPED)
+        if stood := run.standstill.passed():
+            self._forget_plan(run, f"this program stood still for {stood:.1f} s")
         for signal in heard:
             if signal in _ENDINGS:
                 raise _EndedError(_ENDINGS[signal])
@@ -385,8 +394,17 @@ class RobotInteraction:
                 run.taken_over = signal is Signal.TAKEOVER
                 run.drop_plan()
 
+    def _forget_plan(self, run: _Run, why: str) -> None:
+        """Drop a plan that was made for another moment; the next control step asks the policy anew."""
+        if run.plan is not None or run.request is not None:
+            logger.warning("%s: the rest of its chunk is not sent, and the policy is asked anew", why)
+            run.drop_plan()
+
     def _planned(self, run: _Run) -> bool:
         """There is an action of the plan to send now."""
+        age = awake_and_asleep() - run.adopted
+        if run.left > 0 and age > oldest_chunk(self.horizon, run.pace.period):
+            self._forget_plan(run, f"the chunk of {self.horizon} actions is {age:.1f} s old")
         if run.left <= self.lead and run.request is None:
             batch = {key: value[None] for key, value in run.obs.items()}
             future = self._policy.submit(self._ask, batch)
@@ -397,6 +415,8 @@ class RobotInteraction:
         assert request is not None
         if not request.early:
             self._await(run, request)
+        if run.request is not request:  # the program stood still meanwhile
+            return False
         if request.future.done():
             return self._adopt(run, request)
         self._check_patience(run, request)
@@ -412,7 +432,7 @@ class RobotInteraction:
         """Wait for an answer; a robot that still moves for one control step at most."""
         began = time.monotonic()
         moves = bool(run.pace.period) and self._moves(run)
-        while not request.future.done():
+        while run.request is request and not request.future.done():
             wait([request.future], timeout=POLL)
             self._hear(run)
             self._check_patience(run, request)
@@ -444,6 +464,7 @@ class RobotInteraction:
         planned = _checked_chunk(chunk, self.horizon, self.names)[passed : passed + self.horizon]
         assert run.last is not None
         run.plan, run.k, run.request = self.limits.apply(planned, self.names, run.last), 0, None
+        run.adopted = awake_and_asleep()
         run.clipped += int((run.plan != planned).any(axis=1).sum())
         return True
 

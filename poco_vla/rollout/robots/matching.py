@@ -12,6 +12,8 @@ from poco_vla.rollout.robots.interaction import observation_features
 from poco_vla.rollout.robots.joint_order import ByName, index_of, joint_order
 from poco_vla.rollout.robots.safety import ActionLimits
 
+MAX_FPS = 10_000.0
+"""Control steps per second that no robot exceeds."""
 WIDENED = 0.05
 """Of the demonstrations' range of an action: as far beyond it the robot may be sent, unless limits are given."""
 
@@ -28,6 +30,7 @@ def check_match(robot: Robot, metadata: Mapping[str, Any], *, joints: ByName = "
         ConfigError: the policy needs a camera that the robot does not have, or of another size; states or actions are
             not as many, or have other names.
     """
+    _check_announcement(metadata)
     has = {key: _seen(feature) for key, feature in observation_features(robot).items()}
     wants = {key: _said(feature) for key, feature in metadata["observation"].items()}
     actions = len(robot.action_features)
@@ -67,9 +70,9 @@ def limits_of(
     Raises:
         ConfigError: bounds are neither given nor known.
     """
-    known_low, known_high = (metadata.get(name) for name in ("action_low", "action_high"))
-    if known_low is not None and known_high is not None:
-        least, most = np.asarray(known_low, dtype=np.float64), np.asarray(known_high, dtype=np.float64)
+    known = _announced_range(metadata, names) if low is None or high is None else None
+    if known is not None:
+        least, most = known
         if order := index_of(names, metadata, ACTION, "the robot", joints):
             least, most = (bound[np.argsort(order)] for bound in (least, most))
         # An action that never changed has no range: it gets a hair of one, because limits may not be equal.
@@ -86,6 +89,43 @@ def limits_of(
     by_name = {"--low": low, "--high": high, "--max-step": max_step}
     bounds = {option: values and _by_name(option, values, names) for option, values in by_name.items()}
     return ActionLimits(bounds["--low"], bounds["--high"], bounds["--max-step"], mode="clip")
+
+
+def _check_announcement(metadata: Mapping[str, Any]) -> None:
+    """Raise ConfigError for numbers of a learner that no robot can be run by."""
+    fps, seen = metadata.get("fps", 1.0), metadata.get("observation")
+    if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps <= MAX_FPS:
+        raise ConfigError(f"the learner announces {fps!r:.40} control steps per second; expected 0 to {MAX_FPS:g}")
+    for name in ("horizon", "action_dim"):
+        if type(metadata.get(name, 1)) is not int or metadata.get(name, 1) < 1:
+            raise ConfigError(f"the learner announces a {name} of {metadata.get(name)!r:.40}; expected 1 or more")
+    features = list(seen.values()) if isinstance(seen, Mapping) else [None]
+    if not all(isinstance(feature, Mapping) and {"dtype", "shape"} <= feature.keys() for feature in features):
+        raise ConfigError(f"the learner announces no observations with dtype and shape, but {seen!r:.100}")
+    if not isinstance(metadata.get("task", ""), str):
+        raise ConfigError(f"the learner announces an instruction that is no text: {metadata['task']!r:.100}")
+
+
+def _announced_range(metadata: Mapping[str, Any], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the demonstrations' lowest and highest actions; None where the learner does not know them.
+
+    Raises:
+        ConfigError: they are no finite range of each of the robot's actions.
+    """
+    low, high = metadata.get("action_low"), metadata.get("action_high")
+    if low is None or high is None:
+        return None
+    try:
+        least, most = np.array(low, dtype=np.float64), np.array(high, dtype=np.float64)
+    except (TypeError, ValueError):
+        least = most = np.full(0, np.nan)
+    right = least.shape == most.shape == (len(names),) and np.isfinite([least, most]).all() and (least <= most).all()
+    if not right:
+        raise ConfigError(
+            f"the learner announces actions from {low!r:.100} to {high!r:.100}, which is no finite range for each of "
+            f"{', '.join(names)}: nothing was moved. Mend the statistics that training uses, or give --low and --high"
+        )
+    return least, most
 
 
 def _by_name(option: str, values: Sequence[float], names: Sequence[str]) -> dict[str, float]:

@@ -9,6 +9,9 @@ from jaxtyping import Float
 
 from poco_vla.errors import ConfigError, PocoError
 
+LARGEST = float(np.finfo(np.float32).max)
+"""Of a limit: actions are float32."""
+
 
 class ActionError(PocoError):
     """An action that must not be sent. None of its chunk was."""
@@ -39,6 +42,10 @@ class ActionLimits:
     def __post_init__(self) -> None:
         for name in _named(self.low) | _named(self.high) or {""}:
             low, high = _value(self.low, name), _value(self.high, name)
+            for kind, value in (("low", low), ("high", high)):
+                if value is not None and not abs(value) <= LARGEST:
+                    where = f' of "{name}"' if name else ""
+                    raise ConfigError(f"action limits{where}: {kind} is {value}; a limit is a finite number")
             if low is not None and high is not None and not low < high:
                 where = f' of "{name}"' if name else ""
                 raise ConfigError(f"action limits{where}: low is {low}, high is {high}; low must be below high")

@@ -1,9 +1,11 @@
 """Episodes on the robot's side of the wire, on disk until the learner says that it has them on its own."""
 
+import errno
 import logging
 import os
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -11,11 +13,14 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from poco_vla.data.episode import Episode
-from poco_vla.errors import ConfigError, DataError
+from poco_vla.errors import ConfigError, DataError, PocoError
 from poco_vla.files import sync, whole_file
 from poco_vla.rollout.episode_file import decoded, encoded
 
 logger = logging.getLogger(__name__)
+
+_NO_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
+"""What the system answers when a folder may not be written to, or is gone."""
 
 
 class Spool:
@@ -57,12 +62,21 @@ class Spool:
 
         Raises:
             OSError: the disk does not take it.
+            PocoError: the folder takes no files any more; the episode is lost.
         """
-        with whole_file(self._path(key)) as partial, partial.open("wb") as file:
-            file.write(encoded(episode))
-            file.flush()
-            os.fsync(file.fileno())  # robots lose their power, too
-        sync(self.folder)
+        try:
+            with whole_file(self._path(key)) as partial, partial.open("wb") as file:
+                file.write(encoded(episode))
+                file.flush()
+                os.fsync(file.fileno())  # robots lose their power, too
+            sync(self.folder)
+        except OSError as error:
+            if error.errno not in _NO_FOLDER:
+                raise
+            raise PocoError(
+                f"an episode of {len(episode)} steps cannot be kept in {self.folder}, and is lost: {error}. Make the "
+                "folder writable, or give another --spool"
+            ) from error
 
     def waiting(self) -> list[str]:
         """Keys of the episodes that wait, the oldest first."""
@@ -80,7 +94,7 @@ class Spool:
 
     def remove(self, key: str) -> None:
         """The learner has it."""
-        self._path(key).unlink()
+        self._path(key).unlink(missing_ok=True)  # somebody may have tidied up
 
     def refuse(self, key: str) -> Path:
         """The learner does not take it. Returns where it lies now."""
@@ -90,7 +104,10 @@ class Spool:
         return self.folder / f"{key}.safetensors"
 
     def _aside(self, key: str, why: str) -> Path:
-        return self._path(key).rename(self.folder / f"{key}.{why}")
+        place = self.folder / f"{key}.{why}"
+        with suppress(FileNotFoundError):  # somebody has taken it away
+            self._path(key).rename(place)
+        return place
 
 
 def new_key() -> str:

@@ -1,12 +1,13 @@
 """Episodes on disk between robot and learner: whole or not at all, in order, never lost silently."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from poco_vla.data import Episode
-from poco_vla.errors import ConfigError
+from poco_vla.errors import ConfigError, PocoError
 from poco_vla.rollout.robots.spool import Spool, new_key
 
 
@@ -104,6 +105,21 @@ def test_a_disk_that_takes_only_half_leaves_nothing(spool, monkeypatch):
     with pytest.raises(OSError, match="descriptor"):
         spool.put(episode(), "a")
     assert [path.name for path in spool.folder.iterdir()] == [".lock"]
+
+
+def test_a_folder_that_takes_no_files_any_more_is_said_with_the_option(spool, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PocoError, match=r"cannot be kept in .*Permission denied.*--spool"):
+        spool.put(episode(), "a")
+
+
+def test_files_that_somebody_tidied_away_are_no_error(spool):
+    spool.remove("gone")
+    spool.refuse("gone")
+    assert spool.get("gone") is None
 
 
 def test_a_refused_episode_is_kept_and_not_sent_again(spool):

@@ -1,0 +1,53 @@
+"""The control rate that a policy was trained for: it travels with the policy, in poco.json."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from poco_vla.errors import ConfigError
+from poco_vla.files import write_json
+from poco_vla.heads import ABOUT, read_about
+from poco_vla.hub.fetch import located
+
+FPS = "fps"
+"""Name of the rate in poco.json and result.json, in control steps per second."""
+
+
+def note_rate(folder: Path, fps: int | float) -> None:
+    """Put the rate into the poco.json of a policy that was just saved; a policy that has none is left as it is."""
+    if about := read_about(folder):
+        write_json(folder / ABOUT, about | {FPS: fps})
+
+
+def rate_of(policy: str, revision: str | None = None) -> float:
+    """Return the control steps per second that a policy was trained for: as its poco.json says, or its run.
+
+    Args:
+        policy: folder or Hub id of a policy or a head, or a run's folder.
+        revision: Hub commit, tag or branch.
+
+    Raises:
+        ConfigError: neither says.
+    """
+    folder = located(policy, revision).folder
+    found = [read_about(folder).get(FPS)]
+    for run in (Path(policy), folder, folder.parent):
+        # An older run did not note it, but its online episodes were recorded at that rate.
+        found += [_read(run / "result.json").get(FPS), _read(run / "episodes" / "meta" / "info.json").get(FPS)]
+    for fps in found:
+        if isinstance(fps, int | float) and not isinstance(fps, bool) and math.isfinite(fps) and fps > 0:
+            return float(fps)
+    raise ConfigError(
+        f"{policy} does not say at how many control steps per second it was trained, and robots keep the rate that the "
+        "server announces: give --fps, the rate of the data that it was trained on"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a JSON object; empty where there is none, or a damaged one."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
