@@ -100,6 +100,7 @@ THIRD_PARTY = {
     "guard": set(),
     "files": set(),
     "locks": {"filelock"},
+    "devices": {"torch"},
     "lazy": set(),
     "lora": {"torch", "peft"},
     "tiny": set(),
