@@ -4,6 +4,7 @@ A checkpoint is a folder ``checkpoints/<update>``:
 
     weights.safetensors    what trains (head or LoRA), critic, target critic, zeta, beta
     optimizer.safetensors  Adam's moments and step counts
+    statistics.safetensors what the policy normalises by, and the dataset's statistics that it was built from
     random.safetensors     states of torch generators; chunks of the running episodes
     state.json             stage, step counts, numpy generators, seeds of the running episodes, recorded parts, and
                            size and checksum of the other files
@@ -39,6 +40,7 @@ SET_ASIDE = "checkpoints.set_aside"
 """Folder of a run that damaged checkpoints are moved to."""
 BLOCK = 1 << 24
 """Bytes of a file that are read at once."""
+STATISTICS = "statistics.safetensors"
 FREE_TO_CHANGE = {
     "resume",
     "checkpoint_every",
@@ -46,6 +48,7 @@ FREE_TO_CHANGE = {
     "checkpoint_minutes",
     "accept_changed_data",
     "log_every",
+    "outside_statistics",
     "trackers",
     "num_threads",
     "memory",
@@ -87,12 +90,14 @@ def save(
     head: Path | None = None,
     keep: int = 2,
     keep_every: int = 0,
+    statistics: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write checkpoint `update` under `root`, and drop all but the newest `keep` and the first one after every
     `keep_every` updates (0: none).
 
     Args:
         head: file of `save_good_head` that belongs to it; both names share its bytes where the file system can.
+        statistics: see :func:`load_statistics`.
     """
     final = root / f"{update:08d}"
     partial = root / f".{final.name}.partial"
@@ -103,6 +108,7 @@ def save(
         moments, groups = _flatten_optimizer(optimizer)
         save_file(moments, partial / "optimizer.safetensors")
         save_file(_contiguous(tensors), partial / "random.safetensors")
+        save_file(_contiguous(statistics or {}), partial / STATISTICS)
         if head is not None and head.exists():
             _link(head, partial / GOOD_HEAD)
         sums = {path.name: _checksum(path) for path in sorted(partial.glob("*.safetensors"))}
@@ -269,6 +275,19 @@ def _check_state(path: Path, state: Mapping[str, Any], needed: Sequence[str]) ->
 def _updates(state: Mapping[str, Any]) -> int:
     progress = state.get("progress")
     return progress.get("update", 0) if isinstance(progress, Mapping) else 0
+
+
+def load_statistics(path: Path) -> dict[str, Tensor]:
+    """Return the statistics that a checkpoint's run normalises by; none where an older version wrote it.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = path / STATISTICS
+    try:
+        return load_file(file) if file.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}") from error
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:

@@ -449,6 +449,9 @@ class TrainConfig:
     """Whose cameras, dimensions and normalisation hold: "dataset" as when fine-tuning a base model, "checkpoint" as
     when going on with a policy that was trained on this data; "auto" takes a fine-tuned policy's own, and the
     dataset's for a base."""
+    outside_statistics: Literal["refuse", "allow"] = "refuse"
+    """What happens when the demonstrations do not fit the statistics in use (other units, deltas in the place of
+    positions): "refuse" ends the run before training, "allow" says so and trains (ours)."""
     policy_options: dict[str, Any] = field(default_factory=dict)
     """The adapter's own options, such as {"hidden_dims": [512, 512, 512, 512]} for flow_mlp."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

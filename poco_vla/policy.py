@@ -151,6 +151,12 @@ class FlowPolicy(nn.Module):
         there."""
         return self.preprocess(batch)["action"]
 
+    def normalised_columns(self, batch: dict[str, Any]) -> Sequence[Any] | None:
+        """Return states and actions as the pre-processor normalises them, with the statistics that it does so by, of a
+        batch without pictures: :class:`poco_vla.normalization.NormalisedColumn`. None leaves it to the steps of
+        LeRobot's own normaliser."""
+        return None
+
     def velocity(
         self, prefix: Prefix, x: Float[Tensor, "B N H A"], t: Float[Tensor, "B N"]
     ) -> Float[Tensor, "B N H A"]:

@@ -16,6 +16,7 @@ from poco_vla.data.folder import check_episodes, check_folder, check_rows, damag
 from poco_vla.data.numbers import column_of, read_columns
 from poco_vla.data.pictures import read_pictures
 from poco_vla.data.signals import DONE, REWARD, SUCCESS, TRUNCATED, signals_of
+from poco_vla.data.statistics import vector_statistics
 from poco_vla.errors import DataError, PocoError
 
 # LeRobot tries to load torchcodec at import and logs a traceback per FFmpeg version when FFmpeg is absent; it then
@@ -24,8 +25,6 @@ logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
 
 logger = logging.getLogger(__name__)
 
-QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
-"""LeRobot's name of each quantile in its statistics -> the quantile."""
 POLICY_VERSION = "complementary_info.policy_version"
 """Column of :attr:`Episode.policy_version`, by LeRobot's prefix for what else a step is to be known by."""
 INTERVENTION = "complementary_info.is_intervention"
@@ -159,30 +158,11 @@ def info_of(dataset: Any) -> DatasetInfo:
 
     Vectors' statistics are of the episodes in use, images' of the whole dataset.
     """
-    stats = dict(dataset.meta.stats or {})
-    for key, column in _columns(dataset).items():
-        if column.dtype == np.float32 and column.ndim == 2:
-            # LeRobot 0.6.1 averages the episodes' quantiles, which is not the quantile of all frames: the 99th of an
-            # average episode may lie far inside the range (huggingface/lerobot#4156).
-            stats[key] = dict(stats.get(key, {})) | _quantiles(column)
-            if dataset.episodes is not None or "mean" not in stats[key]:
-                stats[key] |= _moments(column)
+    subset = dataset.episodes is not None
+    stats = vector_statistics(_columns(dataset), dataset.meta.stats, subset=subset, name=str(dataset.root))
     features = table_of(dataset, str(dataset.root), getattr(dataset, "cameras", None))
     stats = {key: value for key, value in stats.items() if key in features or key not in dataset.meta.features}
     return DatasetInfo(dataset.repo_id, features, stats, dataset.meta.fps)
-
-
-def _quantiles(column: np.ndarray) -> dict[str, np.ndarray]:
-    with np.errstate(invalid="ignore"):  # NaN is told with its frame by `read_episodes`
-        return dict(
-            zip(QUANTILES, np.quantile(column.astype(np.float64), list(QUANTILES.values()), axis=0), strict=True)
-        )
-
-
-def _moments(column: np.ndarray) -> dict[str, np.ndarray]:
-    wide = column.astype(np.float64)
-    moments = {name: getattr(wide, name)(axis=0) for name in ("min", "max", "mean", "std")}
-    return moments | {"count": np.array([len(column)])}
 
 
 def read_episodes(

@@ -30,7 +30,7 @@ NO_SETTING = (
     *("checkpoint_every", "checkpoint_minutes", "checkpoint_keep_every", "accept_changed_data", "log_every", "memory"),
     *("trackers", "num_threads", "eval.videos", "dataset.max_image_bytes", "env.in_process", "prefixes.folder"),
     *("replay.images", "interaction.host", "interaction.port", "interaction.certificate", "interaction.key"),
-    *("interaction.insecure", "interaction.address"),
+    *("interaction.insecure", "interaction.address", "outside_statistics"),
 )
 """Fields that do not change what is learned: runs that differ in these alone belong together."""
 

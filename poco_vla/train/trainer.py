@@ -37,6 +37,7 @@ from poco_vla.data.episode import first_of_each_task
 from poco_vla.data.folder import read_info
 from poco_vla.data.identity import installed_versions
 from poco_vla.data.signals import check_reward
+from poco_vla.data.statistics import meta_in_use
 from poco_vla.errors import CheckpointError, ConfigError, DataError, NonFiniteError, SimulatorError, UnknownNameError
 from poco_vla.evaluate import EvalResult, EvaluationStopped, SuccessRate, evaluate
 from poco_vla.files import wait_for_space, write_json
@@ -74,6 +75,7 @@ from poco_vla.train.progress import Progress
 from poco_vla.train.provenance import Provenance
 from poco_vla.train.schedule import CheckpointClock
 from poco_vla.train.sharing import Sharing, shared
+from poco_vla.train.statistics import RunStatistics
 from poco_vla.train.storing import open_prefixes
 from poco_vla.train.versions import VersionBound
 from poco_vla.types import ChunkBatch, Metrics
@@ -497,7 +499,8 @@ class Trainer:
             self.accelerator.wait_for_everyone()
             self.dataset_config = replace(config.dataset, repo_id=f"local/{root.name}", root=root)
         self.dataset = open_dataset(self.dataset_config)
-        self.info = info_of(self.dataset)
+        self.statistics = RunStatistics(config, info_of(self.dataset), self.display.say)
+        self.info = self.statistics.info
         check_reward(self.info.features, config.reward)
         if env_config is not None:
             check_fit(self.info, env_config)
@@ -506,7 +509,7 @@ class Trainer:
     def _build(self) -> None:
         config = self.config
         torch.manual_seed(config.seed)
-        self.policy = self._make_policy()
+        self.policy = self.statistics.put_on(self._make_policy())
         check_inputs(self.policy, self.info, self.env_config)
         demos = read_episodes(
             self.dataset,
@@ -516,6 +519,7 @@ class Trainer:
             shrink=self.policy.shrink_images,
             say=self.display.say,
         )
+        self.statistics.check(self.policy, demos)
         self.replay = Replay(
             horizon=config.horizon,
             gamma=config.poco.gamma,
@@ -639,7 +643,7 @@ class Trainer:
             features=self.info.features,
             stats=self.info.stats,
             statistics=config.statistics,
-            dataset_meta=self.dataset.meta,
+            dataset_meta=meta_in_use(self.dataset),
             **options,
         )
 
@@ -888,6 +892,7 @@ class Trainer:
                 config=config,
                 head=config.output_dir / checkpoint.GOOD_HEAD,
                 keep_every=config.checkpoint_keep_every,
+                statistics=self.statistics.state(self.policy),
             )
             self._written(f"checkpoint {path.name}", write)
         self.accelerator.wait_for_everyone()

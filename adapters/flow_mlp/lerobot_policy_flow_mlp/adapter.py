@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import RenameObservationsProcessorStep
 from lerobot.utils.constants import ACTION, OBS_STATE
@@ -25,6 +25,7 @@ from poco_vla import (
     heads,
     linear,
     naming,
+    normalization,
     policy_config,
     processors,
     weights,
@@ -77,7 +78,9 @@ class FlowMlp(FlowPolicy):
         self.preprocess, self.postprocess = preprocess, postprocess
         self.feature_dim = model.feature_dim
         self.input_keys = tuple(renamed.get(key, key) for key in config.input_features or {})
-        self.spec = ActionSpec(config.chunk_size, model.action_dim, model.action_dim, config.num_inference_steps)
+        self.spec = ActionSpec(
+            config.chunk_size, model.action_dim, model.action_dim, config.num_inference_steps, config.action_clip
+        )
 
     def encode(self, obs: Mapping[str, Any]) -> MlpPrefix:
         with torch.no_grad():
@@ -126,8 +129,8 @@ class FlowMlp(FlowPolicy):
             horizon: H, the policy's own.
             device: torch device.
             features: LeRobot features of the dataset to go on with.
-            stats: not needed: the policy keeps its own.
-            statistics: "auto" or "checkpoint".
+            stats: its statistics.
+            statistics: "dataset" normalises by `stats` from now on; else the checkpoint's own are kept.
             dataset_meta: not needed here.
             revision: Hub revision.
             cameras: {camera of the dataset: camera of the policy}, where they have other names.
@@ -138,9 +141,8 @@ class FlowMlp(FlowPolicy):
 
         Raises:
             PolicyError: files are missing or damaged, or do not fit together.
+            DataError: the dataset has other dimensions than the checkpoint, or unusable statistics.
         """
-        if statistics == "dataset":
-            raise PolicyError("a pretrained flow_mlp keeps the statistics that it was trained with")
         if options:
             raise PolicyError(
                 f"a pretrained flow_mlp takes no options, got {sorted(options)}: its config.json fixes them"
@@ -163,11 +165,27 @@ class FlowMlp(FlowPolicy):
                 f"{repo_or_path} was trained with chunks of {config.chunk_size} steps, asked for {horizon}"
             )
         config.device = device
+        mapping = heads.read_object(source.folder / "config.json").get("normalization_mapping", {})
+        # An earlier version left kinds that its mapping did not name as they are.
+        config.normalization_mapping |= dict.fromkeys(
+            config.normalization_mapping.keys() - mapping.keys(), NormalizationMode.IDENTITY
+        )
+        if features is not None:
+            normalization.check_features(config, features, str(repo_or_path))
         processors.check_pipelines(source.folder, processors.INPUT_STEPS, processors.OUTPUT_STEPS)
         files = weights.weights_of(source, base)
         saved = camera_names.saved_cameras(source.folder / "policy_preprocessor.json", list(config.image_features))
         renames = camera_names.kept_renames(saved, features, cameras, where=source.name)
         order = _kept_order(source, config, features, joints)
+        if statistics == "dataset":
+            if features is None or stats is None:
+                raise PolicyError('statistics="dataset" without a dataset: give features and stats')
+            config.clip = None
+            in_order = normalization.in_order(stats, order.index)
+            pipelines = _pipelines(config, {} if order.index else features, in_order, renames)
+            return cls(_load_model(config, files, trust_remote_code), *pipelines, order=order)
+        if config.action_clip is None:  # a folder of an earlier version does not say it
+            _set_clip(config, normalization.saved_stats(source.folder))
         model = _load_model(config, files, trust_remote_code)
         # The folder remembers the device it was trained on.
         overrides: dict[str, Any] = {"device_processor": {"device": device}}
@@ -212,8 +230,8 @@ class FlowMlp(FlowPolicy):
             raise PolicyError(f"flow_mlp cannot be built: {error}") from error
         order = naming.new_order(features)
         config.action_feature_names = list(order.own[ACTION]) if ACTION in order.own else None
-        model = _built(config, trusted)
-        return cls(model, *make_flow_mlp_pre_post_processors(config, dict(stats)), order=order)
+        pipelines = _pipelines(config, features, stats)
+        return cls(_built(config, trusted), *pipelines, order=order)
 
     @classmethod
     def tiny(cls, seed: int = 0) -> Self:
@@ -334,3 +352,27 @@ def _renames(pipeline: Any) -> Mapping[str, str]:
     """The names that a pre-processor changes."""
     steps = (step for step in getattr(pipeline, "steps", ()) if isinstance(step, RenameObservationsProcessorStep))
     return next((step.rename_map for step in steps), {})
+
+
+def _pipelines(
+    config: FlowMlpConfig,
+    features: Mapping[str, Any],
+    stats: Mapping[str, Any],
+    renames: Mapping[str, str] | None = None,
+) -> tuple[Any, Any]:
+    """Return the pipelines of a policy for a dataset, and let the policy sample in the range of its actions."""
+    usable = normalization.usable_stats(config, stats, "the dataset", features)
+    if config.clip is None:
+        _set_clip(config, usable)
+    pipelines: tuple[Any, Any] = make_flow_mlp_pre_post_processors(config, usable)
+    for step in pipelines[0].steps:
+        if renames and isinstance(step, RenameObservationsProcessorStep):
+            step.rename_map = dict(renames)
+    return pipelines
+
+
+def _set_clip(config: FlowMlpConfig, stats: Mapping[str, Any]) -> None:
+    mode = config.normalization_mapping["ACTION"]
+    clip = normalization.action_range(mode.value, stats.get(ACTION, {}))
+    if mode is not NormalizationMode.MIN_MAX and clip is not None:
+        config.clip = list(clip)

@@ -127,13 +127,14 @@ class FlowMlpPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Tensor], *, noise: Tensor | None = None, **_: Any) -> Tensor:
-        """One sampled chunk [B, H, action_dim] per state, clipped to the normalised range [-1, 1]."""
+        """One sampled chunk [B, H, action_dim] per state, limited to the range of normalised actions."""
         self.eval()
         features = self.features(batch)
         if noise is None:
             shape = (features.shape[0], self.config.chunk_size, self.action_dim)
             noise = torch.randn(shape, dtype=features.dtype, device=features.device)
-        return self.sample(features, noise).clamp(-1, 1)
+        chunk, clip = self.sample(features, noise), self.config.action_clip
+        return chunk if clip is None else chunk.clamp(*clip)
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:

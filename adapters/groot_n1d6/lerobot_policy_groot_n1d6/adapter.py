@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, Self
 
 import torch
@@ -31,7 +32,8 @@ from lerobot_policy_groot_n1d6.model import (
     sort_tokens,
 )
 from lerobot_policy_groot_n1d6.modeling_groot_n1d6 import GrootN1d6Policy, network_sizes
-from lerobot_policy_groot_n1d6.processing.embodiment import read_table
+from lerobot_policy_groot_n1d6.processing.embodiment import Embodiment, Encoding, read_table
+from lerobot_policy_groot_n1d6.processing.normalization import unencoded_columns
 from lerobot_policy_groot_n1d6.processing.steps import (
     ATTENTION_MASK,
     EMBODIMENT_ID,
@@ -54,6 +56,7 @@ from poco_vla import (
     inject_lora,
     merge_lora,
     naming,
+    normalization,
     policy_config,
     processors,
     whole_folder,
@@ -69,7 +72,7 @@ PREPROCESSOR = "policy_preprocessor.json"
 
 _NUMBERS = {"max_state_dim": processors.whole_number(65_536, 1), "max_action_dim": processors.whole_number(65_536, 1)}
 _EMBODIMENT = {"embodiment": processors.TABLE}
-_RULES = {"use_percentiles": processors.FLAG, "clip_outliers": processors.FLAG}
+_RULES = dict.fromkeys(("use_percentiles", "clip_outliers", "clip_deviations"), processors.FLAG)
 INPUT_STEPS: processors.Steps = {
     **processors.INPUT_STEPS,
     "groot_n1d6_images": _EMBODIMENT
@@ -192,6 +195,7 @@ class GrootN1d6Adapter(FlowPolicy):
             width=config.max_action_dim,
             action_dim=self.embodiment.action_dim,
             flow_steps=policy.sizes.head.flow_steps,
+            clip=(-1.0, 1.0) if _is_bounded(encode) else None,
         )
 
     def train(self, mode: bool = True) -> Self:
@@ -243,6 +247,15 @@ class GrootN1d6Adapter(FlowPolicy):
         """The pre-processor without its steps for pictures and prompts, of which actions know nothing."""
         steps = [step for step in self._steps if not isinstance(step, ImageStep | PromptStep)]
         return replace(self._pipelines[0], steps=steps)(self.order.to_policy(batch))[ACTION]
+
+    def normalised_columns(self, batch: dict[str, Any]) -> list[normalization.NormalisedColumn]:
+        """Key by key, relative actions as such."""
+        (encode,) = (step for step in self._steps if isinstance(step, EncodeStep))
+        raw = self.order.to_policy(batch)
+        return [
+            normalization.NormalisedColumn(*column)
+            for column in unencoded_columns(raw, encode.embodiment, encode.statistics, encode.rules)
+        ]
 
     def velocity(self, prefix: Any, x: Tensor, t: Tensor) -> Tensor:
         compute, slot = self.policy.compute, self.embodiment.slot
@@ -492,6 +505,8 @@ def _of_lerobot(
         pipelines = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
         encode = _check_inverse(pipelines, config, source.name)
         trained = encode.embodiment.horizon
+        if data.features is not None:
+            _check_features(config, encode.embodiment, data.features, source.name)
         if config.chunk_size > trained:
             raise PolicyError(
                 f"{source.name} was trained with chunks of {trained} steps, asked for {config.chunk_size}: choose a "
@@ -618,3 +633,16 @@ def _adopt(config: GrootN1d6Config, data: _Data, own: Sequence[str], where: str)
     config.input_features = {slot or key: images[key] for key, slot in chosen.items()} | states
     config.output_features = {key: ft for key, ft in offered.items() if ft.type is FeatureType.ACTION}
     return {key: slot for key, slot in chosen.items() if slot not in (None, key)}
+
+
+def _check_features(config: GrootN1d6Config, embodiment: Embodiment, features: Mapping[str, Any], name: str) -> None:
+    """Raise DataError unless a dataset has the columns that an embodiment reads, in the sizes that a policy knows."""
+    read = {view.column for view in embodiment.views} | {key.column for key in embodiment.state}
+    inputs = {key: feature for key, feature in (config.input_features or {}).items() if key in read}
+    known = SimpleNamespace(input_features=inputs, output_features=config.output_features)
+    normalization.check_features(known, features, name)
+
+
+def _is_bounded(encode: EncodeStep) -> bool:
+    """True if normalised actions lie in [-1, 1]: by range they are limited to it, by deviation where the rules say."""
+    return all(key.encoding is Encoding.MIN_MAX or encode.rules.clips(key.encoding) for key in encode.embodiment.action)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ def make_pipelines(config: Any, processing: Processing) -> Pipelines:
         "max_action_dim": config.max_action_dim,
         "use_percentiles": processing.rules.use_percentiles,
         "clip_outliers": processing.rules.clip_outliers,
+        "clip_deviations": processing.rules.clip_deviations,
         "statistics": processing.statistics,
     }
     encode = EncodeStep(embodiment, config.max_state_dim, **shared)
@@ -141,6 +142,7 @@ def resolve(
     else:
         embodiment = _own(config)
         statistics = _statistics(embodiment, dataset_stats, dataset_meta)
+        rules = replace(rules, clip_deviations=False)
     _check(embodiment, config)
     return Processing(embodiment, statistics, rules, images, formal)
 

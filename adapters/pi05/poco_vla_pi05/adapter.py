@@ -514,9 +514,14 @@ def _configure(
         renames = _adopt(config, features, cameras, saved, source.name)
     else:
         renames = camera_names.kept_renames(saved, features, cameras, where=source.name)
-    used = stats if use_dataset and stats is not None else own
     where = "the dataset" if use_dataset else source.name
-    normalization.check_stats(config, used, where)
+    if use_dataset and stats is not None:
+        used = normalization.usable_stats(config, stats, where, features)
+    else:
+        used = own
+        normalization.check_stats(config, used, where)
+        if features is not None:
+            normalization.check_features(config, features, source.name, normalization.renamed(source.folder))
     logger.info("pi05: features and statistics of %s", where)
     return config, used, use_dataset, renames
 

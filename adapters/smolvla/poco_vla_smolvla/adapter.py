@@ -253,8 +253,13 @@ class SmolVla(FlowPolicy):
             renames = camera_names.kept_renames(saved, features, cameras, where=source.name)
         if config.robot_state_feature is None or config.action_feature is None:
             raise PolicyError(f"{source.name} has no {OBS_STATE} among its inputs, or no {ACTION} among its outputs")
-        used = stats or {} if adopted else own
-        normalization.check_stats(config, used, "the dataset" if adopted else source.name)
+        if adopted:
+            used = normalization.usable_stats(config, stats or {}, "the dataset", features)
+        else:
+            used = own
+            normalization.check_stats(config, used, source.name)
+            if features is not None:
+                normalization.check_features(config, features, source.name, normalization.renamed(source.folder))
 
         whole = weights.whole_source(frozen, base).folder
         beside = (whole / VLM_FOLDER).is_dir() and vlm is None

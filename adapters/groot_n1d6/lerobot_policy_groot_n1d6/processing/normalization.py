@@ -1,7 +1,8 @@
 """Raw numbers <-> the network's, key by key (sections 7.2 and 7.3). Pure functions on tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +21,22 @@ class Rules:
 
     Attributes:
         use_percentiles: q01 and q99 stand for the minimum and the maximum. Off in N1.6.
-        clip_outliers: limit normalised numbers to [-1, 1]: states by range, and every action.
+        clip_outliers: limit normalised numbers to [-1, 1]: states by range, and actions.
+        clip_deviations: limit actions by deviation as well, to one deviation, as NVIDIA's checkpoints were trained. Off
+            for statistics of a dataset, whose actions reach further.
     """
 
     use_percentiles: bool = False
     clip_outliers: bool = True
+    clip_deviations: bool = True
 
     @property
     def bounds(self) -> tuple[str, str]:
         return ("q01", "q99") if self.use_percentiles else ("min", "max")
+
+    def clips(self, encoding: Encoding) -> bool:
+        """True if actions of an encoding are limited to [-1, 1]."""
+        return self.clip_outliers and (self.clip_deviations or encoding is not Encoding.MEAN_STD)
 
     def needs(self, encoding: Encoding) -> tuple[str, ...]:
         """The statistics that an encoding reads."""
@@ -74,13 +82,10 @@ def encode_action(
     """
     parts = []
     for key in embodiment.action:
-        values = action[..., key.start : key.stop]
-        if key.is_relative:
-            reference = _reference(references, key, embodiment, action)
-            values = relative_pose(values, reference, key.format) if key.is_pose else values - reference
-        parts.append(normalise(values, _rows(key, steps, statistics, values), key.encoding, rules))
-    encoded = torch.cat(parts, dim=-1)
-    return encoded.clamp(-1, 1) if rules.clip_outliers else encoded
+        values = _of_key(action, references, key, embodiment)
+        part = normalise(values, _rows(key, steps, statistics, values), key.encoding, rules)
+        parts.append(part.clamp(-1, 1) if rules.clips(key.encoding) else part)
+    return torch.cat(parts, dim=-1)
 
 
 def decode_action(
@@ -108,6 +113,43 @@ def decode_action(
         raw[..., key.start : key.stop] = part
         start += key.dim
     return raw
+
+
+def unencoded_columns(
+    batch: Mapping[str, Any], embodiment: Embodiment, statistics: Statistics | None, rules: Rules
+) -> Sequence[tuple[str, Tensor, str, KeyStatistics]]:
+    """Return column, raw numbers, LeRobot's name of the normalisation and statistics of each key that is normalised.
+
+    Args:
+        batch: dataset columns, states [B, D] and actions [B, H, D].
+        embodiment: its keys.
+        statistics: theirs.
+        rules: of normalisation.
+    """
+    mode = {Encoding.MIN_MAX: "QUANTILES" if rules.use_percentiles else "MIN_MAX", Encoding.MEAN_STD: "MEAN_STD"}
+    if statistics is None:
+        return []
+    found = [
+        (key.column, _cut(batch, key), mode[key.encoding], statistics["state"][key.name])
+        for key in embodiment.state
+        if key.encoding in mode
+    ]
+    action = batch["action"]
+    references = references_of(batch, embodiment) if embodiment.references else None
+    steps = torch.arange(action.shape[1], device=action.device)
+    for key in embodiment.action:
+        values = _of_key(action, references, key, embodiment)
+        found.append(("action", values, mode[key.encoding], _rows(key, steps, statistics, action)))
+    return found
+
+
+def _of_key(action: Tensor, references: Tensor | None, key: ActionKey, embodiment: Embodiment) -> Tensor:
+    """Return a key's part of raw actions, relative where the key is."""
+    values = action[..., key.start : key.stop]
+    if key.is_relative:
+        reference = _reference(references, key, embodiment, action)
+        values = relative_pose(values, reference, key.format) if key.is_pose else values - reference
+    return values
 
 
 def normalise(values: Tensor, statistics: KeyStatistics, encoding: Encoding, rules: Rules) -> Tensor:

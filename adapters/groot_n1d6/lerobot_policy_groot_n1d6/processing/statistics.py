@@ -68,7 +68,8 @@ def from_dataset(embodiment: Embodiment, dataset: Any) -> Statistics:
 
 
 def from_metadata(embodiment: Embodiment, meta: Any) -> Statistics:
-    """The same, of all episodes of the dataset that a LeRobotDatasetMetadata describes, from its files on disk.
+    """The same, of the dataset that a LeRobotDatasetMetadata describes, from its files on disk: of the episodes in its
+    `episodes_in_use`, or of all where it has no such attribute.
 
     Raises:
         ProcessingError: its files are not there; and as in `from_dataset`.
@@ -84,7 +85,11 @@ def from_metadata(embodiment: Embodiment, meta: Any) -> Statistics:
             "(LeRobotDataset does), or make the action keys ABSOLUTE."
         )
     wanted = ["episode_index", "frame_index", ACTION, *dict.fromkeys(key.column for key in embodiment.state)]
-    return _from_table(embodiment, concat_tables([read_table(file, columns=wanted) for file in files]), meta.features)
+    table = concat_tables([read_table(file, columns=wanted) for file in files])
+    episodes = getattr(meta, "episodes_in_use", None)
+    episodes = range(meta.total_episodes) if episodes is None else episodes  # a file may be there before it counts
+    table = table.filter(np.isin(table["episode_index"].to_numpy(), list(episodes)))
+    return _from_table(embodiment, table, meta.features)
 
 
 def from_dataset_stats(embodiment: Embodiment, stats: Mapping[str, Mapping[str, Any]]) -> Statistics:
@@ -235,7 +240,24 @@ def _describe(values: np.ndarray) -> dict[str, Tensor]:
     wide = values.astype(np.float64)
     q01, q99 = np.quantile(wide, [0.01, 0.99], axis=0)
     moments = {"min": wide.min(0), "max": wide.max(0), "mean": wide.mean(0), "std": wide.std(0), "q01": q01, "q99": q99}
-    return {kind: torch.from_numpy(moments[kind]).float() for kind in KINDS}
+    return _steady({kind: torch.from_numpy(moments[kind]).float() for kind in KINDS})
+
+
+def _steady(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return statistics of a dataset that a constant dimension can be normalised by: percentiles that are equal though
+    it moves become its range, a deviation of zero, by which `normalise` leaves values as they are, nearly zero."""
+    if not {"min", "max"} <= set(values):
+        return values
+    low, high, out = values["min"], values["max"], dict(values)
+    moves = ~torch.isclose(low, high)
+    if {"q01", "q99"} <= set(values):
+        seldom = moves & torch.isclose(values["q01"], values["q99"])
+        out |= {"q01": torch.where(seldom, low, values["q01"]), "q99": torch.where(seldom, high, values["q99"])}
+    if {"mean", "std"} <= set(values):
+        least = 1e-6 * values["mean"].abs().clamp_min(1)
+        flat = ~moves & (values["std"] <= least)
+        out |= {"mean": torch.where(low == high, low, values["mean"]), "std": torch.where(flat, least, values["std"])}
+    return out
 
 
 def _from_table(embodiment: Embodiment, table: Any, features: Mapping[str, Any]) -> Statistics:
@@ -269,4 +291,4 @@ def _sliced(stats: Mapping[str, Mapping[str, Any]], column: str, key: StateKey |
             f'key "{key.name}" is columns {key.start} to {key.stop} of {column}, whose statistics have '
             f"{len(tensors[short[0]])}"
         )
-    return {kind: values[key.start : key.stop].clone() for kind, values in tensors.items()}
+    return _steady({kind: values[key.start : key.stop].clone() for kind, values in tensors.items()})

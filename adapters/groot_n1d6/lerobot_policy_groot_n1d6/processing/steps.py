@@ -101,6 +101,7 @@ class _WithStatistics:
             "max_action_dim": self.max_action_dim,
             "use_percentiles": self.rules.use_percentiles,
             "clip_outliers": self.rules.clip_outliers,
+            "clip_deviations": self.rules.clip_deviations,
         }
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -124,6 +125,7 @@ class EncodeStep(_WithStatistics, RelativeActionsProcessorStep):
         max_action_dim: width of its actions.
         use_percentiles: see Rules.
         clip_outliers: likewise.
+        clip_deviations: likewise.
         statistics: of the embodiment's data; None where they are to be loaded.
     """
 
@@ -135,11 +137,13 @@ class EncodeStep(_WithStatistics, RelativeActionsProcessorStep):
         use_percentiles: bool = False,
         clip_outliers: bool = True,
         statistics: Statistics | None = None,
+        clip_deviations: bool = True,
     ) -> None:
         # LeRobot's own conversion is off: these fields are what its other code looks at.
         self.enabled, self.exclude_joints, self.action_names = False, [], None
         self._last_state: Tensor | None = None
-        self._configure(embodiment, max_action_dim, Rules(use_percentiles, clip_outliers), statistics)
+        rules = Rules(use_percentiles, clip_outliers, clip_deviations)
+        self._configure(embodiment, max_action_dim, rules, statistics)
         self.max_state_dim = max_state_dim
         if self.embodiment.state_dim > max_state_dim:
             raise ProcessingError(
@@ -223,6 +227,7 @@ class DecodeStep(_WithStatistics, AbsoluteActionsProcessorStep):
         max_action_dim: width of the network's actions.
         use_percentiles: see Rules.
         clip_outliers: likewise.
+        clip_deviations: likewise.
         statistics: as in EncodeStep.
         encode: the pre-processor's step; LeRobot links the two when it loads a policy.
     """
@@ -235,9 +240,11 @@ class DecodeStep(_WithStatistics, AbsoluteActionsProcessorStep):
         clip_outliers: bool = True,
         statistics: Statistics | None = None,
         encode: Any = None,
+        clip_deviations: bool = True,
     ) -> None:
         self.enabled, self.relative_step = True, encode
-        self._configure(embodiment, max_action_dim, Rules(use_percentiles, clip_outliers), statistics)
+        rules = Rules(use_percentiles, clip_outliers, clip_deviations)
+        self._configure(embodiment, max_action_dim, rules, statistics)
 
     def __call__(self, transition: EnvTransition) -> EnvTransition:
         action = transition.get(TransitionKey.ACTION)
