@@ -19,6 +19,7 @@ from rich.text import Text
 
 from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, differences, from_json
 from poco_vla.errors import ConfigError, PocoError, UnknownNameError
+from poco_vla.files import is_out_of_space, read_json
 from poco_vla.open_options import chosen_names
 from poco_vla.open_options import with_open_options as _with_open_options
 from poco_vla.terminal import SafeConsole, first_to_say, format_logs_safely
@@ -71,9 +72,17 @@ def _state_of(config: TrainConfig) -> Literal["done", "resumable", "new"]:
     from poco_vla.train import runs_of
 
     runs = runs_of(config)
-    if runs and (runs[-1] / "result.json").is_file():
+    if runs and _is_done(runs[-1]):
         return "done"
     return "resumable" if runs and can_resume(runs[-1]) else "new"
+
+
+def _is_done(folder: Path) -> bool:
+    """Whether a run has ended well. One whose result a loss of power has emptied writes it again, by its checkpoint."""
+    try:
+        return isinstance(read_json(folder / "result.json"), dict)
+    except PocoError:
+        return False
 
 
 def run_sweep(
@@ -124,13 +133,13 @@ def _run_variant(config: TrainConfig) -> None:
 
     folder = config.output_dir
     if (folder / "config.json").is_file():
-        changed = differences(from_json(TrainConfig, json.loads((folder / "config.json").read_text())), config)
+        changed = differences(from_json(TrainConfig, read_json(folder / "config.json")), config)
         changed = [line for line in changed if not line.startswith("resume:")]
         if changed:
             raise ConfigError(
                 f"{folder} holds a run of another configuration ({'; '.join(changed)}): delete or move it"
             )
-    if (folder / "result.json").is_file():
+    if _is_done(folder):
         return
     if config.policy and Path(config.policy).parts[0] == "runs" and not Path(config.policy).is_dir():
         raise ConfigError(f"{folder} starts from {config.policy}, which is not there: run that variant first")
@@ -735,8 +744,10 @@ def _guarded(work: object) -> None:
         work()
     except PocoError as error:
         _refuse(type(error).__name__, str(error))
-    except OSError as error:
-        if error.errno not in OF_THE_SYSTEM:
+    except Exception as error:  # every library wraps a full disk in its own
+        if is_out_of_space(error):
+            _refuse("the disk is full, or your share of it", f"{error}. Make room, then try again")
+        if not (isinstance(error, OSError) and error.errno in OF_THE_SYSTEM):
             raise
         _refuse(type(error).__name__, f"{error.strerror}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt as stop:

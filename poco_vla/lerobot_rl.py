@@ -11,6 +11,7 @@ with ``--algorithm.poco.zeta`` and the rest. LeRobot 0.6.1 goes no further: its 
 learner and actor feed a Gaussian policy with single steps. POCO wants chunks, hence a data source of its own.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,18 +111,22 @@ class PocoAlgorithm(RLAlgorithm):
 
         Raises:
             DataError: the batch is none of :class:`ChunkMixer`.
-            NonFiniteError: the loss is NaN or infinite; nothing was changed by it.
+            NonFiniteError: the loss or its gradient is NaN or infinite; nothing was changed by it.
         """
         stage = self.stage
         loss, metrics = self.poco(_chunks(next(batch_iterator)), stage)
         if not torch.isfinite(loss):
             raise NonFiniteError(f"update {self.optimization_step} ({stage}): the loss is {loss.item()}")
         loss.backward()
-        norms, limit = {}, self.config.grad_clip_norm or float("inf")
-        for name, optimizer in (self.optimizers or self.make_optimizers_and_scheduler()).items():
-            trained = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-            if trained:  # before its stage begins, a part has no gradient
-                norms[name] = torch.nn.utils.clip_grad_norm_(trained, limit).item()
+        norms = self._clipped()
+        if not all(map(math.isfinite, norms.values())):
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad()
+            raise NonFiniteError(
+                f"update {self.optimization_step} ({stage}): the loss is {loss.item():.4g}, its gradient not finite "
+                f"({', '.join(f'{name} {norm:.3g}' for name, norm in norms.items())}); nothing was changed by it"
+            )
+        for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
         if stage != "sft":
@@ -130,6 +135,15 @@ class PocoAlgorithm(RLAlgorithm):
         values = {name: value.item() for name, value in metrics.items()}
         losses = {name: values.pop(name) for name in list(values) if name.endswith("_loss")}
         return TrainingStats(losses=losses, grad_norms=norms, extra=values)
+
+    def _clipped(self) -> dict[str, float]:
+        """Clip the gradient of each part by itself; the norms of those that there were."""
+        norms, limit = {}, self.config.grad_clip_norm or float("inf")
+        for name, optimizer in (self.optimizers or self.make_optimizers_and_scheduler()).items():
+            trained = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+            if trained:  # before its stage begins, a part has no gradient
+                norms[name] = torch.nn.utils.clip_grad_norm_(trained, limit).item()
+        return norms
 
     def make_optimizers_and_scheduler(self) -> dict[str, Optimizer]:
         """One Adam for the flow head, one for the critic."""

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Group
 from rich.live import Live
@@ -10,6 +11,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from poco_vla.terminal import SafeConsole
+
+
+class _LastingConsole(SafeConsole):
+    """A console whose reader may leave: a run is not ended by a pipe or a terminal that is gone."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError:  # a terminal that was closed, a full disk behind `> log`
+            self.quiet = True
 
 
 class Display:
@@ -21,7 +35,7 @@ class Display:
     """
 
     def __init__(self, *, enabled: bool = True, interval: float = 10.0) -> None:
-        self.console = SafeConsole(quiet=not enabled)
+        self.console = _LastingConsole(quiet=not enabled)
         self.interval = interval
         self._started = time.monotonic()
 

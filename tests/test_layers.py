@@ -61,6 +61,7 @@ DOORS = {
     "cli": {
         *{"train", "tiny", "evaluate", "report", "hub", "registry", "checkpoint", "config", "errors"},
         "open_options",
+        "files",  # what a full disk is, and a damaged config.json
         "heads",  # which adapter a folder or a repository is of
         "devices",
         *{"rollout", "progress", "terminal"},  # `poco-vla data` makes datasets and shows how far it is

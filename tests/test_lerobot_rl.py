@@ -172,6 +172,18 @@ def test_a_loss_that_is_not_finite_changes_nothing(data):
     assert_same(trainer.algorithm.get_weights()["policy"], before)
 
 
+def test_a_gradient_that_is_not_finite_changes_nothing(data):
+    """Of the critic alone, so that the head's step would come first."""
+    trainer = lerobots(data, config_of(sft_steps=0, warmup_steps=0))
+    trainer.training_step()
+    poco = trainer.algorithm.poco
+    before = {name: p.detach().clone() for name, p in poco.named_parameters()}
+    next(poco.critic.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteError, match=r"update 1 \(online\): the loss is \S+, its gradient not finite \(actor"):
+        trainer.training_step()
+    assert all(torch.equal(p, before[name]) for name, p in poco.named_parameters())
+
+
 @dataclass
 class Program:
     """Of one option, as LeRobot's learner has it."""

@@ -386,7 +386,7 @@ def _distribution(adapter: str) -> dict[str, str] | None:
 def _statistics(folder: Path) -> dict[str, dict[str, Any]]:
     """Statistics of what the policy observes and does, to be read by people; what counts is in the processors' own
     files."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_object(folder / "config.json")
     used = {*(config.get("input_features") or {}), *(config.get("output_features") or {})}
     table: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.glob("policy_preprocessor*.safetensors")):

@@ -1,5 +1,6 @@
 """Success against environment steps: of one run, as a table; over the seeds of a group, with an interval."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,10 @@ def read_curve(run: Path) -> pd.DataFrame:
     made = path.stat().st_mtime_ns if path.is_file() else -1
     sources = [run / name for name in ("result.json", "evaluations.jsonl", "episodes.jsonl")]
     stale = any(source.exists() and source.stat().st_mtime_ns > made for source in sources)
-    return _build(run) if stale or made < 0 else pd.read_parquet(path)
+    if not stale and made >= 0:
+        with suppress(OSError, ValueError):  # damaged: made again of what it is made of
+            return pd.read_parquet(path)
+    return _build(run)
 
 
 def _build(run: Path) -> pd.DataFrame:

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from gymnasium.vector.utils import CloudpickleWrapper
 
 from poco_vla.errors import ConfigError, DataError, NonFiniteError, PocoError
+from poco_vla.rollout.shield import obey_parent_alone
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def ignore_interrupts_in_workers() -> None:
     """Ctrl-C goes to the whole process group; the process that started the workers decides when they stop."""
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        obey_parent_alone()
 
 
 def _end_with_parent() -> None:
