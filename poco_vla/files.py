@@ -121,7 +121,10 @@ def host() -> str:
 
 
 def is_alive(pid: int) -> bool:
-    """True if this machine has a process of this number."""
+    """True if this machine has a process of this number that has not ended: not one that waits to be collected."""
+    with suppress(OSError, IndexError):
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        return state not in ("Z", "X")
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -21,6 +21,7 @@ from poco_vla.train import Trainer
 from poco_vla.train.failures import Failures, OtherProcessError
 from poco_vla.train.outlook import Outlook
 from poco_vla.train.progress import Progress
+from poco_vla.train.provenance import Provenance
 from poco_vla.train.schedule import CheckpointClock
 from poco_vla.train.versions import AHEAD, VersionBound
 
@@ -309,3 +310,13 @@ def test_a_full_disk_pauses_the_final_policy_and_the_videos(tmp_path, data, monk
     assert (config.output_dir / "policy" / "model.safetensors").is_file()
     assert refused == {"report", "video", "policy"}
     assert sum("the disk is full" in line for line in told) == 3
+
+
+@pytest.mark.parametrize("column", [np.arange(2.0), np.arange(2, dtype=np.int64)[:, None], np.array([[True], [False]])])
+def test_an_episode_is_known_again_whatever_its_columns_were_in_memory(column, tmp_path):
+    """Files give numbers back as float32 [T, entries]."""
+    (episode,) = demos(True)
+    read = replace(episode, obs={"observation.state": column.astype(np.float32).reshape(2, 1)})
+    there = Provenance({}, ["observation.state"])
+    there.add(replace(episode, obs={"observation.state": column, "observation.unused": column}))
+    assert Provenance({}, ["observation.state"]).check_episode(there.state(), 0, read, tmp_path, accept=False) is None

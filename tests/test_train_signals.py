@@ -12,7 +12,8 @@ import pytest
 
 from poco_vla import checkpoint
 from poco_vla.errors import CheckpointError
-from poco_vla.locks import NOTE, is_alive
+from poco_vla.files import is_alive
+from poco_vla.locks import NOTE
 
 HERE = Path(__file__).parent
 LAUNCH = ("--quiet", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from poco_vla import checkpoint
 from poco_vla.errors import HubError, PocoError
-from poco_vla.files import write_json
+from poco_vla.files import recover_folder, write_json
 from poco_vla.heads import (
     ABOUT,
     FORMAT,
@@ -209,6 +209,7 @@ def source_folder(run: Path, which: Which) -> Path:
     """
     folders = [run / "best"] if which == "best" else [run / "head", run / "policy"]
     for folder in folders:
+        recover_folder(folder)
         if (folder / "config.json").is_file():
             return folder
     raise HubError(

@@ -36,9 +36,12 @@ def write_episode_video(episode: Episode, env: EnvSpec, path: Path, *, every: in
     sim.close()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
-    with silent_stderr():
-        write_video(partial, frames + [frames[-1]] * hold, config.fps // every)
-    partial.rename(path)
+    try:
+        with silent_stderr():
+            write_video(partial, frames + [frames[-1]] * hold, config.fps // every)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 

@@ -3,9 +3,9 @@
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 
+from poco_vla.files import is_alive
 from poco_vla.locks import started
 from poco_vla.train.launcher import find_launcher
 
@@ -62,8 +62,4 @@ def launcher_of_this_process() -> int | None:
 
 def has_ended(pid: int, began: int | None) -> bool:
     """True if the process that had this number from `began` on is gone, or waits only to be collected."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return True
-    return state in ("Z", "X") or started(pid) != began
+    return not is_alive(pid) or started(pid) != began

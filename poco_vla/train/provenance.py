@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from poco_vla.data import Episode
 from poco_vla.data.fingerprint import changes, episode_hash, fingerprint
 from poco_vla.errors import CheckpointError
@@ -79,4 +81,11 @@ class Provenance:
         return f"episode {number}"
 
     def _hash(self, episode: Episode) -> str:
-        return episode_hash(replace(episode, obs={key: episode.obs[key] for key in self.keys if key in episode.obs}))
+        return episode_hash(replace(episode, obs={k: _as_read(episode.obs[k]) for k in self.keys if k in episode.obs}))
+
+
+def _as_read(column: np.ndarray) -> np.ndarray:
+    """A column as LeRobot's files give it back: numbers as float32 [T, entries]."""
+    if column.dtype == np.uint8 and column.ndim == 4:
+        return column
+    return np.asarray(column, np.float32).reshape(len(column), -1)
