@@ -609,6 +609,7 @@ class Trainer:
     def _rehearse(self, demos: list[Episode]) -> None:
         """Show the policy every instruction and a first observation of the environment: what it cannot read, and what
         of the two does not fit together, is told before any work."""
+        self.policy.check_prompts(list(first_of_each_task(demos)))
         for task, (episode, step) in first_of_each_task(demos).items():
             first = {key: column[step : step + 1].copy() for key, column in episode.obs.items()}
             network_obs(self.policy, first, [task])

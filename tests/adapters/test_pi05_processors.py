@@ -343,6 +343,28 @@ def test_a_prompt_is_read_in_full_with_a_longer_limit(saved):
     assert not processed[OBS_LANGUAGE_ATTENTION_MASK].all(dim=1).any()
 
 
+def test_the_longest_prompt_of_any_state_is_checked_before_training(saved):
+    """By hand, a byte a token: 48 and the instruction; with states of one digit, 36 and the instruction."""
+    policy = Pi05.from_pretrained(saved)
+    fits, longer = "a" * 140, "a" * 190
+    policy.check_prompts([fits])
+    with pytest.raises(
+        DataError, match=r"with a state of 6 numbers takes up to \d+ tokens.*\"tokenizer_max_length\": 400"
+    ):
+        policy.check_prompts([fits, longer])
+    Pi05.from_pretrained(saved, tokenizer_max_length=400).check_prompts([longer])
+
+
+def test_no_state_makes_a_longer_prompt_than_the_one_that_is_checked(saved):
+    """Whatever the numbers are, also beyond the statistics: three digits are the most."""
+    policy = Pi05.from_pretrained(saved, tokenizer_max_length=70)
+    task = "a" * 15
+    policy.check_prompts([task])
+    batch = raw_batch() | {"task": [task] * 2}
+    for state in (-1e6, -2.0, -0.4, 0.0, 1.9, 1e6):
+        policy.preprocess(batch | {STATE: torch.full_like(batch[STATE], state)})
+
+
 # -- what a dataset may hold ------------------------------------------------------------------------------------------
 
 

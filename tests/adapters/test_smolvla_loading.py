@@ -393,6 +393,36 @@ def test_a_batch_that_lacks_something_is_refused(key):
         SmolVla.tiny().preprocess(batch)
 
 
+LONG = "pick up the red cube from the left tray next to the blue bowl and put it into the "
+
+
+def test_an_instruction_whose_end_would_be_cut_off_is_refused_with_the_way_out(saved):
+    """A byte is a token: two instructions that differ beyond token 48 would be one to the model."""
+    policy = SmolVla.from_pretrained(saved)
+    words = r"takes \d+ tokens, and SmolVLA reads 48: .*\"tokenizer_max_length\": 96"
+    with pytest.raises(DataError, match=words):
+        policy.preprocess(raw_batch() | {"task": ["pick", LONG + "green"]})
+    with pytest.raises(DataError, match=words):
+        policy.check_prompts(["pick", LONG + "green"])
+
+
+def test_a_longer_instruction_is_read_in_full_where_it_is_asked_for(saved):
+    policy = SmolVla.from_pretrained(saved, tokenizer_max_length=96)
+    green, black = (
+        policy.preprocess(raw_batch() | {"task": [LONG + colour] * 2})[OBS_LANGUAGE_TOKENS]
+        for colour in ("green", "black")
+    )
+    assert not torch.equal(green, black)
+
+
+def test_an_instruction_that_just_fits_is_taken(saved):
+    """47 bytes and the line's end."""
+    policy = SmolVla.from_pretrained(saved)
+    tokens = policy.preprocess(raw_batch() | {"task": ["a" * 47] * 2})[OBS_LANGUAGE_TOKENS]
+    assert tokens.shape[1] == 48
+    policy.check_prompts(["a" * 47])
+
+
 def test_a_camera_that_the_saved_pipeline_renames_is_asked_for_by_its_own_name(saved, tmp_path):
     policy = SmolVla.from_pretrained(saved)
     policy.preprocessor.steps[0].rename_map = {"observation.images.top": FRONT}

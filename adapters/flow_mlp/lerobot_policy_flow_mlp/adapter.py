@@ -28,6 +28,7 @@ from poco_vla import (
     normalization,
     policy_config,
     processors,
+    raw,
     weights,
     whole_folder,
 )
@@ -36,6 +37,9 @@ OF_DATASET = frozenset(
     {"input_features", "output_features", "chunk_size", "n_action_steps", "push_to_hub", "action_feature_names"}
 )
 """Fields of FlowMlpConfig that :meth:`FlowMlp.from_dataset` sets itself."""
+
+FAR, NEAR = 20.0, 4.0
+"""Deviations from the mean: no batch of normalised states lies beyond the first, all of its rows within the second."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class FlowMlp(FlowPolicy):
         self.order = order or naming.VectorOrder()
         self.names = self.order.names
         renamed = {new: old for old, new in _renames(preprocess).items()}
+        self._pipeline = preprocess
         if self.order.index:
             preprocess = naming.Reordered(preprocess, self.order)
             postprocess = naming.Reordered(postprocess, self.order, after=True)
@@ -83,8 +88,20 @@ class FlowMlp(FlowPolicy):
         )
 
     def encode(self, obs: Mapping[str, Any]) -> MlpPrefix:
+        raw.refuse_raw(obs, tuple(self.model.config.input_features or {}))
         with torch.no_grad():
+            if self._looks_raw(obs.get(OBS_STATE)):
+                raise PolicyError(f"encode takes what preprocess gives, and this is a raw observation: {raw.HOW}")
             return MlpPrefix(self.model.features(dict(obs)))
+
+    def _looks_raw(self, state: Tensor | None) -> bool:
+        """True if no state is of a normalised size, and all would be once they were normalised."""
+        if state is None or state.is_cuda or not state.numel() or state.ndim != 2:
+            return False
+        if float(state.abs().amax(dim=1).min()) <= FAR:
+            return False
+        normalised = self._pipeline({OBS_STATE: state.clone(), "task": [""] * len(state)})[OBS_STATE]
+        return float(normalised.abs().max()) <= NEAR
 
     def pack(self, prefix: Any) -> list[dict[str, Tensor]]:
         return [{"features": features} for features in prefix.features]

@@ -59,6 +59,7 @@ from poco_vla import (
     normalization,
     policy_config,
     processors,
+    raw,
     whole_folder,
 )
 from poco_vla import weights as weight_files
@@ -204,6 +205,7 @@ class GrootN1d6Adapter(FlowPolicy):
 
     def encode(self, obs: Mapping[str, Any]) -> GrootPrefix:
         """The vision-language model, once per state."""
+        raw.refuse_raw(obs, (STATE, INPUT_IDS, ATTENTION_MASK))
         with torch.no_grad(), torch.autocast(self.policy.device.type, enabled=False):
             encoded = self.policy.encode(obs)
             state = obs[STATE].to(self.policy.device)

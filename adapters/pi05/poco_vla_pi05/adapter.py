@@ -29,6 +29,7 @@ from poco_vla import (
     merge_lora,
     naming,
     normalization,
+    raw,
     weights,
     whole_folder,
 )
@@ -150,8 +151,14 @@ class Pi05(FlowPolicy):
             raise PolicyError(NO_PROCESSORS)
         return self.order.to_data(self.postprocessor(actions))
 
+    def check_prompts(self, tasks: Sequence[str]) -> None:
+        """Raise DataError if an instruction and the longest state there can be do not fit the prompt."""
+        if self.preprocessor is not None:
+            processors.check_longest_prompts(self.preprocessor, tasks, self.policy.config)
+
     def encode(self, obs: Mapping[str, Any]) -> Pi05Prefix:
         """SigLIP and the VLM, once per state; see :func:`poco_vla_pi05.prefix.encode`."""
+        raw.refuse_raw(obs, (OBS_STATE, OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK))
         with torch.autocast(self._device.type, enabled=False):  # the dtypes are chosen here, for training and acting
             return encode(self.policy, obs)
 

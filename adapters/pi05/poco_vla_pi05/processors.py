@@ -18,10 +18,12 @@ from lerobot.processor import (
     RelativeActionsProcessorStep,
     RenameObservationsProcessorStep,
     TokenizerProcessorStep,
+    TransitionKey,
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
-from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK
+from lerobot.processor.converters import create_transition
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_STATE
 from torch import Tensor
 
 from poco_vla import DataError, PolicyError, camera_names
@@ -45,6 +47,8 @@ OUTPUT_STEPS: pipelines.Steps = {
     **pipelines.OUTPUT_STEPS,
     "absolute_actions_processor": {"enabled": pipelines.FLAG},
 }
+LONGEST_STATES = (1.0, 0.01, -0.2)
+"""Normalised numbers that are written with three digits: 255, 129, 102."""
 type Stats = Mapping[str, Mapping[str, Any]]
 
 
@@ -218,3 +222,31 @@ def check_prompts(processed: Mapping[str, Any], config: PI05Config) -> None:
             "be cut off (the state is part of it): shorten the instruction, or give policy_options "
             f'{{"tokenizer_max_length": {2 * config.tokenizer_max_length}}}.'
         )
+
+
+def check_longest_prompts(pipeline: Any, tasks: Sequence[str], config: PI05Config) -> None:
+    """Raise DataError if an instruction and the longest state there can be do not fit the prompt.
+
+    The state is written as a number from -1 to 255 for each of its dimensions, so that its tokens depend on the digits:
+    three each at most. That bound holds for every demonstration, and for what a robot meets beyond them.
+
+    Args:
+        pipeline: the pre-processor.
+        tasks: the instructions.
+        config: the policy's.
+    """
+    assert config.robot_state_feature is not None
+    prepare = step_of(pipeline, Pi05PrepareStateTokenizerProcessorStep)
+    words = step_of(pipeline, TokenizerProcessorStep)
+    size, limit = config.robot_state_feature.shape[0], words.max_length
+    for task in dict.fromkeys(tasks):
+        states = torch.tensor(LONGEST_STATES)[:, None].expand(-1, size)
+        made = prepare(create_transition({OBS_STATE: states}, complementary_data={"task": [task] * len(states)}))
+        prompts = made[TransitionKey.COMPLEMENTARY_DATA]["task"]
+        longest = max(map(len, words.input_tokenizer(prompts)["input_ids"]))
+        if longest >= limit:
+            raise DataError(
+                f"the instruction {task[:80]!r} with a state of {size} numbers takes up to {longest} tokens, and the "
+                f"prompt has {limit}: its end would be cut off. Shorten the instruction, or give policy_options "
+                f'{{"tokenizer_max_length": {limit * (1 + longest // limit)}}}.'
+            )

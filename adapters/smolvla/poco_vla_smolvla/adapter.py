@@ -31,6 +31,7 @@ from poco_vla import (
     naming,
     normalization,
     processors,
+    raw,
     weights,
     whole_folder,
 )
@@ -118,7 +119,15 @@ class SmolVla(FlowPolicy):
         """LeRobot's pre-processor; LeRobot would go on without a camera that is missing."""
         if missing := [key for key in (*self.input_keys, "task") if key not in batch]:
             raise DataError(f"the batch lacks {', '.join(missing)}; it holds {', '.join(sorted(batch))}")
-        return self.preprocessor(self.order.to_policy(batch))
+        processed = self.preprocessor(self.order.to_policy(batch))
+        checkpoint.check_instructions(processed, _step(self.preprocessor, TokenizerProcessorStep))
+        return processed
+
+    def check_prompts(self, tasks: Sequence[str]) -> None:
+        """Raise DataError if an instruction is longer than the model reads."""
+        words = _step(self.preprocessor, TokenizerProcessorStep)
+        for task in dict.fromkeys(tasks):
+            checkpoint.check_instruction(task, words)
 
     def postprocess(self, actions: Tensor) -> Tensor:  # pyright: ignore
         return self.order.to_data(self.postprocessor(actions))
@@ -134,6 +143,7 @@ class SmolVla(FlowPolicy):
 
     def encode(self, obs: Mapping[str, Any]) -> SmolVlaPrefix:
         """SigLIP and the VLM, once per state; see :func:`poco_vla_smolvla.network.encode`."""
+        raw.refuse_raw(obs, (OBS_STATE, OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK))
         self.policy.model.vlm_with_expert.vlm.eval()
         with torch.autocast(self._device.type, enabled=False):  # acting and training are one function
             return network.encode(self.policy, obs)

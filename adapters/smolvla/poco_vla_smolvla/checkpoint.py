@@ -18,9 +18,9 @@ from lerobot.processor import (
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
-from lerobot.utils.constants import OBS_IMAGES
+from lerobot.utils.constants import OBS_IMAGES, OBS_LANGUAGE_ATTENTION_MASK
 
-from poco_vla import PolicyError, camera_names, heads, policy_config, processors, weights
+from poco_vla import DataError, PolicyError, camera_names, heads, policy_config, processors, weights
 
 PREPROCESSOR, POSTPROCESSOR = processors.PREPROCESSOR, processors.POSTPROCESSOR
 INPUT_STEPS: processors.Steps = {
@@ -162,3 +162,29 @@ def load_pipelines(
         )
     except Exception as error:  # LeRobot raises KeyError, ValueError, TypeError, its own ... on what does not fit
         raise PolicyError(f"the processors in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def check_instructions(processed: Mapping[str, Any], words: TokenizerProcessorStep) -> None:
+    """Raise DataError if LeRobot's tokenizer step has cut off an instruction of a processed batch.
+
+    Only rows that fill the longest prompt can be cut; those are tokenised once more, without a limit.
+    """
+    mask = processed[OBS_LANGUAGE_ATTENTION_MASK]
+    if mask.shape[-1] < words.max_length:
+        return
+    tasks = processed.get("task") or ()
+    for row, task in zip(mask.all(dim=-1).tolist(), [tasks] if isinstance(tasks, str) else tasks, strict=False):
+        if row:
+            check_instruction(task, words)
+
+
+def check_instruction(task: str, words: TokenizerProcessorStep) -> None:
+    """Raise DataError if an instruction has more tokens than the model is given."""
+    text = task if task.endswith("\n") else f"{task}\n"
+    tokens, limit = len(words.input_tokenizer(text)["input_ids"]), words.max_length
+    if tokens > limit:
+        raise DataError(
+            f"the instruction {task.strip()[:80]!r} takes {tokens} tokens, and SmolVLA reads {limit}: its end would be "
+            "cut off. Shorten the instruction, or give policy_options "
+            f'{{"tokenizer_max_length": {limit * (1 + (tokens - 1) // limit)}}}.'
+        )
