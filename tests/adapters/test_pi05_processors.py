@@ -344,9 +344,9 @@ def test_a_prompt_is_read_in_full_with_a_longer_limit(saved):
 
 
 def test_the_longest_prompt_of_any_state_is_checked_before_training(saved):
-    """By hand, a byte a token: 48 and the instruction; with states of one digit, 36 and the instruction."""
+    """By hand, a byte a token and three a blank: 66 and the instruction; with states of one digit, 54."""
     policy = Pi05.from_pretrained(saved)
-    fits, longer = "a" * 140, "a" * 190
+    fits, longer = "a" * 130, "a" * 140
     policy.check_prompts([fits])
     with pytest.raises(
         DataError, match=r"with a state of 6 numbers takes up to \d+ tokens.*\"tokenizer_max_length\": 400"
@@ -357,7 +357,7 @@ def test_the_longest_prompt_of_any_state_is_checked_before_training(saved):
 
 def test_no_state_makes_a_longer_prompt_than_the_one_that_is_checked(saved):
     """Whatever the numbers are, also beyond the statistics: three digits are the most."""
-    policy = Pi05.from_pretrained(saved, tokenizer_max_length=70)
+    policy = Pi05.from_pretrained(saved, tokenizer_max_length=82)
     task = "a" * 15
     policy.check_prompts([task])
     batch = raw_batch() | {"task": [task] * 2}
