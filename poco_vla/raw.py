@@ -10,6 +10,8 @@ from poco_vla.errors import DataError, PolicyError
 
 HOW = "give policy.act(observation, task), or policy.encode(policy.preprocess(observation))"
 PICTURE_AXES = 3
+VECTORS = ("observation.state", "observation.environment_state")
+"""Observations that have a batch axis and one of numbers; an adapter's own may have fewer."""
 BRIGHTEST = 1.01
 """Of pictures that are no bytes."""
 
@@ -54,7 +56,7 @@ def refuse_raw(obs: Mapping[str, Any], needed: Sequence[str] = ()) -> None:
                 _refuse(f'"{key}" is a {type(value).__name__}, no tensor')
         elif value.dtype == torch.uint8:
             _refuse(f'"{key}" holds bytes')
-        elif value.ndim < 2:
+        elif value.ndim < 2 and key in VECTORS:
             _refuse(f'"{key}" has no batch axis')
 
 

@@ -95,6 +95,10 @@ def test_processed_states_are_never_taken_for_raw_ones(state):
     degrees().encode({STATE: torch.tensor(state)})
 
 
+def test_a_column_of_one_number_a_state_is_no_sign_of_a_raw_one():
+    refuse_raw({STATE: torch.zeros(1, 2), "observation.own.robot_id": torch.zeros(1)}, [STATE])
+
+
 def test_a_vla_that_is_given_a_raw_observation_says_what_to_call():
     with pytest.raises(PolicyError, match=r"lacks observation\.language\.tokens.*policy\.act"):
         SmolVla.tiny().encode({STATE: torch.zeros(1, 6)})
