@@ -33,6 +33,8 @@ _MERGE = (
     "merge it into its base with peft (PeftModel.from_pretrained(policy, folder).merge_and_unload()), save that policy "
     "with its processors, and give the folder of it"
 )
+MAX_LORAS = 4
+"""Longest chain of LoRAs that stand on each other."""
 
 
 @dataclass(frozen=True)
@@ -132,19 +134,21 @@ class Weights:
         return stats
 
 
-def weights_of(source: Source, base: str | Path | None = None) -> Weights:
+def weights_of(source: Source, base: str | Path | None = None, *, above: int = 0) -> Weights:
     """Return a checkpoint's tensors, fetched now where it lies on the Hub.
 
     Args:
         source: the checkpoint.
         base: where the base of a LoRA is, if not where the LoRA says.
+        above: LoRAs that this one is the base of.
 
     Raises:
         PolicyError: there are none, in no form that is read; the message says what is there and what to do.
     """
     adapter = peft_adapter(source, base)
     if adapter is not None:
-        return _with_adapter(weights_of(adapter.base), adapter)
+        _check_chain(source, above)
+        return _with_adapter(weights_of(adapter.base, above=above + 1), adapter)
     if (source.folder / INDEX).is_file():
         return _sharded(source)
     file = source.file(POLICY_WEIGHTS)
@@ -192,10 +196,19 @@ def peft_adapter(source: Source, base: str | Path | None = None) -> PeftAdapter 
     return PeftAdapter(folder, found, config)
 
 
-def whole_source(source: Source, base: str | Path | None = None) -> Source:
+def whole_source(source: Source, base: str | Path | None = None, *, above: int = 0) -> Source:
     """Return where whole weights lie: the checkpoint itself, or the base of a LoRA."""
     adapter = peft_adapter(source, base)
-    return source if adapter is None else whole_source(adapter.base)
+    if adapter is None:
+        return source
+    _check_chain(source, above)
+    return whole_source(adapter.base, above=above + 1)
+
+
+def _check_chain(source: Source, above: int) -> None:
+    """Raise PolicyError for a chain of LoRAs that name each other as their base without end."""
+    if above >= MAX_LORAS:
+        raise PolicyError(f"{source.name} is a LoRA of peft on more than {MAX_LORAS} others: give policy_options base")
 
 
 def old_stats(source: Source, config: Any, base: str | Path | None = None) -> dict[str, dict[str, Tensor]]:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from poco_vla import PocoError, heads, load_adapter
 from poco_vla.cli import main
 from poco_vla.hub import export_policy, load_head
+from poco_vla.sources import locate
+from poco_vla.weights import weights_of, whole_source
 
 ADAPTERS = ("flow_mlp", "pi05", "smolvla", "groot_n1d6")
 WEIGHTS, CONFIG = heads.POLICY_WEIGHTS, "config.json"
@@ -523,3 +525,14 @@ def test_a_head_that_is_not_finite_is_refused(lora, tmp_path, value):
     change(folder / heads.ABOUT, lambda about: about["weights"].update(sha256=digest))
     with pytest.raises(PocoError, match=r"head\.safetensors holds weights that are NaN or infinite"):
         load_head(folder)
+
+
+def test_loras_that_name_each_other_as_their_base_are_refused(tmp_path):
+    for name, base in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        save_file({"x": torch.zeros(1)}, tmp_path / name / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / base)}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    for read in (weights_of, whole_source):
+        with pytest.raises(PocoError, match="a LoRA of peft on more than 4 others"):
+            read(locate(tmp_path / "a"))
