@@ -253,3 +253,34 @@ def test_a_folder_without_weights_is_named(tmp_path):
 def test_state_keys_that_the_network_does_not_read_are_no_inputs():
     extra = FEATURES | {"observation.effort": {"dtype": "float32", "shape": (4,), "names": None}}
     assert FlowMlp.from_dataset(extra, STATS, **SIZES).input_keys == (OBS_STATE,)
+
+
+PULSES = torch.cat([torch.zeros(90, 2), torch.ones(10, 2)])
+PULSE_STATS = STATS | {
+    ACTION: {"mean": PULSES.mean(0), "std": PULSES.std(0), "min": PULSES.amin(0), "max": PULSES.amax(0)}
+    | {"q10": torch.zeros(2), "q90": torch.zeros(2)}
+}
+
+
+@pytest.mark.parametrize("mode", ["MEAN_STD", "QUANTILE10", "IDENTITY", "MIN_MAX"])
+def test_every_demonstrated_action_can_be_sampled(mode, tmp_path):
+    """Normalised by its deviation, a gripper that is open in a tenth of the frames reaches 3."""
+    policy = FlowMlp.from_dataset(FEATURES, PULSE_STATS, **SIZES, normalization_mapping={"ACTION": mode})
+    policy.save_pretrained(tmp_path)
+    for one in (policy, FlowMlp.from_pretrained(tmp_path)):
+        reached = one.postprocess(torch.full((1, 3, 2), one.spec.clip[1]))
+        torch.testing.assert_close(reached, torch.ones(1, 3, 2), rtol=1e-4, atol=1e-4)
+
+
+def test_kinds_that_a_mapping_does_not_name_keep_their_default():
+    policy = FlowMlp.from_dataset(FEATURES, PULSE_STATS, **SIZES, normalization_mapping={"ACTION": "MEAN_STD"})
+    seen = policy.preprocess({OBS_STATE: torch.tensor([[1.0, 2, 3, 6]])})[OBS_STATE]
+    torch.testing.assert_close(seen, torch.tensor([[0.0, 0, 0, 1]]))
+    with pytest.raises(PolicyError, match='names "STATES"'):
+        FlowMlp.from_dataset(FEATURES, PULSE_STATS, **SIZES, normalization_mapping={"STATES": "MEAN_STD"})
+
+
+def test_a_trained_policy_may_take_a_datasets_statistics(saved):
+    wide = STATS | {ACTION: {"min": torch.full((2,), -9.0), "max": torch.full((2,), 9.0)}}
+    policy = FlowMlp.from_pretrained(saved[1], features=FEATURES, stats=wide, statistics="dataset")
+    torch.testing.assert_close(policy.postprocess(torch.ones(1, 3, 2)), torch.full((1, 3, 2), 9.0))
