@@ -350,6 +350,10 @@ class InteractionConfig:
             f'interaction.ranks is "each", but with mode "{self.mode}" one process deals with all that act: '
             'leave it at "main"',
         )
+        _require(
+            0 <= self.port <= 65535,
+            f"interaction.port is {self.port}; a port is a number from 1 to 65535, or 0 for a free one",
+        )
         _require(self.ahead >= 1, f"interaction.ahead is {self.ahead}; at least 1 control step")
         _require(self.workers >= 1, f"interaction.workers is {self.workers}; at least 1")
         _require(self.worker_cpus > 0, f"interaction.worker_cpus is {self.worker_cpus}; it must be above 0")

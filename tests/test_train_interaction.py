@@ -202,6 +202,16 @@ def test_a_bound_that_lets_neither_side_go_on_is_refused(tmp_path, data):
         beside(tmp_path, data, ahead=4)
 
 
+@pytest.mark.parametrize(("changes", "said"), [({"host": "0.0.0.0"}, "POCO_VLA_TOKEN"), ({"host": "192.0.2.1"}, "192")])
+def test_an_address_that_cannot_be_served_is_refused_before_training(tmp_path, data, monkeypatch, changes, said):
+    monkeypatch.setenv("POCO_VLA_TOKEN", "secret") if said == "192" else monkeypatch.delenv("POCO_VLA_TOKEN", False)
+    config = beside(tmp_path, data, "remote")
+    with pytest.raises(ConfigError, match=said):
+        Trainer(replace(config, interaction=replace(config.interaction, **changes)))
+    with pytest.raises(ConfigError, match="from 1 to 65535"):
+        replace(config.interaction, port=99999)
+
+
 # -- robots -----------------------------------------------------------------------------------------------------------
 
 

@@ -118,6 +118,17 @@ class Acting:
             from poco_vla.rollout import cluster
 
             cluster.check(self.config.interaction)
+        if self.config.interaction.mode == "remote" and self.recorder is not None:
+            from poco_vla.rollout.serving.server import check_serving
+
+            settings = self.config.interaction
+            check_serving(
+                settings.host,
+                settings.port,
+                os.environ.get("POCO_VLA_TOKEN"),
+                insecure=settings.insecure,
+                encrypted=settings.certificate is not None,
+            )
 
     def begin(self, taken: int, episodes: int) -> Interaction:
         """The interaction that the configuration asks for, after `taken` control steps and `episodes`, of all that act

@@ -498,6 +498,12 @@ def _check_bounds(bounds: tuple[np.ndarray, np.ndarray] | None, action_dim: int)
     return bounds
 
 
+def check_serving(host: str, port: int, token: str | None, *, insecure: bool, encrypted: bool) -> None:
+    """Raise ConfigError unless this machine can serve at an address, and strangers are kept out: before any long work."""
+    _check_access(host, token, insecure, encrypted)
+    listen(host, port).close()
+
+
 def _check_access(host: str, token: str | None, insecure: bool, encrypted: bool) -> None:
     if token is not None and (not token or not token.isascii() or not token.isprintable() or token != token.strip()):
         raise ConfigError(
