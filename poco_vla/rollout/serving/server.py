@@ -499,7 +499,7 @@ def _check_bounds(bounds: tuple[np.ndarray, np.ndarray] | None, action_dim: int)
 
 
 def check_serving(host: str, port: int, token: str | None, *, insecure: bool, encrypted: bool) -> None:
-    """Raise ConfigError unless this machine can serve at an address, and strangers are kept out: before any long work."""
+    """Raise ConfigError, before any long work, unless this machine can serve at an address and keeps strangers out."""
     _check_access(host, token, insecure, encrypted)
     listen(host, port).close()
 
