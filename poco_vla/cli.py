@@ -708,13 +708,25 @@ def _env_of(command: Eval, about: Mapping[str, Any]) -> EnvSpec:
     """Return the environment that is asked for, or that of the policy's own run, as its folder or poco.json has it."""
     if command.env is not None:
         try:
-            return from_json(EnvSpec, json.loads(command.env))
+            return _with_instruction(from_json(EnvSpec, json.loads(command.env)), command.policy)
         except (json.JSONDecodeError, AttributeError) as error:
             raise ConfigError(f"--env is no JSON object: {error}") from error
     env = about.get("results", {}).get("env") or _run_of(command.policy, "where it acts with --env")["env"]
     if env is None:
         raise ConfigError(f"the run of {command.policy} had no environment: say where it acts with --env")
     return from_json(EnvSpec, env)
+
+
+def _with_instruction(env: EnvSpec, policy: str) -> EnvSpec:
+    """An environment, with the instruction that the policy's own run told in this environment unless it has one."""
+    from poco_vla.report import read_result
+
+    for folder in (Path(policy), Path(policy).parent):
+        if env.instruction is None and (folder / "result.json").is_file():
+            trained = read_result(folder)["env"] or {}
+            if (trained.get("type"), trained.get("task")) == (env.type, env.task):
+                return replace(env, instruction=trained.get("instruction"))
+    return env
 
 
 def _run_of(policy: str, otherwise: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from poco_vla.config import EnvSpec, InteractionConfig
 from poco_vla.critic import ChunkCritic
 from poco_vla.data import Episode
 from poco_vla.data.batches import pipeline_of
-from poco_vla.errors import ConfigError, PocoError
+from poco_vla.errors import ConfigError, SimulatorError
 from poco_vla.policy import FlowPolicy
 from poco_vla.rollout.actor import Actor, Weights
 from poco_vla.rollout.environments import environment
@@ -107,11 +107,12 @@ class Published:
 
 @dataclass(frozen=True)
 class Played:
-    """What one chunk in each environment brought: episodes that ended, control steps taken."""
+    """What one chunk in each environment brought: episodes that ended, control steps taken, lines for a person."""
 
     episodes: list[Episode]
     steps: int
     version: int
+    said: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,16 +159,24 @@ class Worker:
             module.to(_move(policy, "cuda" if plan.gpu else "cpu"))
         self._actor = Actor(policy, plan.seed, critic=critic, aggregation=aggregation)
         self._number = -1
-        self._envs = EnvPool(plan.env, plan.horizon, plan.stride)
+        self._said: list[str] = []
+        self._envs = EnvPool(plan.env, plan.horizon, plan.stride, say=self._said.append)
         self._envs.reset(plan.first_seeds)
-        return Played([], 0, 0)
+        return Played([], 0, 0, self._told())
 
     def _play(self, published: Published, best_of_n: int) -> Played:
         assert self._envs is not None
         if published.number != self._number:
             self._renew(published)
         chunks = self._actor.chunks(self._envs.obs, self._envs.tasks, best_of_n=best_of_n)
-        return Played(*self._envs.step(chunks, published.version), published.version)
+        episodes, steps = self._envs.step(chunks, published.version)
+        return Played(episodes, steps, published.version, self._told())
+
+    def _told(self) -> tuple[str, ...]:
+        """What the environments have said since the last time."""
+        said = tuple(self._said)
+        self._said.clear()
+        return said
 
     @torch.no_grad()
     def _renew(self, published: Published) -> None:
@@ -432,9 +441,12 @@ class ClusterInteraction(BackgroundInteraction):
             return
         if isinstance(answer, Failed):
             logger.error("worker %d:\n%s", hired.index, answer.details)
-            raise PocoError(f"Ray worker {hired.index} cannot act: {answer.words}")
+            raise SimulatorError(f"Ray worker {hired.index} cannot act: {answer.words}")
+        for line in answer.said:
+            self._say(f"Ray worker {hired.index}: {line}")
         for episode in answer.episodes:
-            hired.seeds[self._place_of(episode, hired)] += self.stride
+            assert episode.seed is not None
+            hired.seeds[self._place_of(episode, hired)] = episode.seed + self.stride  # seeds that failed are left out
             hired.deaths = 0
         self._heard = time.monotonic()
         self._brought(answer.episodes, answer.steps, answer.version)
@@ -453,7 +465,7 @@ class ClusterInteraction(BackgroundInteraction):
         hired.deaths += 1
         why = " ".join(str(death).split())
         if hired.deaths > MOST_DEATHS:
-            raise PocoError(
+            raise SimulatorError(
                 f"Ray worker {hired.index} died {hired.deaths} times without finishing an episode in between; the last "
                 f"time: {why}. Too little memory on its machine, or a simulator that crashes? Ray's logs are in "
                 "/tmp/ray/session_latest/logs there."

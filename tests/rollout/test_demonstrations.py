@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tiny_gym  # noqa: F401 (registers the environments)
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from tiny_env import FPS, point_spec
+from tiny_env import FPS, faulty_spec, point_spec
 
 from poco_vla.config import DatasetConfig, DemonstrationConfig, EnvSpec
 from poco_vla.data import open_dataset, read_episodes
-from poco_vla.errors import ConfigError
+from poco_vla.errors import ConfigError, SimulatorError
 from poco_vla.rollout import demonstrations, ensure_demonstrations
 from poco_vla.rollout.demonstrations import demonstrate, demonstrations_root
 
@@ -295,3 +295,32 @@ def test_the_expert_leaves_numpys_global_generator_alone(tmp_path):
     np.random.seed(3)
     ensure_demonstrations(spec, wanted(tmp_path, episodes=1))
     np.testing.assert_array_equal(np.random.random(3), expected)
+
+
+# Seeds of the first two attempts under demonstrations.seed 0.
+FIRST_SEEDS = tuple(int(np.random.default_rng([0, attempt]).integers(2**31)) for attempt in range(2))
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("hang", "did not return in time (env.step_timeout 1 s"), ("kill", "SIGKILL"), ("nan", "non-finite")],
+)
+def test_a_demonstration_in_which_the_simulator_fails_is_left_out_and_said(tmp_path, caplog, fault, words):
+    sound, spoilt = (
+        read(ensure_demonstrations(faulty_spec(kind, seeds=FIRST_SEEDS[:1]), wanted(tmp_path / kind, episodes=count)))
+        for kind, count in (("none", 3), (fault, 2))
+    )
+    assert_same(spoilt, sound[1:])
+    assert [e.task for e in spoilt] == [e.task for e in sound[1:]]
+    assert len({e.task for e in sound}) == 3
+    assert words in caplog.text
+
+
+def test_a_simulator_that_fails_in_every_demonstration_ends_the_making_of_them(tmp_path):
+    with pytest.raises(SimulatorError, match=r"failed in 2 demonstrations in a row.*lost its way.*line"):
+        ensure_demonstrations(faulty_spec("raise", in_process=True, max_failures=2), wanted(tmp_path, episodes=1))
+
+
+def test_a_demonstration_that_never_ends_is_a_failed_attempt(tmp_path):
+    spec = faulty_spec("endless", seeds=FIRST_SEEDS[:1], in_process=True, max_episode_steps=30)
+    assert len(read(ensure_demonstrations(spec, wanted(tmp_path, episodes=1)))) == 1

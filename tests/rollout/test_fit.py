@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 from lerobot_policy_flow_mlp.adapter import FlowMlp
-from tiny_env import PointConfig
+from tiny_env import PointConfig, faulty_spec
 
 from poco_vla.config import EnvSpec
 from poco_vla.data import DatasetInfo
-from poco_vla.errors import DataError
-from poco_vla.rollout import environment
-from poco_vla.rollout.fit import check_fit, check_inputs, check_pictures
+from poco_vla.errors import ConfigError, DataError, SimulatorError
+from poco_vla.rollout import EnvPool, environment
+from poco_vla.rollout.fit import check_fit, check_inputs, check_pictures, check_rollout
 
 STATE = {"dtype": "float32", "shape": (6,), "names": None}
 ACTION = {"dtype": "float32", "shape": (3,), "names": None}
@@ -95,3 +95,42 @@ def test_pictures_that_stay_of_different_sizes_are_told_before_any_work():
         check_pictures(policy, demos, env)
     policy.shrink_images = lambda images: images[:, :32, :32]
     check_pictures(policy, demos, env)
+
+
+# -- a first rollout -------------------------------------------------------------------------------------------------
+
+
+def first_rollout(fault, **options):
+    said = []
+    with EnvPool(faulty_spec(fault, 2, in_process=True, **options), 4, say=said.append) as pool:
+        pool.reset(0)
+        check_rollout(pool, np.full((3, 2), 0.01, np.float32), said.append)
+        return said, pool
+
+
+def test_a_first_rollout_of_a_sound_environment_is_short_and_says_nothing():
+    said, pool = first_rollout("none")
+    assert said == []
+    assert pool.steps_in_flight <= 2 * 12
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "words"),
+    [
+        ("raise", SimulatorError, "failed 3 times in a row.*lost its way"),
+        ("nan", SimulatorError, "failed 3 times in a row.*non-finite"),
+        ("other name", ConfigError, "is_success"),
+        ("no info", ConfigError, "returns None as info"),
+    ],
+)
+def test_what_is_wrong_with_an_environment_is_told_by_its_first_rollout(fault, error, words):
+    with pytest.raises(error, match=words):
+        first_rollout(fault)
+
+
+def test_an_environment_without_a_time_limit_is_told_what_holds():
+    said, _ = first_rollout("endless")
+    assert said == [
+        'the environment "tiny_faulty" (task reach) declares no time limit: an episode is cut off after 2000 control '
+        "steps (env.max_episode_steps sets another)"
+    ]

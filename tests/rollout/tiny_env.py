@@ -66,3 +66,26 @@ def assert_same_episode(a, b):
         assert getattr(a, name).dtype == getattr(b, name).dtype
     for key in a.obs:
         np.testing.assert_array_equal(a.obs[key], b.obs[key], err_msg=key)
+
+
+@EnvConfig.register_subclass("tiny_faulty")
+@dataclass
+class FaultyConfig(PointConfig):
+    """Misbehaves on request."""
+
+    fault: str = "none"
+    at: int = 2
+    seeds: tuple[int, ...] | None = None
+
+    gym_id = "tiny/Faulty-v0"
+
+    @property
+    def gym_kwargs(self):
+        return super().gym_kwargs | {"fault": self.fault, "at": self.at, "seeds": self.seeds}
+
+
+def faulty_spec(fault, num_envs=1, *, at=2, seeds=None, in_process=False, **limits):
+    """An environment that misbehaves, with time limits that a test can wait for."""
+    limits = {"step_timeout": 1.0, "reset_timeout": 60.0} | limits
+    options = {"fault": fault, "at": at, "seeds": seeds}
+    return EnvSpec("tiny_faulty", "reach", options, num_envs, in_process, **limits)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from typing import ClassVar
 
 import gymnasium as gym
@@ -95,3 +96,57 @@ class DeadlyEnv(PointEnv):
 
 
 gym.register(id="tiny/Deadly-v0", entry_point=DeadlyEnv)
+
+
+class FaultyEnv(PointEnv):
+    """Misbehaves at step `at` of the episodes with these seeds; `fault` says how. Its instruction names its seed."""
+
+    def __init__(self, fault="none", at=2, seeds=None, **options):
+        super().__init__(**options)
+        self.fault, self.at, self.seeds = fault, at, seeds
+        if fault == "endless":
+            self._max_episode_steps = None
+
+    def reset(self, *, seed=None, options=None):
+        observation, info = super().reset(seed=seed)
+        self.bad = self.seeds is None or seed in self.seeds
+        self.task_description = "" if self.fault == "silent" else f"task {seed}"
+        if self.bad and self.fault == "hang in reset":
+            time.sleep(1000)
+        return observation, info
+
+    def step(self, action):
+        if self.fault == "endless" and self.bad:
+            return self._observation(), 0.0, False, False, {"is_success": False}
+        if self._max_episode_steps is None:
+            self._max_episode_steps = 12
+        answer = super().step(action)
+        return self._spoilt(*answer) if self.bad and self.steps == self.at else answer
+
+    def _spoilt(self, observation, reward, terminated, truncated, info):
+        if self.fault == "hang":
+            time.sleep(1000)
+        if self.fault == "raise":
+            raise RuntimeError("the simulator lost its way")
+        if self.fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault == "nan":
+            observation["agent_pos"][1] = np.nan
+        if self.fault == "shape":
+            observation["agent_pos"] = observation["agent_pos"][:3]
+        if self.fault == "key":
+            observation = {"state": observation["agent_pos"]}
+        answer = {
+            "nan reward": (observation, float("nan"), False, False, info),
+            "no info": (observation, reward, False, False, None),
+            "two successes": (observation, reward, False, False, {"is_success": np.array([True, False])}),
+            "four values": (observation, reward, False, info),
+            "other name": (observation, reward, True, False, {"success": True}),
+        }
+        return answer.get(self.fault, (observation, reward, terminated, truncated, info))
+
+    def expert(self, noise, rng):
+        return PointExpert(self, noise, rng)
+
+
+gym.register(id="tiny/Faulty-v0", entry_point=FaultyEnv)
