@@ -708,7 +708,7 @@ def _env_of(command: Eval, about: Mapping[str, Any]) -> EnvSpec:
     """Return the environment that is asked for, or that of the policy's own run, as its folder or poco.json has it."""
     if command.env is not None:
         try:
-            return _with_instruction(from_json(EnvSpec, json.loads(command.env)), command.policy)
+            return _with_instruction(from_json(EnvSpec, json.loads(command.env)), about)
         except (json.JSONDecodeError, AttributeError) as error:
             raise ConfigError(f"--env is no JSON object: {error}") from error
     env = about.get("results", {}).get("env") or _run_of(command.policy, "where it acts with --env")["env"]
@@ -717,15 +717,11 @@ def _env_of(command: Eval, about: Mapping[str, Any]) -> EnvSpec:
     return from_json(EnvSpec, env)
 
 
-def _with_instruction(env: EnvSpec, policy: str) -> EnvSpec:
-    """An environment, with the instruction that the policy's own run told in this environment unless it has one."""
-    from poco_vla.report import read_result
-
-    for folder in (Path(policy), Path(policy).parent):
-        if env.instruction is None and (folder / "result.json").is_file():
-            trained = read_result(folder)["env"] or {}
-            if (trained.get("type"), trained.get("task")) == (env.type, env.task):
-                return replace(env, instruction=trained.get("instruction"))
+def _with_instruction(env: EnvSpec, about: Mapping[str, Any]) -> EnvSpec:
+    """Give an environment the instruction that the policy's own run told in it, unless it has one."""
+    trained = about.get("results", {}).get("env") or {}
+    if env.instruction is None and (trained.get("type"), trained.get("task")) == (env.type, env.task):
+        return replace(env, instruction=trained.get("instruction"))
     return env
 
 

@@ -2,15 +2,22 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from poco_vla.config import EnvSpec
 from poco_vla.data import Episode
-from poco_vla.rollout.environments import environment
+from poco_vla.errors import SimulatorError
+from poco_vla.rollout.chunk_env import Limits
+from poco_vla.rollout.environments import environment, name_of
+from poco_vla.rollout.observations import as_picture
 from poco_vla.rollout.pool import make_env
+from poco_vla.rollout.workers import LocalWorker, Worker, close_all, time_limit, wait, worker_context
 
 
 def write_episode_video(episode: Episode, env: EnvSpec, path: Path, *, every: int = 1, hold: int = 15) -> Path:
@@ -22,18 +29,14 @@ def write_episode_video(episode: Episode, env: EnvSpec, path: Path, *, every: in
         path: where the video goes; written under a temporary name first.
         every: control steps per video frame.
         hold: frames for which the last image stays.
+
+    Raises:
+        SimulatorError: the simulator fails at it.
     """
     from lerobot.utils.io_utils import write_video
 
     config = environment(env)
-    sim: Any = make_env(config.package_name, config.gym_id, config.gym_kwargs).unwrapped
-    sim.reset(seed=episode.seed)
-    frames = [sim.render()]
-    for k, action in enumerate(episode.action):
-        sim.step(action)
-        if (k + 1) % every == 0 or k + 1 == len(episode):
-            frames.append(sim.render())
-    sim.close()
+    frames = _played(episode, env, config, every)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
     try:
@@ -43,6 +46,50 @@ def write_episode_video(episode: Episode, env: EnvSpec, path: Path, *, every: in
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _played(episode: Episode, env: EnvSpec, config: Any, every: int) -> list[np.ndarray]:
+    """Frames of an episode that is run again, in a worker process unless the environment is to stay in this one."""
+    limits = Limits(env.step_timeout, env.reset_timeout)
+    build = partial(_Player, config.package_name, config.gym_id, config.gym_kwargs, limits)
+    context = worker_context(getattr(config, "preload", ()))
+    worker = LocalWorker(build) if env.in_process else Worker(context, build, "video", within=limits.reset)
+    try:
+        worker.ask("begin", episode.seed, within=limits.reset)
+        for k in range(0, len(episode), every):
+            worker.ask("play", episode.action[k : k + every], within=limits.step and limits.step * every + limits.reset)
+        wait([worker])
+        if worker.failure is not None:
+            words = f"{name_of(env)} failed when an episode was run again for a video: {worker.failure.words}"
+            raise SimulatorError(words) from worker.failure.cause()
+        return list(worker.answers)
+    finally:
+        close_all([worker])
+
+
+class _Player:
+    """An environment that shows what it plays."""
+
+    def __init__(self, package: str, gym_id: str, kwargs: Mapping[str, Any], limits: Limits) -> None:
+        self.sim: Any = make_env(package, gym_id, kwargs).unwrapped
+        self.limits = limits
+
+    def begin(self, seed: int | None) -> np.ndarray:
+        """Reset; give the first frame."""
+        with time_limit(self.limits.reset):
+            self.sim.reset(seed=seed)
+            return as_picture(np.asarray(self.sim.render()))
+
+    def play(self, actions: np.ndarray) -> np.ndarray:
+        """Execute actions; give the frame after the last."""
+        for action in actions:
+            with time_limit(self.limits.step and self.limits.step + self.limits.reset):
+                self.sim.step(action)
+        with time_limit(self.limits.step and self.limits.step + self.limits.reset):
+            return as_picture(np.asarray(self.sim.render()))
+
+    def close(self) -> None:
+        self.sim.close()
 
 
 @contextmanager

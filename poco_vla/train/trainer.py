@@ -457,7 +457,10 @@ class Trainer:
             episode = next((e for e in episodes if e.succeeded == (outcome == "success")), None)
             if episode is not None:
                 path = self.config.output_dir / f"{outcome}_{when}.mp4"
-                write_episode_video(episode, self._env, path, every=1 + len(episode) // 200)
+                try:
+                    write_episode_video(episode, self._env, path, every=1 + len(episode) // 200)
+                except SimulatorError as error:
+                    self.display.say(f"{path.name} is not written: {error}")
 
     def _finish(self) -> TrainResult:
         config, now = self.config, self.progress
