@@ -303,7 +303,7 @@ FIRST_SEEDS = tuple(int(np.random.default_rng([0, attempt]).integers(2**31)) for
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [("hang", "did not return in time (env.step_timeout 1 s"), ("kill", "SIGKILL"), ("nan", "non-finite")],
+    [("hang", "did not return in time (env.step_timeout 2 s"), ("kill", "SIGKILL"), ("nan", "non-finite")],
 )
 def test_a_demonstration_in_which_the_simulator_fails_is_left_out_and_said(tmp_path, caplog, fault, words):
     sound, spoilt = (

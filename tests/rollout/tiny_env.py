@@ -86,6 +86,6 @@ class FaultyConfig(PointConfig):
 
 def faulty_spec(fault, num_envs=1, *, at=2, seeds=None, in_process=False, **limits):
     """An environment that misbehaves, with time limits that a test can wait for."""
-    limits = {"step_timeout": 1.0, "reset_timeout": 60.0} | limits
+    limits = {"step_timeout": 2.0} | limits
     options = {"fault": fault, "at": at, "seeds": seeds}
     return EnvSpec("tiny_faulty", "reach", options, num_envs, in_process, **limits)
