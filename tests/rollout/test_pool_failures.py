@@ -166,11 +166,11 @@ def test_an_evaluation_stops_when_it_is_told_to(monkeypatch):
 
 
 PROGRAM = """
-import os, sys, time
-sys.path[:0] = {path!r}
-from tiny_env import faulty_spec, homing_chunks
-from poco_vla.rollout import EnvPool
-if __name__ == "__main__":
+if __name__ == "__main__":  # the server of workers imports this file, too
+    import sys, time
+    sys.path[:0] = {path!r}
+    from tiny_env import faulty_spec, homing_chunks
+    from poco_vla.rollout import EnvPool
     pool = EnvPool(faulty_spec("hang", 2, step_timeout=600.0, seeds=(0,)), 3)
     pool.reset(0)
     pool.send(homing_chunks(pool.obs, 3) / 2)
