@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
-from poco_vla.errors import PolicyError
+from poco_vla.errors import CheckpointError, PolicyError
 
 ACTION, STATE = "action", "observation.state"
 VECTORS = (STATE, ACTION)
@@ -95,6 +95,23 @@ def match_names(
         f'"{key}" is {listed(given)} in {where[0]} and {listed(own)} in {where[1]}: other names, so that a number '
         f"could reach another joint. If only the names differ, give {option}."
     )
+
+
+def check_same_names(before: Any, now: Mapping[str, Sequence[str]], where: str) -> None:
+    """Raise CheckpointError if a run's states or actions have other names, or another order, than when it was saved.
+
+    Args:
+        before: names by column in the checkpoint; None where it has none.
+        now: names by column of the policy on the present data.
+        where: the checkpoint, for the message.
+    """
+    for key in VECTORS:
+        old, new = (before or {}).get(key), now.get(key)
+        if old and new and list(old) != list(new):
+            raise CheckpointError(
+                f'"{key}" was {listed(old)} when {where} was written, and is {listed(new)} in the dataset now: resume '
+                "on the data in its former order, or begin a new run"
+            )
 
 
 def listed(names: Iterable[str]) -> str:

@@ -55,7 +55,8 @@ DOORS = {
     # Deviation from the house plan: the loop shows a bar, evaluates between updates and draws its report at the end.
     "train": ALGORITHM
     | ACTING
-    | {"registry", "checkpoint", "files", "locks", "hub", "progress", "evaluate", "report", "guard", "normalization"},
+    | {"registry", "checkpoint", "files", "locks", "hub", "progress", "evaluate", "report", "guard", "normalization"}
+    | {"joint_names"},
     "tiny": {"config", "registry"},
     "open_options": {"config", "errors", "rollout"},  # an environment type's own task
     "cli": {

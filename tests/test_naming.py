@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from poco_vla import PolicyError
+from poco_vla.errors import CheckpointError
+from poco_vla.joint_names import check_same_names
 from poco_vla.naming import (
     ACTION,
     STATE,
@@ -155,3 +157,11 @@ def test_damaged_names_in_a_downloaded_poco_json_are_refused(tmp_path, names):
     (tmp_path / "poco.json").write_text(json.dumps({"format": 1, "adapter": "x", "options": {}, "names": names}))
     with pytest.raises(PolicyError, match=r"poco\.json"):
         saved_order(tmp_path, None, {ACTION: 3})
+
+
+def test_a_resume_on_data_in_another_order_is_refused():
+    """The head that a checkpoint holds was trained in the order that the data had then."""
+    check_same_names({ACTION: list(ARM)}, {ACTION: ARM}, "the checkpoint")
+    check_same_names(None, {ACTION: ARM}, "the checkpoint")
+    with pytest.raises(CheckpointError, match=r'"action" was \[shoulder.* and is \[gripper.*begin a new run'):
+        check_same_names({ACTION: list(ARM)}, {ACTION: BACKWARDS}, "the checkpoint")

@@ -150,6 +150,7 @@ def stage(
                 "base": head.to_json()["base"] if head and head.revision else None,
                 "horizon": config["horizon"],
             }
+        told |= {key: value for key, value in read_about(source).items() if key == "names"}
     if critic:
         told["critic"] = _put_critic(run, result, config["poco"], folder)
     if (run / PLOT).is_file():

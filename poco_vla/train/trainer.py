@@ -44,6 +44,7 @@ from poco_vla.files import wait_for_space, write_json
 from poco_vla.flow import Draws
 from poco_vla.guard import CollapseGuard
 from poco_vla.hub.rate import note_rate
+from poco_vla.joint_names import check_same_names
 from poco_vla.policy import FlowPolicy
 from poco_vla.progress import Bar, Display
 from poco_vla.registry import check_options, load_adapter
@@ -881,6 +882,7 @@ class Trainer:
                 "batches": self.batches.rng.bit_generator.state,
                 "acting": acting,
                 "base_version": self.policy.base_version,
+                "names": {key: list(names) for key, names in self.policy.names.items()},
                 "guard": self.guard.state(),
                 "logbook": self.logbook.state(),
                 "data": self.provenance.state(),
@@ -933,6 +935,7 @@ class Trainer:
                 f"{path} was trained on the base model {state['base_version']}, and {self.config.policy} is now "
                 f"{self.policy.base_version}. Give the same one (policy_options.revision pins a Hub revision)."
             )
+        check_same_names(state.get("names"), self.policy.names, str(path))
         checkpoint.load_trainable_state(self.poco, weights)
         self.learner.scatter()
         self.learner.load_optimizer_state(optimizer)
