@@ -126,7 +126,7 @@ def save(
 
 
 def _checksum(path: Path) -> dict[str, int]:
-    """Size in bytes and CRC-32 of a file."""
+    """Return size in bytes and CRC-32 of a file."""
     crc = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):
@@ -157,7 +157,7 @@ def latest(root: Path) -> Path:
 
 
 def available(root: Path) -> list[Path]:
-    """All checkpoints under `root`, oldest first. One whose replacement was cut short is put back.
+    """Return all checkpoints under `root`, oldest first. One whose replacement was cut short is put back.
 
     Raises:
         CheckpointError: there is none.
@@ -215,8 +215,8 @@ def load(path: Path, config: TrainConfig) -> Loaded:
 def load_newest(
     root: Path, config: TrainConfig, tell: Callable[[str], None], needed: Sequence[str] = ()
 ) -> tuple[Path, Loaded]:
-    """The newest checkpoint under `root` that is whole, and what it holds; `tell` is told where a newer one is not.
-    `needed` are names that its state must have.
+    """Load the newest checkpoint under `root` that is whole; `tell` is told where a newer one is not. `needed` are
+    names that its state must have.
 
     Raises:
         DamagedError: none is.
@@ -247,7 +247,7 @@ def set_newer_aside(path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises KeyError for any other value."""
+    """Return a JSON object. Raises KeyError for any other value."""
     found = json.loads(path.read_text())
     if not isinstance(found, dict):
         raise KeyError(f"{path.name} holds no JSON object")

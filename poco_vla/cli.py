@@ -78,7 +78,7 @@ def _state_of(config: TrainConfig) -> Literal["done", "resumable", "new"]:
 
 
 def _is_done(folder: Path) -> bool:
-    """Whether a run has ended well. One whose result a loss of power has emptied writes it again, by its checkpoint."""
+    """True if a run has ended well. One whose result a loss of power has emptied writes it again, by its checkpoint."""
     try:
         return isinstance(read_json(folder / "result.json"), dict)
     except PocoError:

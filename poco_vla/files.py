@@ -35,7 +35,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in a file.
+    """Return the JSON value in a file.
 
     Raises:
         PocoError: it is missing, or is no JSON (cut short, emptied, overwritten); the message names it.
@@ -83,7 +83,7 @@ def recover_folder(final: Path) -> bool:
 
 
 def recover_folders(parent: Path) -> list[Path]:
-    """:func:`recover_folder` for every folder in `parent`; those that were put back."""
+    """Call :func:`recover_folder` for every folder in `parent`; return those that were put back."""
     finals = [path.with_name(path.name[1 : -len(".old")]) for path in sorted(parent.glob(".*.old"))]
     return [final for final in finals if recover_folder(final)]
 
@@ -98,7 +98,7 @@ def discard_partial(parent: Path) -> list[Path]:
 
 
 def partial_of_process(final: Path) -> Path:
-    """A name beside `final` for what this process of this machine is writing; others may write the same at once."""
+    """Return a name beside `final` for what this process is writing; others may write the same at once."""
     return final.with_name(f".{final.name}.{host()}.{os.getpid()}.partial")
 
 
@@ -116,7 +116,7 @@ def discard_partial_of_dead(final: Path) -> list[Path]:
 
 
 def host() -> str:
-    """This machine's name, as part of a file's."""
+    """Return this machine's name, as part of a file's."""
     return socket.gethostname().split(".")[0] or "localhost"
 
 

@@ -16,6 +16,7 @@ from pointmass_run import small
 
 from poco_vla.config import InteractionConfig
 from poco_vla.data import Episode
+from poco_vla.data.dataset import info_of
 from poco_vla.errors import CheckpointError, NonFiniteError, PocoError
 from poco_vla.train import Trainer
 from poco_vla.train.failures import Failures, OtherProcessError
@@ -162,6 +163,19 @@ def test_other_demonstrations_are_refused_unless_they_are_accepted(copied, tmp_p
     with opened(replace(other, accept_changed_data=True)):
         pass
     assert "have changed since the checkpoint: 6 episodes then, 5 now" in capfd.readouterr().out
+
+
+def test_other_statistics_of_the_dataset_are_told_and_the_runs_own_kept(copied, capfd, monkeypatch):
+    def other(dataset):
+        info = info_of(dataset)
+        action = info.stats["action"] | {"max": np.asarray(info.stats["action"]["max"]) + 1}
+        return replace(info, stats={**info.stats, "action": action})
+
+    monkeypatch.setattr("poco_vla.train.trainer.info_of", other)
+    with opened(copied) as trainer:
+        found, own = trainer.statistics.found["action"]["max"], trainer.info.stats["action"]["max"]
+    np.testing.assert_array_equal(found - 1, own)
+    assert "meta/stats.json" in capfd.readouterr().out.replace("\n", " ")
 
 
 def test_an_edited_online_episode_is_refused_unless_it_is_accepted(copied, capfd):

@@ -117,3 +117,10 @@ def test_only_a_process_that_a_launcher_started_watches_for_its_end(launch, monk
     assert launcher_of_this_process() is None
     launch()
     assert launcher_of_this_process() == 4711
+
+
+def test_a_variable_that_a_user_exported_is_no_launcher(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr("poco_vla.train.launcher._ancestors", lambda: iter([(os.getppid(), ["bash"])]))
+    assert launcher_of_this_process() is None

@@ -81,7 +81,7 @@ def open_dataset(config: DatasetConfig) -> Any:
 
 
 def _folder_of(config: DatasetConfig) -> Path | None:
-    """The local folder that is meant; None where the Hub is."""
+    """Return the local folder that is meant; None where the Hub is."""
     from lerobot.datasets.utils import has_legacy_hub_download_metadata
     from lerobot.utils.constants import HF_LEROBOT_HOME
 
@@ -122,7 +122,7 @@ def _open(config: DatasetConfig, root: Path | None, name: str) -> Any:
 
 
 def _reason(error: Exception, config: DatasetConfig, root: Path | None) -> str:
-    """What went wrong and what to do, of an error that is not ours."""
+    """Say what went wrong and what to do, of an error that is not ours."""
     from lerobot.datasets.utils import BackwardCompatibilityError, ForwardCompatibilityError
 
     reason = str(error).strip().split("\n")[0].rstrip(".")
@@ -159,7 +159,7 @@ def info_of(dataset: Any) -> DatasetInfo:
     Vectors' statistics are of the episodes in use, images' of the whole dataset.
     """
     subset = dataset.episodes is not None
-    stats = vector_statistics(_columns(dataset), dataset.meta.stats, subset=subset, name=str(dataset.root))
+    stats = vector_statistics(read_columns(dataset), dataset.meta.stats, subset=subset, name=str(dataset.root))
     features = table_of(dataset, str(dataset.root), getattr(dataset, "cameras", None))
     stats = {key: value for key, value in stats.items() if key in features or key not in dataset.meta.features}
     return DatasetInfo(dataset.repo_id, features, stats, dataset.meta.fps)
@@ -237,7 +237,7 @@ def read_episodes(
 
 
 def _bounds(columns: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    """First step of each episode, and the number of all steps. Raises DataError for rows that are not in order."""
+    """Return each episode's first step, and the number of all steps. Raises DataError for rows out of order."""
     episodes, frames = columns["episode_index"], columns["frame_index"]
     bounds = np.flatnonzero(np.diff(episodes, prepend=-1, append=-1))
     numbers = episodes[bounds[:-1]]
@@ -254,7 +254,7 @@ def _bounds(columns: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def _tasks_of(dataset: Any, columns: Mapping[str, np.ndarray], name: str) -> list[str]:
-    """The instruction of each step."""
+    """Return the instruction of each step."""
     table = dataset.meta.tasks
     tasks = {} if table is None else {int(row.task_index): str(task) for task, row in table.iterrows()}
     numbers = columns["task_index"]
@@ -270,7 +270,7 @@ def _tasks_of(dataset: Any, columns: Mapping[str, np.ndarray], name: str) -> lis
 
 
 def _whole_reward(dataset: Any) -> Callable[[], np.ndarray] | None:
-    """Gives next.reward of all rows on disk, where only some episodes are in use."""
+    """Return what reads next.reward of all rows on disk, where only some episodes are in use."""
     if dataset.episodes is None:
         return None
 
@@ -287,8 +287,3 @@ def _whole_reward(dataset: Any) -> Callable[[], np.ndarray] | None:
 
 def _note(rows: dict[str, np.ndarray], name: str, dtype: type[np.generic]) -> np.ndarray | None:
     return rows[name].reshape(-1).astype(dtype) if name in rows else None
-
-
-def _columns(dataset: Any) -> dict[str, np.ndarray]:
-    """Every numeric column as one array."""
-    return read_columns(dataset)

@@ -68,7 +68,7 @@ class Episode:
         return self.task if self.step_tasks is None else self.step_tasks[step]
 
     def rewards(self, config: RewardConfig) -> np.ndarray:
-        """[T] float32: the reward that the critic learns, by the rule of `config`.
+        """Return the reward that the critic learns, [T] float32, by the rule of `config`.
 
         Raises:
             DataError: the recorded reward is asked for and none was recorded.

@@ -116,7 +116,7 @@ def _numbers(feature: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat_names(names: Any, shape: tuple[int, ...]) -> Any:
-    """Names of a vector's dimensions as one list, out of one nested list or one named list; others as they are."""
+    """Flatten names of a vector's dimensions out of one nested list or one named list; return others as they are."""
     flat = names
     if isinstance(flat, Mapping) and len(flat) == 1:
         flat = next(iter(flat.values()))
@@ -127,7 +127,7 @@ def _flat_names(names: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _picture(key: str, feature: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Height, width and channels of a camera, from its axes' names or, where they say nothing, its shape."""
+    """Describe a camera as [height, width, 3], from its axes' names or, where they say nothing, its shape."""
     shape, names = tuple(feature["shape"]), feature.get("names")
     if len(shape) == 2:
         shape, names = (*shape, 1), None

@@ -84,7 +84,7 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str],
     if not other and "pictures" in differ:
         doubtful.append("the pictures are not those of before (edited videos, or another version of the decoder)")
     if not other and "statistics" in differ:
-        doubtful.append("the dataset's statistics (meta/stats.json) are not those of before")
+        doubtful.append("the dataset's statistics (meta/stats.json) are not those of before; the run keeps its own")
     return other, doubtful
 
 
@@ -110,6 +110,8 @@ def _stats_hash(stats: Mapping[str, Any]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for key in sorted(stats):
         for name in sorted(stats[key]):
-            values = np.asarray(stats[key][name], np.float64).reshape(-1).tolist()
-            digest.update(f"{key}/{name}:{[f'{value:.{DIGITS}g}' for value in values]}".encode())
+            values = np.asarray(stats[key][name])
+            if values.dtype.kind in "fiub":
+                shown = [f"{value:.{DIGITS}g}" for value in values.astype(np.float64).reshape(-1).tolist()]
+                digest.update(f"{key}/{name}:{shown}".encode())
     return digest.hexdigest()

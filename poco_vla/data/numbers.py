@@ -78,7 +78,7 @@ def column_of(table: Any, name: str, feature: Mapping[str, Any]) -> np.ndarray:
 
 
 def _from_objects(flat: Any, name: str, kind: str) -> np.ndarray:
-    """Bare numbers of a column that Arrow gives as Python objects: missing values become NaN."""
+    """Return bare numbers of a column that Arrow gives as Python objects: missing values become NaN."""
     if str(flat.type) in ("string", "large_string", "binary", "large_binary", "null"):
         raise _no_numbers(name, kind)
     try:

@@ -92,7 +92,7 @@ class _Camera:
         raise NotImplementedError
 
     def frames(self, begin: int, end: int) -> np.ndarray:
-        """uint8 [end - begin, height, width, 3]."""
+        """Return uint8 [end - begin, height, width, 3]."""
         raise NotImplementedError
 
     def _error(self, step: int, why: str, file: Path | None = None) -> DataError:
@@ -212,7 +212,7 @@ class _Video(_Camera):
 
 
 def _rounded_up(value: float) -> float:
-    """The next number of two significant digits."""
+    """Return the next number of two significant digits."""
     scale = 10.0 ** (np.floor(np.log10(value)) - 1)
     return float(np.ceil(value / scale) * scale)
 

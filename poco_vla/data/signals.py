@@ -138,7 +138,7 @@ def _rewarded_success(
 
 
 def _values(column: np.ndarray) -> set[float]:
-    """Distinct numbers; NaN is none, and is told with its frame when episodes are checked."""
+    """Return the distinct numbers; NaN is none, and is told with its frame when episodes are checked."""
     found = np.unique(column.astype(np.float64))
     return set(found[~np.isnan(found)].tolist())
 

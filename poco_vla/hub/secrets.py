@@ -71,7 +71,7 @@ def is_description(file: Path) -> bool:
 
 
 def _options(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every plain value with its whole name."""
+    """Yield every plain value with its whole name."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _options(inner, f"{name}.{key}" if name else str(key))

@@ -31,6 +31,7 @@ NO_SETTING = (
     *("trackers", "num_threads", "eval.videos", "dataset.max_image_bytes", "env.in_process", "prefixes.folder"),
     *("replay.images", "interaction.host", "interaction.port", "interaction.certificate", "interaction.key"),
     *("interaction.insecure", "interaction.address", "outside_statistics"),
+    *("env.step_timeout", "env.reset_timeout", "env.max_failures"),
 )
 """Fields that do not change what is learned: runs that differ in these alone belong together."""
 

@@ -35,7 +35,7 @@ class Failures:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Within this block an error is noted, when it is the run's first.
+        """Note an error within this block, when it is the run's first.
 
         Raises:
             OtherProcessError: another process failed before.

@@ -45,7 +45,7 @@ class Launcher:
 
 
 def launched_precision(config: TrainConfig) -> Literal["no", "bf16"]:
-    """Mixed precision of a run: the launcher's where it asks for one, else the configuration's.
+    """Return the mixed precision of a run: the launcher's where it asks for one, else the configuration's.
 
     Raises:
         ConfigError: the launcher asks for another than no and bf16.
@@ -62,7 +62,7 @@ def launched_precision(config: TrainConfig) -> Literal["no", "bf16"]:
 
 
 def precision_told(config: TrainConfig, precision: str) -> str | None:
-    """One line on whose mixed precision holds, where launcher and configuration differ; None where they agree."""
+    """Say whose mixed precision holds, where launcher and configuration differ; return None where they agree."""
     if precision != config.mixed_precision:
         return (
             f"mixed_precision is {precision}, as the launcher was told; the configuration says {config.mixed_precision}"
@@ -109,7 +109,7 @@ def refuse_unheeded() -> None:
 
 
 def refuse_unfit_deepspeed(settings: Mapping[str, Any]) -> list[str]:
-    """What a DeepSpeed configuration sets that the learner sets itself: one text each, none where it fits."""
+    """Return what a DeepSpeed configuration sets that the learner sets itself, one text each."""
     unfit = []
     for name in ("bf16", "fp16", "amp"):
         section = settings.get(name)
@@ -125,7 +125,7 @@ def refuse_unfit_deepspeed(settings: Mapping[str, Any]) -> list[str]:
 
 
 def find_launcher() -> Launcher | None:
-    """The `accelerate launch` above this process, where the system shows command lines; else None."""
+    """Find the `accelerate launch` above this process, where the system shows command lines; else return None."""
     for pid, words in _ancestors():
         told = _launch_words(words)
         if told is not None:
@@ -148,7 +148,7 @@ def _is_zero(clip: Any) -> bool:
 
 
 def _ancestors() -> Iterator[tuple[int, list[str]]]:
-    """Number and command line of each process above this one, nearest first (Linux)."""
+    """Yield number and command line of each process above this one, nearest first (Linux)."""
     pid = os.getppid()
     for _ in range(ANCESTORS):
         try:
@@ -163,7 +163,7 @@ def _ancestors() -> Iterator[tuple[int, list[str]]]:
 
 
 def _launch_words(words: list[str]) -> list[str] | None:
-    """What follows `accelerate launch` on a command line in any of its spellings; None for another program's."""
+    """Return what follows `accelerate launch` on a command line in any of its spellings; None for another program's."""
     for i, word in enumerate(words[:6]):
         name = Path(word).name
         if name == "accelerate" and words[i + 1 : i + 2] == ["launch"]:
@@ -176,7 +176,7 @@ def _launch_words(words: list[str]) -> list[str] | None:
 
 
 def _said(words: list[str]) -> dict[str, Any]:
-    """Options on the launcher's command line, and those of the file that it read."""
+    """Return options on the launcher's command line, and those of the file that it read."""
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 

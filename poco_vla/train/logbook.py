@@ -147,8 +147,8 @@ class Logbook:
             self.written(f"a line of {name}", lambda: _append(self.folder / name, json.dumps(values) + "\n"))
 
     def _lines(self, name: str, needed: str) -> list[dict[str, Any]]:
-        """What a file holds. Lines that are no object with the number `needed` are left out: a kill may have torn the
-        last one, a loss of power may have emptied some."""
+        """Return what a file holds. Lines that are no object with the number `needed` are left out: a kill may have
+        torn the last one, a loss of power may have emptied some."""
         path = self.folder / name
         lines = []
         for text in path.read_text(errors="replace").splitlines() if path.exists() else []:

@@ -1,8 +1,10 @@
 """Notice that the launcher is gone: nobody waits for the run any more, and nobody would stop it."""
 
+import multiprocessing
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 
 from poco_vla.files import is_alive
@@ -52,12 +54,16 @@ class ParentWatch:
 
 
 def launcher_of_this_process() -> int | None:
-    """Number of the launcher's process; None where none started this one."""
+    """Return the number of the launcher's process; None where none started this one."""
     if not any(name in os.environ for name in MARKS):
         return None
     found = find_launcher()
-    pid = found.pid if found is not None else os.getppid()
-    return pid if pid > 1 else None
+    if found is not None:
+        return found.pid
+    # A user may have exported Accelerate's variable; then the parent is a shell, which may end before the run.
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or multiprocessing.parent_process() is not None
+    shown = Path("/proc/self/cmdline").exists()  # elsewhere command lines cannot be looked at
+    return os.getppid() if (launched or not shown) and os.getppid() > 1 else None
 
 
 def has_ended(pid: int, began: int | None) -> bool:

@@ -50,11 +50,11 @@ class Progress:
 
     @property
     def version(self) -> int:
-        """That of the learner's weights: updates that made them, and `version_offset`."""
+        """Return the version of the learner's weights: updates that made them, and `version_offset`."""
         return self.update + self.version_offset
 
     def begin_at_version(self, newest_seen: int) -> None:
-        """Whatever comes next has a version above those that somebody may have seen."""
+        """Give whatever comes next a version above those that somebody may have seen."""
         self.version_offset += max(0, newest_seen - self.version)
 
     def enter(self, stage: str) -> None:

@@ -31,7 +31,7 @@ class Provenance:
 
     @classmethod
     def of(cls, demos: Sequence[Episode], stats: Mapping[str, Any], keys: Sequence[str]) -> "Provenance":
-        """That of a run which begins."""
+        """Return that of a run which begins."""
         return cls(fingerprint(demos, stats), keys)
 
     def add(self, episode: Episode) -> None:
@@ -39,7 +39,7 @@ class Provenance:
         self.episodes.append(self._hash(episode))
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; `check_demonstrations` and `check_episode` compare with it."""
+        """Return values for a checkpoint; `check_demonstrations` and `check_episode` compare with it."""
         return {"demonstrations": dict(self.demonstrations), "episodes": list(self.episodes)}
 
     def check_demonstrations(
@@ -85,7 +85,7 @@ class Provenance:
 
 
 def _as_read(column: np.ndarray) -> np.ndarray:
-    """A column as LeRobot's files give it back: numbers as float32 [T, entries]."""
+    """Return a column as LeRobot's files give it back: numbers as float32 [T, entries]."""
     if column.dtype == np.uint8 and column.ndim == 4:
         return column
     return np.asarray(column, np.float32).reshape(len(column), -1)

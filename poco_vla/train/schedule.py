@@ -24,10 +24,10 @@ class CheckpointClock:
         return self._seconds > 0 and time.monotonic() - self._since >= wait
 
     def began(self) -> None:
-        """A checkpoint is being written from now on."""
+        """Note that a checkpoint is being written from now on."""
         self._since = time.monotonic()
 
     def ended(self) -> None:
-        """It is written."""
+        """Note that it is written."""
         now = time.monotonic()
         self._took, self._since = now - self._since, now

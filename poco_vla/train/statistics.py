@@ -82,10 +82,11 @@ class RunStatistics:
 
     Attributes:
         info: of the dataset, with the statistics of the checkpoint that the run goes on from.
+        found: the dataset's own statistics as they are now.
     """
 
     def __init__(self, config: TrainConfig, info: DatasetInfo, say: Callable[[str], None]) -> None:
-        self.config, self.say = config, say
+        self.config, self.say, self.found = config, say, info.stats
         path, self._kept = _newest(config) if config.resume else (None, {})
         if path is not None and not self._kept:
             say(f"{path} holds no statistics (an older version wrote it): those of the dataset as it is now are used")

@@ -302,7 +302,7 @@ class Trainer:
 
     @contextmanager
     def _simulators(self) -> Iterator[None]:
-        """Simulators that fail again and again stop the run like Ctrl-C does, with a checkpoint."""
+        """Let simulators that fail again and again stop the run like Ctrl-C does, with a checkpoint."""
         try:
             yield
         except SimulatorError as error:
@@ -379,7 +379,7 @@ class Trainer:
                 self.learner.gather()
 
     def _not_finite(self, stage: Stage, update: int, batch: ChunkBatch, loss: Tensor, metrics: Metrics) -> Exception:
-        """What a loss or a gradient that is not finite is told by, on the first process that has it; all of them call
+        """Say that a loss or a gradient is not finite, on the first process that has it; all of them call
         this together."""
         accelerator, name = self.accelerator, f"{stage} update {update}"
         flags = accelerator.gather(~torch.isfinite(loss.detach()).reshape(1))
@@ -428,7 +428,7 @@ class Trainer:
             now.evaluated_at = now.env_steps
 
     def _play_evaluation(self, label: str) -> EvalResult | None:
-        """The episodes of an evaluation, on the main process; None elsewhere, and where the run is to stop."""
+        """Play the episodes of an evaluation on the main process; None elsewhere, and where the run is to stop."""
         if self._eval_envs is None:
             return None
         settings = self.config.eval
@@ -532,7 +532,7 @@ class Trainer:
             folder=config.output_dir,
         )
         self.replay.extend(demos, is_demo=True)
-        self.provenance = Provenance.of(demos, self.info.stats, self.policy.input_keys)
+        self.provenance = Provenance.of(demos, self.statistics.found, self.policy.input_keys)
         self.outlook.demonstrated(demos)
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         each = config.interaction.ranks == "each"
@@ -696,8 +696,8 @@ class Trainer:
                 self._watch(episode.succeeded)
 
     def _pool(self, episode: Episode, *, recorded: bool = False) -> None:
-        """Into the pool; an episode that does not fit there stays on disk alone. One that was `recorded` by an earlier
-        process may be one that training cannot bear."""
+        """Put an episode into the pool; one that does not fit there stays on disk alone. One that was `recorded` by an
+        earlier process may be one that training cannot bear."""
         if recorded and not self.admission.admits(episode):
             return
         try:
@@ -828,7 +828,7 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _orphaned(self, launcher: int) -> None:
-        """The launcher is gone: end as after Ctrl-C. Called in another thread."""
+        """End as after Ctrl-C, since the launcher is gone. Called in another thread."""
         self.display.say(f"the launcher (process {launcher}) is gone: saving, then stopping")
         self._stop = True
 

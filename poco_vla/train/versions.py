@@ -28,7 +28,7 @@ class VersionBound:
         self._below = 0
 
     def newest_seen(self) -> int:
-        """The newest version that somebody may have seen; 0 where none is known."""
+        """Return the newest version that somebody may have seen; 0 where none is known."""
         with suppress(PocoError):
             found = read_json(self._path) if self._used and self._path.is_file() else {}
             below = found.get("below", 1) if isinstance(found, dict) else 1
@@ -41,7 +41,7 @@ class VersionBound:
             self._keep(version + AHEAD)
 
     def settle(self, version: int) -> None:
-        """The run ends with `version`, which a checkpoint holds: what was reserved beyond it was never seen."""
+        """End with `version`, which a checkpoint holds: what was reserved beyond it was never seen."""
         if self._used and self._below:
             self._keep(version + 1)
 

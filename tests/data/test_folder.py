@@ -14,6 +14,7 @@ from packaging.version import Version
 from poco_vla.config import DatasetConfig
 from poco_vla.data import open_dataset, read_episodes
 from poco_vla.data.dataset import _reason, info_of
+from poco_vla.data.folder import check_videos, video_file, video_files
 from poco_vla.errors import ConfigError, DataError
 
 STATE, TOP, SIDE = "observation.state", "observation.images.top", "observation.images.side"
@@ -172,6 +173,14 @@ def test_a_damaged_video_is_named_by_episode_camera_and_file(root):
     file.write_bytes(b"no video")
     with pytest.raises(DataError, match=rf'episode 0: camera "{SIDE}" \({file}\): the video cannot be decoded'):
         read(root, (SIDE,))
+
+
+def test_a_camera_of_which_the_metadata_say_no_file_is_named(root):
+    dataset = opened(root)
+    assert video_files(dataset, [2, 0], SIDE) == [video_file(dataset, 2, SIDE), video_file(dataset, 0, SIDE)]
+    dataset.meta.episodes = dataset.meta.episodes.remove_columns([f"videos/{SIDE}/file_index"])
+    with pytest.raises(DataError, match=rf'where the videos of camera "{SIDE}" of episodes 0 to 2 are'):
+        check_videos(dataset, [SIDE], "data")
 
 
 @pytest.mark.parametrize("late", [0.002, 0.04])
