@@ -309,8 +309,8 @@ class Serve:
     port: int = 8000
     """Port; 0 takes a free one."""
     token: str | None = None
-    """What clients must show ("Authorization: Api-Key TOKEN"). Left out: the environment variable POCO_VLA_TOKEN, which
-    others on this machine cannot read; @FILE is the first line of a file."""
+    """Token that clients must send ("Authorization: Api-Key TOKEN"). Default: the environment variable POCO_VLA_TOKEN,
+    which others on this machine cannot read; @FILE is the first line of a file."""
     certificate: Path | None = None
     """TLS certificate (PEM)."""
     key: Path | None = None
@@ -338,7 +338,7 @@ class Robot:
     url: str = "ws://127.0.0.1:8000"
     """Where training serves its policy: ws://HOST:PORT, or wss:// with TLS."""
     token: str | None = None
-    """What the server wants to be shown. Left out: the environment variable POCO_VLA_TOKEN, which others on this
+    """Token that the server asks for. Default: the environment variable POCO_VLA_TOKEN, which others on this
     machine cannot read; @FILE is the first line of a file."""
     certificate: Path | None = None
     """TLS certificate to trust (PEM), where no authority has signed it."""

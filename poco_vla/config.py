@@ -138,7 +138,7 @@ class DatasetConfig:
     """Where next.success is not recorded: a step whose next.reward reaches this is a success. None understands 0/1 and
     -1/0 rewards by itself, by one convention for the whole dataset."""
     success_threshold: float | None = None
-    """Where next.success is a number: a step at which it reaches this is a success. None understands true/false and 0/1
+    """Threshold of a numeric next.success: a step that reaches it is a success. None understands true/false and 0/1
     by itself (ours)."""
     cameras: tuple[str, ...] | None = None
     """Cameras to use, by their columns, in the order in which the policy is to see them; None takes all that are not
@@ -454,7 +454,7 @@ class TrainConfig:
     when going on with a policy that was trained on this data; "auto" takes a fine-tuned policy's own, and the
     dataset's for a base."""
     outside_statistics: Literal["refuse", "allow"] = "refuse"
-    """What happens when the demonstrations do not fit the statistics in use (other units, deltas in the place of
+    """Reaction to demonstrations that do not fit the statistics in use (other units, deltas in the place of
     positions): "refuse" ends the run before training, "allow" says so and trains (ours)."""
     policy_options: dict[str, Any] = field(default_factory=dict)
     """The adapter's own options, such as {"hidden_dims": [512, 512, 512, 512]} for flow_mlp."""

@@ -27,7 +27,7 @@ MAX_TEXT = 4096
 
 @dataclass(frozen=True)
 class Argument:
-    """What a step's argument may be.
+    """Describe the values that a step's argument may have.
 
     Attributes:
         expected: in words, for the message.

@@ -13,7 +13,7 @@ PICTURE_AXES = 3
 VECTORS = ("observation.state", "observation.environment_state")
 """Observations that have a batch axis and one of numbers; an adapter's own may have fewer."""
 BRIGHTEST = 1.01
-"""Of pictures that are no bytes."""
+"""Largest value of float pictures."""
 
 
 def raw_batch(observation: Mapping[str, Any], keys: Sequence[str], task: str | Sequence[str] | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where texts reach a person: a console and a log format that show control characters of foreign names as escapes."""
+"""Console and log format that show control characters as escapes."""
 
 import hashlib
 import logging

@@ -1,4 +1,4 @@
-"""What a run calls of an adapter beside its mathematics is checked; what may be left out is said."""
+"""Test the check of an adapter's methods beside its mathematics, required and optional."""
 
 import logging
 

@@ -173,7 +173,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(data):
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(data):
-    """Of the critic alone, so that the head's step would come first."""
+    """Make the critic's gradient alone infinite, so that the head's step would come first."""
     trainer = lerobots(data, config_of(sft_steps=0, warmup_steps=0))
     trainer.training_step()
     poco = trainer.algorithm.poco

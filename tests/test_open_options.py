@@ -177,7 +177,7 @@ def test_values_keep_their_kind():
 
 
 def test_names_in_a_json_object_that_no_default_has_stay_as_they_are():
-    """Those of cameras, say, as the groot adapter's `embodiment` has them."""
+    """Have options under an option, as the groot adapter's `embodiment` does."""
     table = {"front-cam": [1, {"A-b": 2}], "Front_Cam": None, "x.y": {"state-0": 1}}
     found, _ = take_options(["--x.table", json.dumps(table)], "x", {})
     assert found == {"table": table}

@@ -42,7 +42,7 @@ def made(request, tmp_path):
 
 
 def read_by_lerobot(line, monkeypatch, path=None):
-    """What lerobot-eval makes of a command line."""
+    """Return lerobot-eval's reading of a command line."""
     program, *words = shlex.split(line)
     if program == "python":  # a module that is no package, which LeRobot does not import by itself
         option, code, *words = words

@@ -86,7 +86,7 @@ def test_a_run_with_episodes_set_aside_repeats_bit_for_bit_when_it_is_resumed(tm
 
 @pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
 def test_a_run_that_died_of_what_it_recorded_resumes_without_it_and_ends_well(mode, tmp_path, data, monkeypatch):
-    """As versions without a check left it: 3e38 is in episodes/, and the newest checkpoint may know of it."""
+    """Resume a run that recorded 3e38 before there was a check; the newest checkpoint may know of it."""
     observe = PointmassEnv._observation
 
     def observation(self):

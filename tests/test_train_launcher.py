@@ -1,4 +1,4 @@
-"""What the launcher was told is obeyed or refused, by whatever way it was told."""
+"""Test that the launcher's settings are obeyed or refused, however they were given."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What ends a run from outside: a launcher that is killed, a signal to all processes of a job."""
+"""Test the end of a run from outside: a killed launcher, a signal to all processes of a job."""
 
 import json
 import os

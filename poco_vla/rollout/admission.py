@@ -16,9 +16,9 @@ from poco_vla.policy import FlowPolicy
 from poco_vla.rollout.set_aside import SetAside
 
 LARGEST = 1e18
-"""Of any number: the squares of larger ones are not finite in float32, in a loss as in statistics."""
+"""Largest magnitude of any number: squares of larger ones are not finite in float32, in a loss as in statistics."""
 LARGEST_NORMALISED = 1e5
-"""Of a state or an action after the policy's own normalisation, whatever the demonstrations reach."""
+"""Largest magnitude of a normalised state or action, whatever the demonstrations reach."""
 FLOOR = 0.1
 """Share of a column's largest magnitude that counts as the magnitude of dimensions that hardly move."""
 ROWS = 32

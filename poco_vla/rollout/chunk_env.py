@@ -149,7 +149,7 @@ class ChunkEnv(gym.Env):
 
     @property
     def instruction(self) -> str:
-        """What the robot is told to do in the present episode: LeRobot's `task_description`, or the task's name."""
+        """Return the instruction of the present episode: LeRobot's `task_description`, or the task's name."""
         env = self.env
         while not (text := instruction_of(env)) and isinstance(env, gym.Wrapper):
             env = env.env

@@ -107,7 +107,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Played:
-    """What one chunk in each environment brought: episodes that ended, control steps taken, lines for a person."""
+    """Hold the result of one chunk in each environment: ended episodes, control steps taken, messages for the user."""
 
     episodes: list[Episode]
     steps: int
@@ -173,7 +173,7 @@ class Worker:
         return Played(episodes, steps, published.version, self._told())
 
     def _told(self) -> tuple[str, ...]:
-        """What the environments have said since the last time."""
+        """Return the messages of the environments since the last call."""
         said = tuple(self._said)
         self._said.clear()
         return said

@@ -1,4 +1,4 @@
-"""What happens at a loss or a gradient that is not finite: no weight is changed by it, and the run ends."""
+"""End the run at a loss or a gradient that is not finite, before it changes a weight."""
 
 from collections.abc import Callable, Mapping
 

@@ -1,4 +1,4 @@
-"""What `accelerate launch` was told by its options, its file or environment variables: obeyed, or refused."""
+"""Obey or refuse the settings of `accelerate launch`: its options, its file, its environment variables."""
 
 import os
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What a run has learned from, noted in its checkpoints: a resume notices other demonstrations and other episodes."""
+"""Note in a checkpoint the data that a run has learned from, so that a resume notices other data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -58,7 +58,7 @@ class Fit:
 
     @property
     def fault(self) -> str:
-        """What is wrong, in words; empty where the column fits."""
+        """Return the problem in words; empty where the column fits."""
         if self.far:
             dims = ", ".join(map(str, list(self.far)[:12])) + (", ..." if len(self.far) > 12 else "")
             return (
@@ -73,7 +73,7 @@ class Fit:
 
 
 class RunStatistics:
-    """What a run normalises by.
+    """Hold the statistics that a run normalises by.
 
     Args:
         config: the run's.

@@ -88,7 +88,7 @@ UPDATES_PER_ROUND = 8
 EPISODES_AT_ONCE = 50
 """Episodes with pictures that are read together."""
 NEEDED = ("progress", "batches", "acting", "base_version", "guard", "logbook")
-"""What a checkpoint's state must hold."""
+"""Keys that a checkpoint's state must have."""
 PACKAGES = ("poco-vla", "lerobot", "torch", "transformers", "accelerate", "peft")
 """Whose versions a run notes."""
 
@@ -851,8 +851,8 @@ class Trainer:
         raise Interrupted(path)
 
     def _on_any_process(self, *flags: bool) -> tuple[bool, ...]:
-        """Of each flag, whether it is up on one of the processes: they go on together or not at all, and a signal may
-        reach them on different sides of an update."""
+        """Return for each flag True if it is set on one of the processes: they go on together or not at all, and a
+        signal may reach them on different sides of an update."""
         if self.accelerator.num_processes == 1:
             return flags
         total = self._processes(torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device))

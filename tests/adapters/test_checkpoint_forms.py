@@ -50,7 +50,7 @@ def split(folder, parts=2):
 
 
 def put_lora(folder, base, module, rank=2):
-    """What peft writes of a LoRA on one layer, in the place of whole weights; what it adds to that layer."""
+    """Return what peft writes for a LoRA layer in the place of its weights, and what it adds to the layer."""
     (folder / "model.safetensors").unlink()
     shape = load_file(base / "model.safetensors")[f"{module}.weight"].shape
     generator = torch.Generator().manual_seed(1)

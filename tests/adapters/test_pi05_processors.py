@@ -356,7 +356,7 @@ def test_the_longest_prompt_of_any_state_is_checked_before_training(saved):
 
 
 def test_no_state_makes_a_longer_prompt_than_the_one_that_is_checked(saved):
-    """Whatever the numbers are, also beyond the statistics: three digits are the most."""
+    """Hold for all numbers, also beyond the statistics: three digits are the most."""
     policy = Pi05.from_pretrained(saved, tokenizer_max_length=82)
     task = "a" * 15
     policy.check_prompts([task])

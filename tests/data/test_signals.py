@@ -40,7 +40,7 @@ def test_rewards_of_no_known_convention_ask_for_the_threshold(rewards):
 
 
 def test_episodes_in_use_are_told_by_the_rewards_of_the_whole_dataset():
-    """Of a -1/0 dataset an episode that succeeds at once is in use: its only reward is 0."""
+    """Use one episode of a -1/0 dataset that succeeds at once: its only reward is 0."""
     assert success_of_rewards([0], (1,), whole=[0, -1, -1, 0]) == [True]
     assert success_of_rewards([0], (1,), whole=[0, 0, 1]) == [False]
 

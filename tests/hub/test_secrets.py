@@ -1,4 +1,4 @@
-"""What is found in files before they are published."""
+"""Test the search for secrets in files before they are published."""
 
 import json
 from pathlib import Path

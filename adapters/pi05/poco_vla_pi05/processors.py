@@ -155,7 +155,7 @@ def check_inverse(pair: tuple[Any, Any], config: PI05Config, where: str) -> None
 
 
 def are_saved(folder: Path) -> bool:
-    """Whether a folder holds both pipelines."""
+    """Return True if a folder holds both pipelines."""
     return all((folder / name).is_file() for name in (PREPROCESSOR, POSTPROCESSOR))
 
 

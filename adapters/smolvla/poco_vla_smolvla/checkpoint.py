@@ -101,7 +101,7 @@ def tied(policy: SmolVLAPolicy) -> bool:
 
 
 def pipelines_are_saved(folder: Path) -> bool:
-    """Whether a folder holds both pipelines."""
+    """Return True if a folder holds both pipelines."""
     return all((folder / name).is_file() for name in (PREPROCESSOR, POSTPROCESSOR))
 
 

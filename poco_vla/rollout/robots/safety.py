@@ -10,7 +10,7 @@ from jaxtyping import Float
 from poco_vla.errors import ConfigError, PocoError
 
 LARGEST = float(np.finfo(np.float32).max)
-"""Of a limit: actions are float32."""
+"""Largest magnitude of a limit: actions are float32."""
 
 
 class ActionError(PocoError):

@@ -20,7 +20,7 @@ from poco_vla.rollout.episode_file import decoded, encoded
 logger = logging.getLogger(__name__)
 
 _NO_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
-"""What the system answers when a folder may not be written to, or is gone."""
+"""Error numbers of a folder that cannot be written to, or is gone."""
 
 
 class Spool:

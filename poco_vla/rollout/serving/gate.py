@@ -1,4 +1,4 @@
-"""What strangers and clients may cost a server: connections, bytes and time, bounded before anything is taken."""
+"""Bound the connections, bytes and time that clients may take of a server, before memory is allocated."""
 
 import logging
 import resource

@@ -1,4 +1,4 @@
-"""What a learner announces is checked before a robot moves."""
+"""Test that a learner's announcement is checked before a robot moves."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What was planned before a program stood still is not sent after it."""
+"""Test that a chunk planned before a standstill is not sent after it."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What a server bounds before it takes anything: strangers, clients, bytes on their way, texts, episodes, files."""
+"""Test the bounds of a server: connections, clients, unfinished messages, texts, episodes, files."""
 
 import logging
 import socket
@@ -263,7 +263,7 @@ def test_no_token_for_other_machines_names_the_options():
 
 
 def test_numbers_of_numpys_own_kinds_are_taken_as_float32():
-    """As openpi's clients send them: float64 by default, whole numbers where they were counted."""
+    """Send what openpi's clients send: float64 by default, whole numbers where they were counted."""
     seen = []
 
     with server_of(Sink(), max_bytes=10**5) as server, ExitStack() as stack:
