@@ -56,9 +56,10 @@ def _played(episode: Episode, env: EnvSpec, config: Any, every: int) -> list[np.
     worker = LocalWorker(build) if env.in_process else Worker(context, build, "video", within=limits.reset)
     try:
         worker.ask("begin", episode.seed, within=limits.reset)
-        for k in range(0, len(episode), every):
-            worker.ask("play", episode.action[k : k + every], within=limits.step and limits.step * every + limits.reset)
         wait([worker])
+        for k in range(0, len(episode), every):  # one by one: requests and frames that wait would fill both pipes
+            worker.ask("play", episode.action[k : k + every], within=limits.step and limits.step * every + limits.reset)
+            wait([worker])
         if worker.failure is not None:
             words = f"{name_of(env)} failed when an episode was run again for a video: {worker.failure.words}"
             raise SimulatorError(words) from worker.failure.cause()

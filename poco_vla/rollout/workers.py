@@ -19,7 +19,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 from gymnasium.vector.utils import CloudpickleWrapper
@@ -32,7 +34,8 @@ logger = logging.getLogger(__name__)
 POLL = 0.1
 """Seconds between two looks at deadlines and at whether to give up."""
 GRACE = 3.0
-"""Seconds that busy workers get to finish a call when the run stops, and to close."""
+"""Seconds that workers get to close, and busy ones at least to finish a call when the run stops: twice the longest call
+of theirs so far, where that is more."""
 MARGIN = 20.0
 """Seconds beyond a call's own time limits after which the parent kills a worker that the kernel has not ended: a
 suspended one."""
@@ -140,23 +143,39 @@ def _serve(connection: multiprocessing.connection.Connection, build: Callable[[]
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
     target: Any = None
+    # Answers are sent beside the work: pictures fill a pipe, and the next call (a reset) does not wait until the
+    # parent, which may be learning, takes them in.
+    answers: SimpleQueue[memoryview | None] = SimpleQueue()
+    sender = threading.Thread(target=_send_all, args=(connection, answers), name="answers", daemon=True)
+    sender.start()
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             with time_limit(seconds):
                 target = build()
-            connection.send((True, None))
+            answers.put(ForkingPickler.dumps((True, None, 0.0)))
             while True:
                 name, arguments = connection.recv()
                 if name == "close":
                     break
-                connection.send((True, getattr(target, name)(*arguments)))
+                began = time.monotonic()
+                value = getattr(target, name)(*arguments)
+                answers.put(ForkingPickler.dumps((True, value, time.monotonic() - began)))
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise  # the parent is gone
         except Exception as error:  # a simulator raises anything: its words are for the parent
-            connection.send((False, Failure.of(error)))
+            answers.put(ForkingPickler.dumps((False, Failure.of(error), 0.0)))
+    answers.put(None)
+    sender.join()
     if target is not None:
         with time_limit(GRACE), suppress(Exception):  # nothing that is wrong from here on matters any more
             target.close()
+
+
+def _send_all(connection: multiprocessing.connection.Connection, answers: "SimpleQueue[memoryview | None]") -> None:
+    """Send answers in their order, until None comes or nobody reads them any more."""
+    with suppress(OSError):
+        while (answer := answers.get()) is not None:
+            connection.send_bytes(answer)
 
 
 # -- in the parent ----------------------------------------------------------------------------------------------------
@@ -164,6 +183,11 @@ def _serve(connection: multiprocessing.connection.Connection, build: Callable[[]
 
 class Worker:
     """An object in a process of its own.
+
+    Attributes:
+        failure: why it answers no more.
+        answers: those that came, for whoever asked to take away.
+        longest: seconds of its longest call so far, its start left out.
 
     Args:
         context: where processes come from.
@@ -180,6 +204,7 @@ class Worker:
     ) -> None:
         self.failure: Failure | None = None
         self.answers: list[Any] = []
+        self.longest = 0.0
         self._pending: deque[tuple[str, float]] = deque()
         try:
             self.connection, theirs = context.Pipe()
@@ -213,11 +238,12 @@ class Worker:
     def take(self) -> None:
         """Take in one answer."""
         try:
-            good, value = self.connection.recv()
+            good, value, seconds = self.connection.recv()
         except (OSError, EOFError, pickle.UnpicklingError):
             self._died()
             return
         method, _ = self._pending.popleft()
+        self.longest = max(self.longest, seconds)
         if not good:
             self.failure = value
         elif method != "start":
@@ -312,19 +338,18 @@ class LocalWorker:
 
 
 def wait(workers: Sequence[Worker | LocalWorker], give_up: Callable[[], bool] = lambda: False) -> None:
-    """Wait until no worker owes an answer. Once `give_up` says so, those that are still busy after a moment are
+    """Wait until no worker owes an answer. Once `give_up` says so, those that take much longer than ever before are
     killed."""
     for worker in workers:
         if isinstance(worker, LocalWorker):
             worker.work()
-    stop_at = float("inf")
+    stopped = float("inf")
     while busy := _look(workers):
-        if stop_at == float("inf") and give_up():
-            stop_at = time.monotonic() + GRACE
-        if time.monotonic() > stop_at:
-            for worker in busy:
-                if worker.busy:
-                    worker.kill(Failure("stopped", "it was busy when the run stopped"))
+        if stopped == float("inf") and give_up():
+            stopped = time.monotonic()
+        for worker in busy:
+            if worker.busy and time.monotonic() > stopped + max(GRACE, 2 * worker.longest):
+                worker.kill(Failure("stopped", "it was busy when the run stopped"))
 
 
 def wait_for_one(workers: Sequence[Worker | LocalWorker]) -> None:
