@@ -32,7 +32,7 @@ class Limits:
 
 
 def instruction_of(env: Any) -> str:
-    """The instruction of an environment as it is now: LeRobot's `task_description`, else `task`, else ""."""
+    """Return the instruction of an environment as it is now: LeRobot's `task_description`, else `task`, else ""."""
     for name in ("task_description", "task"):
         text = getattr(env, name, None)
         if isinstance(text, str) and text:
@@ -60,7 +60,7 @@ def success_of(info: Any, name: str) -> bool | None:
 
 
 def _single(value: Any, what: str, expected: str) -> float:
-    """One number out of a scalar or an array of one element. Raises ConfigError for anything else."""
+    """Take one number out of a scalar or an array of one element. Raises ConfigError for anything else."""
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError):
@@ -194,7 +194,7 @@ class ChunkEnv(gym.Env):
         }
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
-        """`options`: ``first`` (one seed, or one per environment), ``count``."""
+        """Begin episodes; `options`: ``first`` (one seed, or one per environment), ``count``."""
         options = options or {}
         first = options.get("first", 0)
         own = first[self.index] if isinstance(first, list) else first + self.index
@@ -264,7 +264,7 @@ class ChunkEnv(gym.Env):
             self._now = {key: np.asarray(value) for key, value in sample.items()}
 
     def _result(self, steps: dict[str, Any]) -> dict[str, Any]:
-        """`steps` and the state to act on, in the form of the observation space."""
+        """Give `steps` and the state to act on in the form of the observation space."""
         length = steps["length"]
 
         def padded(column: np.ndarray) -> np.ndarray:
@@ -306,7 +306,7 @@ class _Steps:
         self.terminal.append(terminal)
 
     def columns(self, like: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """One array per column, observations like those of `like`."""
+        """Give one array per column, observations like those of `like`."""
         frames = {
             key: np.stack([one[key] for one in self.obs]) if self.obs else np.empty((0, *column.shape), column.dtype)
             for key, column in like.items()

@@ -245,11 +245,11 @@ class Collector:
         self.env.reset = _limited(self.env.reset, limits.reset)
 
     def offers(self, method: str) -> bool:
-        """True if the environment has this method."""
+        """Return True if the environment has this method."""
         return hasattr(self.env, method)
 
     def attempt(self, config: DemonstrationConfig, parts: Path, attempt: int) -> Path:
-        """The file of an attempt's episode, made unless an earlier run did."""
+        """Return the file of an attempt's episode, made unless an earlier run did."""
         path = parts / f"{attempt:07d}.npz"
         if path.is_file():
             return path

@@ -17,7 +17,7 @@ _NOTED = ("policy_version", "interventions")
 
 
 def encoded(episode: Episode) -> bytes:
-    """An episode as the bytes of a safetensors file."""
+    """Return an episode as the bytes of a safetensors file."""
     columns = {f"{_OBS}{key}": value for key, value in episode.obs.items()}
     columns |= {name: getattr(episode, name) for name in _COLUMNS}
     columns |= {name: value for name in _NOTED if (value := getattr(episode, name)) is not None}
@@ -28,7 +28,7 @@ def encoded(episode: Episode) -> bytes:
 
 
 def decoded(path: Path) -> Episode:
-    """The episode of a file.
+    """Read the episode of a file.
 
     Raises:
         DataError: it is no episode, or a torn one.

@@ -13,7 +13,7 @@ CHANNELS = (1, 3, 4)
 
 
 def lerobot_key(name: str) -> str:
-    """LeRobot's name of a Gymnasium observation, as lerobot.envs.utils.preprocess_observation has it."""
+    """Return LeRobot's name of a Gymnasium observation, as lerobot.envs.utils.preprocess_observation has it."""
     if name == "pixels":
         return "observation.image"
     if name.startswith("pixels."):
@@ -22,7 +22,7 @@ def lerobot_key(name: str) -> str:
 
 
 def flat_observation(observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """An environment's observation under LeRobot's names, pictures of several cameras each under its own."""
+    """Return an environment's observation under LeRobot's names, pictures of several cameras each under its own."""
     out: dict[str, np.ndarray] = {}
     for name, value in leaves(observation).items():
         key = lerobot_key(name)
@@ -39,7 +39,7 @@ def leaves(observation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_picture_key(key: str) -> bool:
-    """True for LeRobot's names of pictures."""
+    """Return True for LeRobot's names of pictures."""
     return key == "observation.image" or key.startswith("observation.images.")
 
 
@@ -74,7 +74,7 @@ def as_picture(picture: np.ndarray, highest: float | None = None) -> np.ndarray:
 
 
 def _as_uint8(picture: np.ndarray, highest: float | None) -> np.ndarray | None:
-    """The same picture with 255 for white, None where its numbers leave open what white is."""
+    """Return the same picture with 255 for white, None where its numbers leave open what white is."""
     if picture.dtype == np.uint8:
         return picture
     if picture.dtype == bool:
@@ -91,7 +91,7 @@ def _as_uint8(picture: np.ndarray, highest: float | None) -> np.ndarray | None:
 
 
 def _white(picture: np.ndarray, high: float, highest: float | None) -> float:
-    """The number that means white. Fractions that stay below 1 are of [0, 1], whatever is declared."""
+    """Tell the number that means white. Fractions that stay below 1 are of [0, 1], whatever is declared."""
     declared = highest if highest is not None and np.isfinite(highest) else None
     if picture.dtype.kind == "f" and high <= 1 and (declared is None or (picture % 1).any()):
         return 1.0
@@ -196,7 +196,7 @@ class ObservationReader:
 
 
 def _column(value: Any) -> np.ndarray:
-    """A copy, floating-point numbers as float32: what datasets store and networks read."""
+    """Copy, floating-point numbers as float32: what datasets store and networks read."""
     array = np.array(value)
     return array.astype(np.float32) if array.dtype.kind == "f" else array
 
@@ -206,7 +206,7 @@ def _declared_white(space: gym.Space) -> float | None:
 
 
 def _stored(key: str, space: gym.Space) -> gym.Space:
-    """The space of what is stored of an entry."""
+    """Return the space of what is stored of an entry."""
     if not isinstance(space, gym.spaces.Box):
         return space
     if is_picture_key(key):

@@ -70,7 +70,7 @@ class Environments:
 
     @property
     def envs(self) -> list[ChunkEnv]:
-        """The environments where they live in this process."""
+        """List the environments where they live in this process."""
         return [worker.target for worker in self.workers if isinstance(worker, LocalWorker)]
 
     def restart(self, indices: Iterable[int]) -> None:
@@ -180,7 +180,7 @@ class EnvPool:
 
     @property
     def tasks(self) -> list[str]:
-        """Instruction of each environment's present episode; `spec.instruction` where it is given."""
+        """List the instruction of each environment's present episode; `spec.instruction` where it is given."""
         return [self._task(state) for state in self._states]
 
     @property
@@ -190,7 +190,7 @@ class EnvPool:
 
     @property
     def tells_success(self) -> bool:
-        """True once an environment has given info["is_success"]."""
+        """Return True once an environment has given info["is_success"]."""
         return any(state["told"] for state in self._states)
 
     @property
@@ -439,7 +439,7 @@ def _episode(running: _Running) -> Episode:
 
 
 def make_env(package: str, gym_id: str, kwargs: Mapping[str, Any]) -> gym.Env:
-    """One environment by its Gymnasium id, its package imported when the id is not registered yet."""
+    """Make one environment by its Gymnasium id, its package imported when the id is not registered yet."""
     if gym_id not in gym.registry:
         try:
             import_module(package)

@@ -121,7 +121,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def ignore_interrupts_in_workers() -> None:
-    """Ctrl-C goes to the whole process group; the process that started the workers decides when they stop."""
+    """Leave Ctrl-C, which goes to the whole process group, to the process that started the workers."""
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         obey_parent_alone()
@@ -222,7 +222,7 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """True while an answer is to come."""
+        """Return True while an answer is to come."""
         return bool(self._pending) and self.failure is None
 
     def ask(self, method: str, *arguments: Any, within: float = 0.0) -> None:

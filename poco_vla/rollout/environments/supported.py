@@ -42,7 +42,7 @@ def install_command(kind: str) -> str:
 
 
 def _can_be_imported(config: Any) -> bool:
-    """True for a package that is installed, or that one of LeRobot's extras would install."""
+    """Return True for a package that is installed, or that one of LeRobot's extras would install."""
     package = config.package_name
     return bool(install_command(config.type)) or find_spec(package.split(".")[0]) is not None
 

@@ -53,7 +53,7 @@ class Feature:
 
 
 def _converted(found: np.ndarray, wanted: np.dtype) -> np.ndarray | None:
-    """The same numbers as another dtype; None where they would not be the same."""
+    """Return the same numbers as another dtype; None where they would not be the same."""
     if wanted.kind == "f" and found.dtype.kind in "fiub":
         with np.errstate(over="ignore"):  # too large a number becomes infinite, and is refused as such
             return found.astype(wanted)
