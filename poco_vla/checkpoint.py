@@ -59,6 +59,7 @@ FREE_TO_CHANGE = {
     "prefixes.disk_bytes",
     "prefixes.folder",
     "output_dir",
+    "dataset.max_image_bytes",
     "eval.videos",
     "replay.outlier_multiple",  # the way out for whoever finds good episodes set aside
     "env.step_timeout",
@@ -76,6 +77,11 @@ FREE_TO_CHANGE = {
     "interaction.worker_gpus",
 }
 """Configuration fields that do not change what the next update computes, but for rounding."""
+KNOWN_BY_CONTENT = {
+    *("dataset.repo_id", "dataset.root", "dataset.revision", "dataset.episodes", "demonstrations.root"),
+}
+"""Fields that say where the demonstrations are: free to change where the checkpoint knows them by a digest, which the
+run compares itself."""
 
 
 def save(
@@ -202,7 +208,8 @@ def load(path: Path, config: TrainConfig) -> Loaded:
         raise DamagedError(f"checkpoint {path} is damaged: optimizer.safetensors is empty")
     if bad := next((name for name, tensor in weights.items() if not _is_finite(tensor)), None):
         raise DamagedError(f"checkpoint {path} holds weights that are NaN or infinite, in {bad}")
-    changed = [d for d in differences(old, config) if d.split(":")[0] not in FREE_TO_CHANGE]
+    free = FREE_TO_CHANGE | (KNOWN_BY_CONTENT if "data" in state else set())
+    changed = [d for d in differences(old, config) if d.split(":")[0] not in free]
     if changed:
         listed = "\n  ".join(changed)
         raise CheckpointError(

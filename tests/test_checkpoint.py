@@ -1,6 +1,7 @@
 """What is saved comes back exactly, whole or not at all."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from toy_policies import ToyPolicy, toy_batch
 
 from poco_vla import Poco, PocoConfig, checkpoint
-from poco_vla.config import EnvSpec, TrainConfig
+from poco_vla.config import DatasetConfig, EnvSpec, TrainConfig
 from poco_vla.errors import CheckpointError
 from poco_vla.files import write_json
 
@@ -42,6 +43,14 @@ def saved(root, update=7, *, poco=None, **changes):
         "config": CONFIG,
     }
     return checkpoint.save(root, update, **(parts | changes))
+
+
+def test_demonstrations_may_lie_elsewhere_where_a_checkpoint_knows_them_by_content(tmp_path):
+    moved = replace(CONFIG, dataset=DatasetConfig(root=Path("elsewhere"), revision="v3.0", episodes=(0, 1)))
+    known = saved(tmp_path / "known", state={"progress": {"update": 7}, "data": {"demonstrations": {"rows": "1a"}}})
+    assert checkpoint.load(known, moved)[3]["data"] == {"demonstrations": {"rows": "1a"}}
+    with pytest.raises(CheckpointError, match=r"another configuration.*\n  dataset.episodes"):
+        checkpoint.load(saved(tmp_path / "old"), moved)
 
 
 def test_weights_moments_and_tensors_come_back_bit_for_bit(tmp_path):

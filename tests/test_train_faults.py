@@ -165,6 +165,13 @@ def test_other_demonstrations_are_refused_unless_they_are_accepted(copied, tmp_p
     assert "have changed since the checkpoint: 6 episodes then, 5 now" in capfd.readouterr().out
 
 
+def test_demonstrations_that_were_moved_are_known_again(copied, tmp_path, capfd):
+    moved = shutil.copytree(copied.demonstrations.root, tmp_path / "moved")
+    with opened(replace(copied, demonstrations=replace(copied.demonstrations, root=moved))) as trainer:
+        assert trainer.dataset_config.root.is_relative_to(moved)
+    assert "changed" not in capfd.readouterr().out
+
+
 def test_other_statistics_of_the_dataset_are_told_and_the_runs_own_kept(copied, capfd, monkeypatch):
     def other(dataset):
         info = info_of(dataset)
