@@ -176,7 +176,7 @@ def available(root: Path) -> list[Path]:
 
 
 def can_resume(folder: Path) -> bool:
-    """Whether a run's folder holds a checkpoint."""
+    """True if a run's folder holds a checkpoint."""
     return any(any((folder / "checkpoints").glob(pattern)) for pattern in ("[0-9]*", ".[0-9]*.old"))
 
 

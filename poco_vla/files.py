@@ -163,7 +163,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _is_policy(folder: Path) -> bool:
-    """Whether a folder is a policy's, and not a run's, which has a config.json, too."""
+    """True if a folder is a policy's, and not a run's, which has a config.json, too."""
     return (folder / "config.json").is_file() and not any((folder / n).exists() for n in ("checkpoints", "result.json"))
 
 

@@ -17,7 +17,7 @@ from pointmass_run import small
 from poco_vla.config import InteractionConfig
 from poco_vla.data import Episode
 from poco_vla.data.dataset import info_of
-from poco_vla.errors import CheckpointError, NonFiniteError, PocoError
+from poco_vla.errors import CheckpointError, NonFiniteError, PocoError, SimulatorError
 from poco_vla.train import Trainer
 from poco_vla.train.failures import Failures, OtherProcessError
 from poco_vla.train.outlook import Outlook
@@ -139,6 +139,19 @@ def test_a_finite_loss_with_a_gradient_that_is_not_changes_nothing(value, tmp_pa
         assert (trainer.config.output_dir / "nonfinite_batch_0.safetensors").is_file()
 
 
+def test_a_run_that_is_refused_leaves_no_simulators_behind(tmp_path, data, monkeypatch):
+    pools = []
+
+    def refuse(pool, *_):
+        pools.append(pool)
+        raise SimulatorError("the first rollout")
+
+    monkeypatch.setattr("poco_vla.train.trainer.check_rollout", refuse)
+    with pytest.raises(SimulatorError, match="the first rollout"):
+        Trainer(small(tmp_path / "run", data))
+    assert [pool._envs.workers for pool in pools] == [[]]
+
+
 # -- other data than before -------------------------------------------------------------------------------------------
 
 
@@ -168,6 +181,7 @@ def test_other_demonstrations_are_refused_unless_they_are_accepted(copied, tmp_p
 def test_demonstrations_that_were_moved_are_known_again(copied, tmp_path, capfd):
     moved = shutil.copytree(copied.demonstrations.root, tmp_path / "moved")
     with opened(replace(copied, demonstrations=replace(copied.demonstrations, root=moved))) as trainer:
+        assert trainer.dataset_config.root is not None
         assert trainer.dataset_config.root.is_relative_to(moved)
     assert "changed" not in capfd.readouterr().out
 

@@ -161,6 +161,10 @@ class Trainer:
         self.is_main = self.accelerator.is_main_process
         self.failures = Failures(config.output_dir, self.accelerator.process_index, self.accelerator.num_processes)
         self._lock = checkpoint.claim_folder(config.output_dir, lock=self.is_main)
+        self._stop = False
+        self.interaction: Interaction | None = None
+        self._eval_envs: EnvPool | None = None
+        self.prefixes: PrefixSource | None = None
         try:
             if self.is_main:
                 self.failures.forget()
@@ -168,7 +172,7 @@ class Trainer:
             with self.failures.watch():
                 self._prepare(config, told)
         except BaseException:
-            self._lock.release()
+            self._close_parts()
             raise
 
     def _prepare(self, config: TrainConfig, told: str | None) -> None:
@@ -187,13 +191,9 @@ class Trainer:
         self.versions = VersionBound(config.output_dir, self._written, used=self.is_main and beside)
         self.clock = CheckpointClock(config.checkpoint_minutes)
         self.outlook = Outlook(self.display.say)
-        self.interaction: Interaction | None = None
-        self._eval_envs: EnvPool | None = None
-        self._stop = False
         self._failure: SimulatorError | None = None
         self._idle = False
         self._saved = 0
-        self.prefixes: PrefixSource | None = None
 
         self._open_data()
         self._build()
@@ -234,11 +234,16 @@ class Trainer:
 
     def close(self) -> None:
         """Stop workers and trackers."""
+        with ExitStack() as stack:
+            if self.config.trackers:
+                stack.callback(self.accelerator.end_training)
+            stack.callback(self._close_parts)
+
+    def _close_parts(self) -> None:
+        """Stop workers, and give the folder back."""
         self._stop = True  # nobody waits for space on a disk any more
         with ExitStack() as stack:  # each is closed, whatever happens to the others
             stack.callback(self._lock.release)
-            if self.config.trackers:
-                stack.callback(self.accelerator.end_training)
             for part in (self._eval_envs, self.interaction, self.prefixes):
                 if part is not None:
                     stack.callback(part.close)
