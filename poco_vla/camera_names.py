@@ -109,10 +109,10 @@ def camera_slots(
 
 def saved_renames(file: Path) -> dict[str, str]:
     """Return the names that a saved pre-processor changes: name in the data -> name in the policy."""
-    if not file.is_file():
-        return {}
-    for step in read_object(file).get("steps", []):
-        table = step.get("config", {}).get("rename_map") if isinstance(step, dict) else None
+    steps = read_object(file).get("steps") if file.is_file() else None
+    for step in steps if isinstance(steps, list) else ():
+        told = step.get("config") if isinstance(step, dict) else None
+        table = told.get("rename_map") if isinstance(told, dict) else None
         if isinstance(table, dict):
             return {str(old): str(new) for old, new in table.items()}
     return {}
@@ -175,7 +175,8 @@ def _check_kept(known: Mapping[str, str], features: Mapping[str, Any], where: st
         raise DataError(
             f"{where} was trained with the cameras {', '.join(known)}, and the dataset has no {', '.join(lost)}"
             f"{because}; it has {', '.join(offered) or 'none'}. If one of them shows the same, give policy_options "
-            f'{{"cameras": {{"camera of the data": "{known[lost[0]]}"}}}}.'
+            f'{{"cameras": {{"camera of the data": "{known[lost[0]]}"}}}}, or, where the model can do without, '
+            "--statistics dataset."
         )
 
 

@@ -161,14 +161,15 @@ def matched_order(
     for key in VECTORS:
         if key not in features:
             continue
-        given, known = names_of(features[key]), saved.own.get(key)
+        given = names_of(features[key])
+        known = saved.own.get(key) or (_as_actions(given, saved, joints) if key == STATE else None)
         names.pop(key, None)
         if given is None or known is None:
             if found := given or known:
                 names[key] = found
                 own.setdefault(key, found)
             continue
-        names[key] = given
+        names[key], own[key] = given, known
         found = match_names(given, known, key=key, where=("the dataset", where), joints=joints)
         if found:
             index[key] = found
@@ -191,6 +192,20 @@ def _read_names(told: Any, side: str, sizes: Mapping[str, int], folder: Path) ->
     if wrong := [key for key, names in found.items() if names is None]:
         raise PolicyError(f'poco.json in {folder} does not name the {sizes.get(wrong[0])} numbers of "{wrong[0]}"')
     return {key: names for key, names in found.items() if names}
+
+
+def _as_actions(given: tuple[str, ...] | None, saved: VectorOrder, joints: Joints) -> tuple[str, ...] | None:
+    """Return the policy's names of actions where its states have none of their own and the data's states are of the
+    same joints: LeRobot's config.json names actions only, and a robot's states and actions are recorded in one order.
+    """
+    known = saved.own.get(ACTION)
+    if given is None or known is None:
+        return None
+    try:
+        found = match_names(given, known, key=STATE, where=("", ""), joints=joints)
+    except PolicyError:
+        return None
+    return known if found else None
 
 
 def _check_sizes(features: Mapping[str, Any], sizes: Mapping[str, int], where: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from poco_vla.errors import DataError
-from poco_vla.heads import read_object, read_tensors
+from poco_vla.heads import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ type Stats = Mapping[str, Mapping[str, Any]]
 
 
 def saved_stats(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Statistics of the normaliser saved in a policy's folder; empty where none are saved.
+    """Return the statistics of the normaliser saved in a policy's folder; empty where none are saved.
 
     Raises:
         PolicyError: a file is damaged.
@@ -41,20 +41,28 @@ def saved_stats(folder: Path) -> dict[str, dict[str, Tensor]]:
     stats: dict[str, dict[str, Tensor]] = {}
     for file in sorted(folder.glob("policy_preprocessor*normalizer*.safetensors")):
         for name, value in read_tensors(file).items():
-            key, kind = name.rsplit(".", 1)
+            key, _, kind = name.rpartition(".")
             stats.setdefault(key, {})[kind] = value
     return stats
 
 
-def renamed(folder: Path) -> dict[str, str]:
-    """Return how the pre-processor saved in a folder names columns anew: old name -> new.
+def take_sizes(config: Any, stats: Stats, *keys: str) -> None:
+    """Let columns of a policy have as many numbers as the statistics that they are normalised by.
 
-    Raises:
-        PolicyError: the file is damaged.
+    LeRobot's training keeps the inputs of the base that it starts from in config.json, so that a state is said to have
+    the base's numbers (32 in lerobot/pi05_base), beside the statistics of the data.
+
+    Args:
+        config: LeRobot's configuration of the policy, which is changed.
+        stats: the checkpoint's, by column and kind.
+        keys: the columns.
     """
-    file = folder / "policy_preprocessor.json"
-    steps = read_object(file).get("steps", []) if file.is_file() else []
-    return next((step["config"]["rename_map"] for step in steps if step.get("config", {}).get("rename_map")), {})
+    kinds = {kind for needed in NEEDED.values() for kind in needed}
+    for features in (config.input_features, config.output_features):
+        for key in (features or {}).keys() & set(keys):
+            sizes = {_flat(value).numel() for kind, value in stats.get(key, {}).items() if kind in kinds}
+            if len(sizes) == 1:
+                features[key] = replace(features[key], shape=(sizes.pop(),))
 
 
 def check_stats(config: Any, stats: Stats, where: str) -> None:

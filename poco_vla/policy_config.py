@@ -98,15 +98,19 @@ def _check_shapes(config: Any, file: Path) -> None:
                 raise PolicyError(f'{file}: "{key}" has the shape {list(feature.shape)}, expected sizes from 1 on')
 
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
+"""Ends of files of weights, which may be of any size."""
+
+
 def check_regular(folder: Path, *, max_bytes: int = 256 * 1024**2) -> None:
     """Raise PolicyError if a folder that a library is to read holds anything but regular files of a bearable size.
 
     Args:
         folder: of a tokenizer or of a model's description; folders within it are not looked at.
-        max_bytes: of one file. Tokenizers are up to some 40 MB; weights (safetensors) may be larger.
+        max_bytes: of one file. Tokenizers are up to some 40 MB; weights, which may lie beside them, are not read.
     """
     for file in sorted(folder.iterdir()):
-        if file.is_dir() or (file.suffix == ".safetensors" and file.is_file()):
+        if file.is_dir() or (file.suffix in WEIGHTS and file.is_file()):
             continue
         if not file.is_file() or file.stat().st_size > max_bytes:
             raise PolicyError(f"{file} is no regular file of at most {max_bytes / 1024**2:g} MB, and is not read")

@@ -131,6 +131,11 @@ TOKENIZER_STEP: Steps = {
 """LeRobot's step that makes tokens of instructions. An adapter hands it a tokenizer; the name alone loads none."""
 
 
+def are_saved(folder: Path) -> bool:
+    """Return True if a folder holds both pipelines."""
+    return all((folder / name).is_file() for name in (PREPROCESSOR, POSTPROCESSOR))
+
+
 def check_pipelines(folder: Path, inputs: Steps, outputs: Steps) -> None:
     """Raise PolicyError unless both pipelines in a folder hold nothing but what an adapter's lists allow.
 

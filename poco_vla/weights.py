@@ -25,7 +25,7 @@ INDEX = f"{POLICY_WEIGHTS}.index.json"
 PEFT_CONFIG = "adapter_config.json"
 OLD_NORMALISERS = re.compile(
     r"(model\.)?(normalize_inputs|unnormalize_outputs|normalize_targets|normalize|unnormalize|input_normalizer|"
-    r"output_normalizer)\.(buffer_)?(?P<column>[\w.]+)\.(?P<kind>mean|std|min|max|q01|q99|q10|q90)"
+    r"output_normalizer)\.(buffer_)?(?P<column>[\w.-]+)\.(?P<kind>mean|std|min|max|q01|q99|q10|q90)"
 )
 """Names of statistics among the weights, as LeRobot wrote them before 0.4."""
 MIGRATE = "python -m lerobot.processor.migrate_policy_normalization --pretrained-path"

@@ -88,6 +88,12 @@ def test_renames_that_were_saved_are_read_and_kept(tmp_path):
     assert all_renames(file, {SIDE: FRONT}, OWN) == {SIDE: FRONT, "observation.joints": "observation.state"}
 
 
+@pytest.mark.parametrize("steps", [3, [7], [{"config": [1]}], [{"config": {"rename_map": 1}}]])
+def test_renames_that_are_damaged_are_left_to_the_check_of_the_pipeline(tmp_path, steps):
+    (tmp_path / "policy_preprocessor.json").write_text(json.dumps({"steps": steps}))
+    assert saved_cameras(tmp_path / "policy_preprocessor.json", OWN) == {FRONT: FRONT, WRIST: WRIST}
+
+
 @pytest.mark.parametrize(
     "feature",
     [

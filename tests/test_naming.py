@@ -1,6 +1,7 @@
 """Names of joints: read in every form that LeRobot writes, compared, and brought from one order to another."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +113,16 @@ def test_states_and_actions_go_in_and_out_in_the_datas_order():
     assert order.to_data(own[ACTION]).equal(raw[ACTION])
     assert order.names[ACTION] == BACKWARDS
     assert order.own[ACTION] == ARM
+
+
+def test_states_without_names_of_their_own_go_with_the_actions():
+    """LeRobot's config.json names actions only. A state of other names, or of other joints, stays as it is."""
+    saved = saved_order(Path("/nowhere"), list(ARM), {ACTION: 3})
+    order = matched_order(saved, features(BACKWARDS), sizes={}, where="the base")
+    assert order.index[STATE] == order.index[ACTION] == (2, 1, 0)
+    assert order.own[STATE] == ARM
+    for state in (ARM, ("x", "y", "z")):
+        assert STATE not in matched_order(saved, features(BACKWARDS, state), sizes={}, where="the base").index
 
 
 def test_an_order_that_is_no_swap_comes_back_too():

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from lerobot_policy_flow_mlp.adapter import FlowMlp
+from poco_vla_pi05.adapter import Pi05
 from poco_vla_smolvla.adapter import SmolVla
 from safetensors.torch import load_file, save_file
 
@@ -161,3 +162,40 @@ def test_statistics_of_another_kind_are_refused_with_lerobots_own_remedy(folder,
         PolicyError, match=r"weights hold max, min .*MEAN_STD.*migrate_policy_normalization --pretrained-path"
     ):
         SmolVla.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["smolvla"])
+def test_old_statistics_of_several_robots_are_no_weights(bases, folder, name):
+    """SmolVLA's first base names its statistics "so100-red_buffer_action": they are of no one robot, and unused."""
+    old = torch.full((4,), 5.0)
+    tensors = load_file(folder / "model.safetensors") | {"unnormalize_outputs.so100-red_buffer_action.mean": old}
+    save_file(tensors, folder / "model.safetensors")
+    assert velocity(SmolVla.from_pretrained(folder)).equal(velocity(SmolVla.from_pretrained(bases / name)))
+
+
+@pytest.mark.parametrize("name", ["smolvla"])
+def test_a_head_on_a_lora_that_has_moved_is_put_on_it(bases, folder, tmp_path, name):
+    put_lora(folder, bases / name, LINEAR[name])
+    policy = SmolVla.from_pretrained(folder)
+    policy.save_head(tmp_path / "head")
+    moved = folder.rename(tmp_path / "moved")
+    assert velocity(SmolVla.from_pretrained(tmp_path / "head", base=moved)).equal(velocity(policy))
+
+
+@pytest.mark.parametrize(("adapter", "said"), [(SmolVla, 2), (SmolVla, 32), (Pi05, 32)])
+def test_a_state_that_lerobot_trained_has_the_numbers_of_its_statistics(tmp_path, adapter, said):
+    """lerobot-train keeps the inputs of the base that it starts from in config.json."""
+    policy = adapter.tiny()
+    policy.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    told = json.loads(file.read_text())
+    told["input_features"]["observation.state"]["shape"] = [said]
+    file.write_text(json.dumps(told))
+    loaded = adapter.from_pretrained(tmp_path)
+    assert loaded.feature_dim == policy.feature_dim
+    raw = {
+        key: torch.rand(1, 6 if key.endswith("state") else 3, *([64, 64] * ("image" in key)))
+        for key in policy.input_keys
+    }
+    state = loaded.preprocess(raw | {"task": ["pick"]})["observation.state"]
+    assert state.equal(policy.preprocess(raw | {"task": ["pick"]})["observation.state"])

@@ -95,7 +95,7 @@ class FlowMlp(FlowPolicy):
             return MlpPrefix(self.model.features(dict(obs)))
 
     def _looks_raw(self, state: Tensor | None) -> bool:
-        """True if no state is of a normalised size, and all would be once they were normalised."""
+        """Return True if no state is of a normalised size, and all would be once they were normalised."""
         if state is None or state.is_cuda or not state.numel() or state.ndim != 2:
             return False
         if float(state.abs().amax(dim=1).min()) <= FAR:
@@ -356,7 +356,7 @@ def _net_shapes(config: FlowMlpConfig, found: Mapping[str, tuple[int, ...]]) -> 
 def _kept_order(
     source: heads.Source, config: FlowMlpConfig, features: Mapping[str, Any] | None, joints: naming.Joints
 ) -> naming.VectorOrder:
-    """How the data's states and actions come into the order of a trained policy."""
+    """Return how the data's states and actions come into the order of a trained policy."""
     columns = {**(config.input_features or {}), **(config.output_features or {})}
     sizes = {key: columns[key].shape[0] for key in (*STATE_KEYS, ACTION) if key in columns}
     order = naming.saved_order(source.folder, config.action_feature_names, sizes)
@@ -366,7 +366,7 @@ def _kept_order(
 
 
 def _renames(pipeline: Any) -> Mapping[str, str]:
-    """The names that a pre-processor changes."""
+    """Return the names that a pre-processor changes: old name -> new."""
     steps = (step for step in getattr(pipeline, "steps", ()) if isinstance(step, RenameObservationsProcessorStep))
     return next((step.rename_map for step in steps), {})
 

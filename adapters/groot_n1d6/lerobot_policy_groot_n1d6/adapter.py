@@ -251,7 +251,7 @@ class GrootN1d6Adapter(FlowPolicy):
         return replace(self._pipelines[0], steps=steps)(self.order.to_policy(batch))[ACTION]
 
     def normalised_columns(self, batch: dict[str, Any]) -> list[normalization.NormalisedColumn]:
-        """Key by key, relative actions as such."""
+        """Return states and actions key by key, relative actions as such."""
         (encode,) = (step for step in self._steps if isinstance(step, EncodeStep))
         raw = self.order.to_policy(batch)
         return [
@@ -334,10 +334,13 @@ class GrootN1d6Adapter(FlowPolicy):
         data, source = _Data(colours, stats, dataset_meta, cameras, joints), _located(repo_or_path, revision)
         head = heads.read_head(source.folder, ADAPTER)
         frozen = source if head is None else heads.base_of(head, base)
+        moved = base if head is None else None  # that of a LoRA of peft; a head's is found
         lora = heads.chosen_lora(Lora.of(lora, LORA_TARGETS), head)
         try:
             if _type(source) == ADAPTER:
-                policy, pipelines, order = _of_lerobot(source, frozen, horizon, device, data, statistics, options, base)
+                policy, pipelines, order = _of_lerobot(
+                    source, frozen, horizon, device, data, statistics, options, moved
+                )
             else:
                 policy, pipelines, order = _of_nvidia(source, horizon, device, data, options)
         except PolicyError:
@@ -559,7 +562,7 @@ def _check_inverse(pipelines: tuple[Any, Any], config: GrootN1d6Config, where: s
 
 
 def _kept_order(source: heads.Source, config: GrootN1d6Config, data: "_Data") -> naming.VectorOrder:
-    """How the data's states and actions come into the order of a policy that keeps its own."""
+    """Return how the data's states and actions come into the order of a policy that keeps its own."""
     columns = {**(config.input_features or {}), **(config.output_features or {})}
     sizes = {key: columns[key].shape[0] for key in (OBS_STATE, ACTION) if key in columns}
     order = naming.saved_order(source.folder, config.action_feature_names, sizes)
@@ -569,7 +572,7 @@ def _kept_order(source: heads.Source, config: GrootN1d6Config, data: "_Data") ->
 
 
 def _renaming(pipeline: Any) -> Any:
-    """The step of a pre-processor that renames observations."""
+    """Return the step of a pre-processor that renames observations."""
     return next(step for step in pipeline.steps if isinstance(step, RenameObservationsProcessorStep))
 
 
@@ -646,5 +649,5 @@ def _check_features(config: GrootN1d6Config, embodiment: Embodiment, features: M
 
 
 def _is_bounded(encode: EncodeStep) -> bool:
-    """True if normalised actions lie in [-1, 1]: by range they are limited to it, by deviation where the rules say."""
+    """Return True if normalised actions lie in [-1, 1]: by range they do, by deviation where the rules say."""
     return all(key.encoding is Encoding.MIN_MAX or encode.rules.clips(key.encoding) for key in encode.embodiment.action)

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -295,6 +294,7 @@ class Pi05(FlowPolicy):
         source = heads.locate(repo_or_path, revision)
         head = heads.read_head(source.folder, ADAPTER)
         frozen = source if head is None else heads.base_of(head, base)
+        moved = base if head is None else None  # that of a LoRA of peft; a head's is found
         lora = heads.chosen_lora(Lora.of(lora, LORA_TARGETS), head)
 
         config, stats_used, use_dataset, renames = _configure(
@@ -308,7 +308,7 @@ class Pi05(FlowPolicy):
             normalization_mapping=normalization_mapping,
             tokenizer_max_length=tokenizer_max_length,
             asset=asset,
-            base=base,
+            base=moved,
         )
         if processors.are_saved(source.folder):
             processors.check_saved(source.folder)
@@ -329,12 +329,12 @@ class Pi05(FlowPolicy):
             pipelines = processors.build(config, stats_used, words, renames=renames)
         processors.check_inverse(pipelines, config, "the dataset" if use_dataset else source.name)
 
-        whole = weights.whole_source(frozen, base)
+        whole = weights.whole_source(frozen, moved)
         architecture = Architecture.of_folder(whole.folder)
         policy = empty_policy(config, architecture)
         checkpoint.load_weights(
             policy,
-            weights.weights_of(frozen, base),
+            weights.weights_of(frozen, moved),
             backbone=getattr(torch, dtype or heads.saved_dtype(source.folder) or config.dtype),
             head=[name for name, _ in policy.named_parameters() if in_head(name)],
             device=device,
@@ -497,8 +497,8 @@ def _configure(
     asset: str | None,
     base: str | Path | None = None,
 ) -> tuple[PI05Config, Mapping[str, Any], bool, dict[str, str] | None]:
-    """The checkpoint's configuration as it is asked for, the statistics in use, whether they are the dataset's, and
-    what cameras are renamed to, where that is not as it was saved."""
+    """Return the checkpoint's configuration as it is asked for, the statistics in use, whether they are the
+    dataset's, and what cameras are renamed to, where that is not as it was saved."""
     config, from_openpi = checkpoint.read_config(source)
     own = _own_stats(source, config, from_openpi, asset, given=stats is not None, statistics=statistics, base=base)
     if horizon is not None and horizon > config.chunk_size:
@@ -511,9 +511,12 @@ def _configure(
     config.pretrained_path, config.use_peft = None, False
     config.normalization_mapping |= {k: NormalizationMode(mode) for k, mode in (normalization_mapping or {}).items()}
     config.tokenizer_max_length = tokenizer_max_length or config.tokenizer_max_length
-    if from_openpi:
-        _take_sizes(config, own)
+    # openpi's configuration speaks of padded widths only.
+    normalization.take_sizes(config, own, *((OBS_STATE, ACTION) if from_openpi else (OBS_STATE,)))
     use_dataset = _use_dataset(statistics, config, own, features, stats)
+    where = "the dataset" if use_dataset else source.name
+    if not use_dataset:
+        normalization.check_stats(config, own, where)
     saved = camera_names.saved_cameras(source.folder / processors.PREPROCESSOR, checkpoint.cameras(config))
     if use_dataset:
         assert features is not None
@@ -521,14 +524,13 @@ def _configure(
         renames = _adopt(config, features, cameras, saved, source.name)
     else:
         renames = camera_names.kept_renames(saved, features, cameras, where=source.name)
-    where = "the dataset" if use_dataset else source.name
     if use_dataset and stats is not None:
         used = normalization.usable_stats(config, stats, where, features)
     else:
         used = own
-        normalization.check_stats(config, used, where)
         if features is not None:
-            normalization.check_features(config, features, source.name, normalization.renamed(source.folder))
+            renaming = camera_names.saved_renames(source.folder / processors.PREPROCESSOR)
+            normalization.check_features(config, features, source.name, renaming)
     logger.info("pi05: features and statistics of %s", where)
     return config, used, use_dataset, renames
 
@@ -536,7 +538,7 @@ def _configure(
 def _order(
     source: heads.Source, config: PI05Config, features: Mapping[str, Any] | None, adopted: bool, joints: naming.Joints
 ) -> naming.VectorOrder:
-    """How the data's states and actions come into the policy's order; the configuration names its actions."""
+    """Return how the data's states and actions come into the policy's order; the configuration names its actions."""
     if adopted:
         order = naming.new_order(features or {})
     else:
@@ -549,7 +551,7 @@ def _order(
 
 
 def _saved_tokenizer(folder: Path) -> str | Path | None:
-    """The tokenizer that lies in a folder, or else that its pre-processor names."""
+    """Return the tokenizer that lies in a folder, or else that its pre-processor names."""
     file = folder / processors.PREPROCESSOR
     if (folder / TOKENIZER_FOLDER).is_dir():
         return folder / TOKENIZER_FOLDER
@@ -573,8 +575,8 @@ def _own_stats(
     statistics: str,
     base: str | Path | None,
 ) -> Mapping[str, Mapping[str, Tensor]]:
-    """The checkpoint's statistics. openpi's base models have those of many datasets; they matter only where none is
-    given."""
+    """Return the checkpoint's statistics. openpi's base models have those of many datasets; they matter only where
+    none is given."""
     folder = source.folder
     if not from_openpi:
         if processors.are_saved(folder) or (given and statistics == "dataset"):
@@ -618,11 +620,3 @@ def _adopt(
     config.output_features = {ACTION: offered[ACTION]}
     config.empty_cameras = 0
     return {key: slot for key, slot in chosen.items() if slot not in (None, key)}
-
-
-def _take_sizes(config: PI05Config, stats: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """openpi's configuration speaks of padded widths only; the real ones are those of its statistics."""
-    for features, key in ((config.input_features, OBS_STATE), (config.output_features, ACTION)):
-        if key in stats and features is not None:
-            size = next(iter(stats[key].values())).numel()
-            features[key] = replace(features[key], shape=(size,))

@@ -55,7 +55,7 @@ type Stats = Mapping[str, Mapping[str, Any]]
 def build(
     config: PI05Config, stats: Stats, tokenizer: Any, *, renames: Mapping[str, str] | None = None
 ) -> tuple[Any, Any]:
-    """New pipelines, step for step those of LeRobot's `make_pi05_pre_post_processors`; `renames` are of cameras."""
+    """Build pipelines, step for step those of LeRobot's `make_pi05_pre_post_processors`; `renames` are of cameras."""
     relative = RelativeActionsProcessorStep(
         enabled=config.use_relative_actions,
         exclude_joints=config.relative_exclude_joints,
@@ -92,7 +92,7 @@ def load(
     max_length: int | None = None,
     renames: Mapping[str, str] | None = None,
 ) -> tuple[Any, Any]:
-    """The pipelines saved in `folder`, changed where it is asked for.
+    """Return the pipelines saved in `folder`, changed where it is asked for.
 
     Args:
         folder: holds both.
@@ -121,11 +121,8 @@ def load(
         overrides["rename_observations_processor"] = {"rename_map": dict(renames or {})}
         after["unnormalizer_processor"] = shared | {"features": outputs}
     elif renames is not None:
-        pictures = set(config.image_features)
-        kept = {
-            old: new for old, new in camera_names.saved_renames(folder / PREPROCESSOR).items() if new not in pictures
-        }
-        overrides["rename_observations_processor"] = {"rename_map": kept | dict(renames)}
+        table = camera_names.all_renames(folder / PREPROCESSOR, renames, config.image_features)
+        overrides["rename_observations_processor"] = {"rename_map": table}
     try:
         return make_pre_post_processors(
             config, pretrained_path=str(folder), preprocessor_overrides=overrides, postprocessor_overrides=after
@@ -156,7 +153,7 @@ def check_inverse(pair: tuple[Any, Any], config: PI05Config, where: str) -> None
 
 def are_saved(folder: Path) -> bool:
     """Return True if a folder holds both pipelines."""
-    return all((folder / name).is_file() for name in (PREPROCESSOR, POSTPROCESSOR))
+    return pipelines.are_saved(folder)
 
 
 def step_of[T: ProcessorStep](pipeline: Any, kind: type[T]) -> T:

@@ -240,6 +240,7 @@ class SmolVla(FlowPolicy):
         source = heads.locate(repo_or_path, revision)
         head = heads.read_head(source.folder, ADAPTER)
         frozen = source if head is None else heads.base_of(head, base)
+        moved = base if head is None else None  # that of a LoRA of peft; a head's is found
         lora = heads.chosen_lora(Lora.of(lora, LORA_TARGETS), head)
         config = checkpoint.read_config(source)
         if horizon is not None and horizon > config.chunk_size:
@@ -254,12 +255,14 @@ class SmolVla(FlowPolicy):
         config.normalization_mapping |= changed
 
         config.tokenizer_max_length = tokenizer_max_length or config.tokenizer_max_length
-        own = _own_stats(source, config, base, fresh=statistics == "dataset")
+        own = _own_stats(source, config, moved, fresh=statistics == "dataset")
+        normalization.take_sizes(config, own, OBS_STATE)
         adopted = _adopts(statistics, config, own, given=features is not None and stats is not None)
         saved = camera_names.saved_cameras(source.folder / checkpoint.PREPROCESSOR, checkpoint.cameras(config))
         if adopted:
             renames = _adopt(config, features or {}, cameras, saved, source.name)
         else:
+            normalization.check_stats(config, own, source.name)
             renames = camera_names.kept_renames(saved, features, cameras, where=source.name)
         if config.robot_state_feature is None or config.action_feature is None:
             raise PolicyError(f"{source.name} has no {OBS_STATE} among its inputs, or no {ACTION} among its outputs")
@@ -267,11 +270,11 @@ class SmolVla(FlowPolicy):
             used = normalization.usable_stats(config, stats or {}, "the dataset", features)
         else:
             used = own
-            normalization.check_stats(config, used, source.name)
             if features is not None:
-                normalization.check_features(config, features, source.name, normalization.renamed(source.folder))
+                renaming = camera_names.saved_renames(source.folder / checkpoint.PREPROCESSOR)
+                normalization.check_features(config, features, source.name, renaming)
 
-        whole = weights.whole_source(frozen, base).folder
+        whole = weights.whole_source(frozen, moved).folder
         beside = (whole / VLM_FOLDER).is_dir() and vlm is None
         if vlm is not None:
             config.vlm_model_name = str(Path(vlm).resolve()) if Path(vlm).is_dir() else str(vlm)
@@ -280,8 +283,8 @@ class SmolVla(FlowPolicy):
         policy = empty_policy(config, about_vlm)
         kept_dtype = dtype or heads.saved_dtype(source.folder)
         kept = getattr(torch, kept_dtype) if kept_dtype else None
-        checkpoint.load_weights(policy, weights.weights_of(frozen, base), device=device, dtype=kept)
-        if adopted or not checkpoint.pipelines_are_saved(source.folder):
+        checkpoint.load_weights(policy, weights.weights_of(frozen, moved), device=device, dtype=kept)
+        if adopted or not processors.are_saved(source.folder):
             pipelines = checkpoint.build_pipelines(config, used, about_vlm.tokenizer, renames=renames)
         else:
             pipelines = checkpoint.load_pipelines(
@@ -395,7 +398,7 @@ def _check_options(*, dtype: str | None, statistics: str, horizon: int | None, m
 
 
 def _adopts(statistics: str, config: SmolVLAConfig, own: Mapping[str, Any], *, given: bool) -> bool:
-    """Whether a dataset's features and statistics take the place of the checkpoint's."""
+    """Return True if a dataset's features and statistics take the place of the checkpoint's."""
     if statistics == "dataset" and not given:
         raise PolicyError('statistics="dataset" without a dataset: give features and stats')
     padded = config.action_feature is None or config.action_feature.shape[0] == config.max_action_dim
@@ -405,8 +408,8 @@ def _adopts(statistics: str, config: SmolVLAConfig, own: Mapping[str, Any], *, g
 def _own_stats(
     source: heads.Source, config: SmolVLAConfig, base: str | Path | None, *, fresh: bool
 ) -> Mapping[str, Mapping[str, Tensor]]:
-    """The checkpoint's statistics: of its processors, or of its weights where it is older than those."""
-    if fresh or checkpoint.pipelines_are_saved(source.folder):
+    """Return the checkpoint's statistics: of its processors, or of its weights where it is older than those."""
+    if fresh or processors.are_saved(source.folder):
         return normalization.saved_stats(source.folder)
     return weights.old_stats(source, config, base)
 
@@ -414,7 +417,7 @@ def _own_stats(
 def _kept_order(
     source: heads.Source, config: SmolVLAConfig, features: Mapping[str, Any] | None, joints: naming.Joints
 ) -> naming.VectorOrder:
-    """How a dataset's states and actions come into the order of a policy that keeps its own."""
+    """Return how a dataset's states and actions come into the order of a policy that keeps its own."""
     columns = {OBS_STATE: config.robot_state_feature, ACTION: config.action_feature}
     sizes = {key: feature.shape[0] for key, feature in columns.items() if feature is not None}
     order = naming.saved_order(source.folder, getattr(config, "action_feature_names", None), sizes)

@@ -100,15 +100,10 @@ def tied(policy: SmolVLAPolicy) -> bool:
     return bool(policy.model.vlm_with_expert.config.tie_word_embeddings)
 
 
-def pipelines_are_saved(folder: Path) -> bool:
-    """Return True if a folder holds both pipelines."""
-    return all((folder / name).is_file() for name in (PREPROCESSOR, POSTPROCESSOR))
-
-
 def build_pipelines(
     config: SmolVLAConfig, stats: Stats, tokenizer: Any, *, renames: Mapping[str, str] | None = None
 ) -> tuple[Any, Any]:
-    """New pipelines, step for step those of LeRobot's `make_smolvla_pre_post_processors`, which loads its tokenizer by
+    """Build pipelines, step for step those of LeRobot's `make_smolvla_pre_post_processors`, which loads its tokenizer by
     name; `renames` are of cameras."""
     steps = make_default_policy_processor_steps(config, {key: dict(value) for key, value in stats.items()})
     steps.rename_observations.rename_map = dict(renames or {})
@@ -130,7 +125,7 @@ def load_pipelines(
     renames: Mapping[str, str] | None = None,
     max_length: int | None = None,
 ) -> tuple[Any, Any]:
-    """The pipelines saved in `folder`, normalising as `config` says.
+    """Return the pipelines saved in `folder`, normalising as `config` says.
 
     Args:
         folder: holds both.
@@ -148,11 +143,8 @@ def load_pipelines(
         "normalizer_processor": mapping,
     }
     if renames is not None:
-        pictures = set(config.image_features)
-        kept = {
-            old: new for old, new in camera_names.saved_renames(folder / PREPROCESSOR).items() if new not in pictures
-        }
-        overrides["rename_observations_processor"] = {"rename_map": kept | dict(renames)}
+        table = camera_names.all_renames(folder / PREPROCESSOR, renames, config.image_features)
+        overrides["rename_observations_processor"] = {"rename_map": table}
     try:
         return make_pre_post_processors(
             config,

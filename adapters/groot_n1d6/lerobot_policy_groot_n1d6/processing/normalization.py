@@ -35,7 +35,7 @@ class Rules:
         return ("q01", "q99") if self.use_percentiles else ("min", "max")
 
     def clips(self, encoding: Encoding) -> bool:
-        """True if actions of an encoding are limited to [-1, 1]."""
+        """Return True if actions of an encoding are limited to [-1, 1]."""
         return self.clip_outliers and (self.clip_deviations or encoding is not Encoding.MEAN_STD)
 
     def needs(self, encoding: Encoding) -> tuple[str, ...]:
