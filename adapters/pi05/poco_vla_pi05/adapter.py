@@ -523,7 +523,9 @@ def _configure(
         assert stats is not None
         renames = _adopt(config, features, cameras, saved, source.name)
     else:
-        renames = camera_names.kept_renames(saved, features, cameras, where=source.name)
+        # openpi names its slots, not cameras: which of the data's they are is for the user to say.
+        known = None if from_openpi and cameras is None else features
+        renames = camera_names.kept_renames(saved, known, cameras, where=source.name)
     if use_dataset and stats is not None:
         used = normalization.usable_stats(config, stats, where, features)
     else:

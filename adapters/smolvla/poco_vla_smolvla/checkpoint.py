@@ -103,8 +103,8 @@ def tied(policy: SmolVLAPolicy) -> bool:
 def build_pipelines(
     config: SmolVLAConfig, stats: Stats, tokenizer: Any, *, renames: Mapping[str, str] | None = None
 ) -> tuple[Any, Any]:
-    """Build pipelines, step for step those of LeRobot's `make_smolvla_pre_post_processors`, which loads its tokenizer by
-    name; `renames` are of cameras."""
+    """Build pipelines, step for step those of LeRobot's `make_smolvla_pre_post_processors`, which loads its tokenizer
+    by name; `renames` are of cameras."""
     steps = make_default_policy_processor_steps(config, {key: dict(value) for key, value in stats.items()})
     steps.rename_observations.rename_map = dict(renames or {})
     words = TokenizerProcessorStep(
