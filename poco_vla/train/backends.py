@@ -33,7 +33,7 @@ from torch import Tensor, distributed, nn
 from poco_vla.algorithm import Plan, Poco, Stage
 from poco_vla.config import OptimConfig, TrainConfig
 from poco_vla.errors import ConfigError
-from poco_vla.train.launcher import launched_precision, refuse_unfit_deepspeed, refuse_unheeded
+from poco_vla.train.launcher import DEEPSPEED_BATCH_SIZES, launched_precision, refuse_unfit_deepspeed, refuse_unheeded
 from poco_vla.types import ChunkBatch, Metrics
 
 type Group = Literal["actor", "critic"]
@@ -298,11 +298,13 @@ class ZeroLearner(_ApartLearner):
             raise ConfigError(f"DeepSpeed was given parameters to train in {', '.join(unfit)}, expected float32")
         plugin: Any = accelerator.state.deepspeed_plugin
         settings = plugin.deepspeed_config
+        said = {name: settings.get(name, "auto") for name in DEEPSPEED_BATCH_SIZES}
         # Accelerate wants a batch size, of which DeepSpeed here only counts; and would clip at 1 by itself.
         settings |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
         self._adam = _adam(_GroupAdam, poco, config)
         self._parameters = [list(group["params"]) for group in self._adam.param_groups]
         self.module, self.optimizer = accelerator.prepare(_Trained(poco), self._adam)
+        plugin.deepspeed_config |= said  # the configuration outlives this run: the next one checks what the user said
         self._zero: Any = self.optimizer.optimizer
         self._copied_to(whole)
 

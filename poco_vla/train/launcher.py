@@ -27,6 +27,8 @@ FILE_SETTINGS = ("num_processes", "mixed_precision", "downcast_bf16")
 """Settings of `accelerate launch` that are looked at, and that its file may hold."""
 SETTINGS = ("num_processes", "mixed_precision", "gradient_accumulation_steps", "gradient_clipping")
 """Options of `accelerate launch` that are looked at, None where they are not given."""
+DEEPSPEED_BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu")
+"""Batch sizes of a DeepSpeed configuration, which the learner sets for the time of a run."""
 ANCESTORS = 6
 """Processes above this one among which its launcher is looked for."""
 
@@ -118,7 +120,7 @@ def refuse_unfit_deepspeed(settings: Mapping[str, Any]) -> list[str]:
     for name in ("an optimizer", "a scheduler"):
         if name.split()[1] in settings:
             unfit.append(f"it sets {name}, expected none (optim.actor_lr and optim.critic_lr are Adam's)")
-    for name in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+    for name in DEEPSPEED_BATCH_SIZES:
         if settings.get(name, "auto") != "auto":
             unfit.append(f"{name} is {settings[name]}, expected auto (optim.batch_size does that)")
     return unfit
