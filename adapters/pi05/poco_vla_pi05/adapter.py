@@ -517,7 +517,12 @@ def _configure(
     where = "the dataset" if use_dataset else source.name
     if not use_dataset:
         normalization.check_stats(config, own, where)
-    saved = camera_names.saved_cameras(source.folder / processors.PREPROCESSOR, checkpoint.cameras(config))
+    slots = checkpoint.cameras(config)
+    if not use_dataset and not slots:
+        raise PolicyError(
+            f"{source.name} names no camera among its input_features: pi0.5 acts on pictures. Restore its config.json"
+        )
+    saved = camera_names.saved_cameras(source.folder / processors.PREPROCESSOR, slots)
     if use_dataset:
         assert features is not None
         assert stats is not None
