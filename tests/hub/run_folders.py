@@ -10,6 +10,7 @@ from poco_vla import ChunkCritic, EnvSpec, PocoConfig, TrainConfig, load_adapter
 from poco_vla.checkpoint import save
 from poco_vla.config import to_json
 from poco_vla.files import write_json
+from poco_vla.hub.rate import note_rate
 
 matplotlib.use("Agg")
 CRITIC = {"critic_hidden": (8, 8)}
@@ -76,6 +77,7 @@ def write_run(run: Path, policy, adapter, **config) -> Path:
         "sizes": {"feature_dim": policy.feature_dim, "horizon": spec.horizon, "action_dim": spec.action_dim},
         "versions": {"python": "3.12.1", "lerobot": "0.6.1"},
         "device": "cpu",
+        "fps": 20,
         "policy": "policy",
         "lerobot_arguments": ["--env.discover_packages_path=poco_vla.rollout.environments"],
         "demonstrations": {"steps": 1234, "repo_id": settings.dataset.repo_id},
@@ -92,6 +94,8 @@ def write_run(run: Path, policy, adapter, **config) -> Path:
     pyplot.close("all")
     better = move(policy, seed=1)
     (better.save_head if policy.base else better.save_pretrained)(run / "best")
+    for folder in (run / "policy", run / "head", run / "best"):
+        note_rate(folder, 20)
     return run
 
 
