@@ -1,4 +1,4 @@
-"""What of a stranger's folder a library may be shown."""
+"""Test which files of an untrusted folder a library may read."""
 
 import os
 
