@@ -151,7 +151,7 @@ def test_two_processes_of_a_launch_say_the_same_once(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert [first_to_say(message) for _ in range(2)] == [True, False]
     assert first_to_say(f"{message}, another"), "each has its own to say"
-    assert first_to_say(message, seconds=-1), "a later launch"
+    assert first_to_say(message, seconds=-1.0), "a later launch"
 
 
 def test_an_error_keeps_its_square_brackets(tmp_path, capsys):

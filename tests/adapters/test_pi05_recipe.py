@@ -147,7 +147,7 @@ def test_a_lora_run_goes_on_after_its_checkpoint_and_exports_a_plain_policy(reci
         (("--tiny", "--policy", "you/pi05"), 'the policy "you/pi05" is no local folder and cannot be had from the Hub'),
         (("--tiny", "--horizon", "60"), "trained with chunks of 50 steps, asked for 60"),
         (("--tiny", "--policy-options.cameras", '["observation.images.top"]'), "no camera observation.images.top"),
-        (("--tiny", "--policy-options.lorra", "2"), "pi05 has no option lorra"),
+        (("--tiny", "--policy-options.lorra", "2"), 'named "lorra". Known: asset, base'),
     ],
 )
 def test_what_is_missing_is_told_in_one_sentence(recipe, arguments, words, capsys):

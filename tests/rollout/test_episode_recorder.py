@@ -584,7 +584,8 @@ def test_the_first_that_differs_and_all_after_it_are_set_aside(tmp_path, change)
     assert "episode 2, run again, is not what it was; 3 older episodes: moved to" in message
     aside = sorted(p.name for p in (tmp_path / "episodes.set_aside/000/data/chunk-000").iterdir())
     assert aside == [f"file-{i:03d}.parquet" for i in (2, 3, 4)]
-    whole = write_dataset(kept, tmp_path / "whole", fps=FPS, repo_id="local/whole")
+    noted = [replace(each, interventions=np.zeros(len(each), bool)) for each in kept]  # a column of every recording
+    whole = write_dataset(noted, tmp_path / "whole", fps=FPS, repo_id="local/whole")
     stats = [{k: v for k, v in opened(root).meta.stats.items() if k != "task_index"} for root in (recorder.root, whole)]
     assert_close_stats(*stats)
     recorder.add(episode(4))

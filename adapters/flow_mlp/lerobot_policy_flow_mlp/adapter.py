@@ -66,7 +66,7 @@ class FlowMlp(FlowPolicy):
     """
 
     def __init__(
-        self, model: FlowMlpPolicy, preprocess: Any, postprocess: Any, *, order: naming.VectorOrder | None = None
+        self, model: FlowMlpPolicy, preprocess: Any, postprocess: Any, order: naming.VectorOrder | None = None
     ) -> None:
         super().__init__()
         config = model.config
@@ -200,7 +200,7 @@ class FlowMlp(FlowPolicy):
             config.clip = None
             in_order = normalization.in_order(stats, order.index)
             pipelines = _pipelines(config, {} if order.index else features, in_order, renames)
-            return cls(_load_model(config, files, trust_remote_code), *pipelines, order=order)
+            return cls(_load_model(config, files, trust_remote_code), *pipelines, order)
         if config.action_clip is None:  # a folder of an earlier version does not say it
             _set_clip(config, normalization.saved_stats(source.folder))
         model = _load_model(config, files, trust_remote_code)
@@ -213,7 +213,7 @@ class FlowMlp(FlowPolicy):
                 config, pretrained_path=str(source.folder), preprocessor_overrides=overrides
             )
         processors.check_inverse(*pipelines, config, source.name)
-        return cls(model, *pipelines, order=order)
+        return cls(model, *pipelines, order)
 
     @classmethod
     def from_dataset(
@@ -248,7 +248,7 @@ class FlowMlp(FlowPolicy):
         order = naming.new_order(features)
         config.action_feature_names = list(order.own[ACTION]) if ACTION in order.own else None
         pipelines = _pipelines(config, features, stats)
-        return cls(_built(config, trusted), *pipelines, order=order)
+        return cls(_built(config, trusted), *pipelines, order)
 
     @classmethod
     def tiny(cls, seed: int = 0) -> Self:

@@ -101,6 +101,7 @@ def test_the_metadata_say_what_is_served_and_what_to_send():
             "max_bytes": server.limits.max_bytes,
             "weights_version": 3,
             "task": "",
+            "names": {},
             "action_low": None,
             "action_high": None,
             "takes_episodes": False,
