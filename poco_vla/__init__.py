@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING
 
+from poco_vla.deprecated import install
 from poco_vla.lazy import load_on_demand
 
 if TYPE_CHECKING:
+    from poco_vla.adapting.lora import Lora, inject_lora, merge_lora
     from poco_vla.algorithm import Poco
     from poco_vla.config import (
         DatasetConfig,
@@ -20,19 +22,23 @@ if TYPE_CHECKING:
         RewardConfig,
         TrainConfig,
     )
+    from poco_vla.conformance.kit import check_policy
     from poco_vla.critic import ChunkCritic, polyak_update, td_target
     from poco_vla.dense import linear
     from poco_vla.distill import clipped_distillation, flow_errors
     from poco_vla.errors import DataError, PocoError, PolicyError
+    from poco_vla.evaluation import evaluate
     from poco_vla.files import whole_folder
     from poco_vla.flow import Draws, integrate, interpolate, target_velocity
     from poco_vla.hub import export_policy, load_critic, load_head, push_head
-    from poco_vla.lora import Lora, inject_lora, merge_lora
     from poco_vla.policy import FlowPolicy, Prefix, propose
     from poco_vla.posterior import effective_sample_size, posterior_weights
     from poco_vla.registry import available_adapters, load_adapter
-    from poco_vla.testing import check_policy
+    from poco_vla.training.trainer import train
     from poco_vla.types import ActionSpec, ChunkBatch, Metrics
+
+install()
+del install
 
 __getattr__, __dir__ = load_on_demand(
     __name__,
@@ -56,14 +62,16 @@ __getattr__, __dir__ = load_on_demand(
         "dense": ["linear"],
         "distill": ["clipped_distillation", "flow_errors"],
         "errors": ["DataError", "PocoError", "PolicyError"],
+        "evaluation": ["evaluate"],
         "files": ["whole_folder"],
         "flow": ["Draws", "integrate", "interpolate", "target_velocity"],
         "hub": ["export_policy", "load_critic", "load_head", "push_head"],
-        "lora": ["Lora", "inject_lora", "merge_lora"],
+        "adapting.lora": ["Lora", "inject_lora", "merge_lora"],
         "policy": ["FlowPolicy", "Prefix", "propose"],
         "posterior": ["effective_sample_size", "posterior_weights"],
         "registry": ["available_adapters", "load_adapter"],
-        "testing": ["check_policy"],
+        "conformance.kit": ["check_policy"],
+        "training.trainer": ["train"],
         "types": ["ActionSpec", "ChunkBatch", "Metrics"],
     },
 )
@@ -99,6 +107,7 @@ __all__ = [
     "check_policy",
     "clipped_distillation",
     "effective_sample_size",
+    "evaluate",
     "export_policy",
     "flow_errors",
     "inject_lora",
@@ -115,5 +124,6 @@ __all__ = [
     "push_head",
     "target_velocity",
     "td_target",
+    "train",
     "whole_folder",
 ]

@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from poco_vla.algorithm import Poco, Stage
-from poco_vla.checkpoint import load_trainable_state, trainable_state
 from poco_vla.config import PocoConfig
 from poco_vla.data import Replay, chunk_batch
 from poco_vla.errors import DataError, NonFiniteError
 from poco_vla.flow import Draws
 from poco_vla.policy import FlowPolicy
+from poco_vla.training.checkpoint import load_trainable_state, trainable_state
 from poco_vla.types import ChunkBatch
 
 POLICY, DRAWS = "policy", "draws"

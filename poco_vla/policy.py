@@ -1,6 +1,6 @@
 """What a model must offer to be fine-tuned by POCO, and how candidates are proposed.
 
-An adapter subclasses :class:`FlowPolicy`; :func:`poco_vla.testing.check_policy` says whether it keeps the contract.
+An adapter subclasses :class:`FlowPolicy`; :func:`poco_vla.check_policy` tells if it keeps the contract.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -153,8 +153,8 @@ class FlowPolicy(nn.Module):
 
     def normalised_columns(self, batch: dict[str, Any]) -> Sequence[Any] | None:
         """Return states and actions as the pre-processor normalises them, with the statistics that it does so by, of a
-        batch without pictures: :class:`poco_vla.normalization.NormalisedColumn`. None leaves it to the steps of
-        LeRobot's own normaliser."""
+        batch without pictures: :class:`poco_vla.adapting.normalization.NormalisedColumn`. None leaves it to LeRobot's
+        own normaliser."""
         return None
 
     def velocity(
@@ -226,7 +226,7 @@ class FlowPolicy(nn.Module):
     def save_head(self, path: str | Path) -> None:
         """Write what was trained and where its base is; `from_pretrained` loads it. For policies that have a `base`.
 
-        :mod:`poco_vla.heads` has the file format and what writes and reads it.
+        :mod:`poco_vla.adapting.heads` has the file format and what writes and reads it.
         """
         raise NotWrittenError(f"{type(self).__name__} has no save_head: its adapter has to write it")
 

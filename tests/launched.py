@@ -20,7 +20,7 @@ from poco_vla_pi05.adapter import Pi05
 
 from poco_vla.config import TrainConfig, from_json
 from poco_vla.progress import Bar
-from poco_vla.train import Trainer, train
+from poco_vla.training import Trainer, train
 
 
 def copy_run(run, to, after):

@@ -22,12 +22,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import pytest
-
-sys.path += [str(Path(__file__).parent / folder) for folder in ("adapters", "data", "hub")]
 import groot_folders
 import lerobot_on_disk
+import numpy as np
+import pytest
 from hub_server import USER, HubServer
 from test_readme import ROOT, anchors, blocks, links, prose, resolve
 
@@ -47,7 +45,7 @@ ARM = {
 LEADER = {"--teleop.type": "guide_hand", "--teleop.port": None}
 ARM_WORDS = "--robot.image_size=64 --robot.realtime=false"
 LEADER_WORDS = "--teleop.discover_packages_path=guide_hand"
-LEROBOT_ARM = f"{ARM_WORDS} --robot.discover_packages_path=poco_vla.rollout.robots"
+LEROBOT_ARM = f"{ARM_WORDS} --robot.discover_packages_path=poco_vla.robots"
 ON_A_CPU = "--policy.device=cpu --return_to_initial_position=false --play_sounds=false"
 SMALL = (
     "--poco.num-candidates 2 --poco.critic-hidden 16 --optim.batch-size 4 --warmup-steps 2 --log-every 1 "
@@ -484,7 +482,7 @@ def test_the_judged_arm_is_an_so101_with_two_more_options(judged_arm):
     """Up to its driver, which is not installed here."""
     from lerobot.robots import RobotConfig
 
-    from poco_vla.rollout.robots import devices
+    from poco_vla.robots import devices
 
     words = [
         "--robot.type=judged_arm",
@@ -502,8 +500,8 @@ def test_the_judged_arm_is_an_so101_with_two_more_options(judged_arm):
 
 def test_the_judged_arm_tells_success_once(judged_arm):
     """Ten observations: looks at the fifth and at the tenth, which agree."""
-    from poco_vla.rollout.robots import RewardModelSuccess
-    from poco_vla.rollout.robots.signals import KnowsSuccess
+    from poco_vla.robots import RewardModelSuccess
+    from poco_vla.robots.signals import KnowsSuccess
 
     arm = object.__new__(judged_arm.JudgedArm)
     model = type("Model", (), {"compute_reward": lambda self, batch: batch["observation.images.front"].amax() > 0.5})()
@@ -529,7 +527,7 @@ def test_what_a_page_says_to_an_arm_is_understood_by_lerobot(name):
     from lerobot.robots import RobotConfig
     from lerobot.teleoperators import TeleoperatorConfig
 
-    from poco_vla.rollout.robots import devices
+    from poco_vla.robots import devices
 
     for _, command in (part for part in parts(text_of(name)) if part[0] == "bash"):
         words = [word for word in shlex.split(command, comments=True) if word.startswith(("--robot.", "--teleop."))]

@@ -41,6 +41,7 @@ PUBLIC = [
     "check_policy",
     "clipped_distillation",
     "effective_sample_size",
+    "evaluate",
     "export_policy",
     "flow_errors",
     "inject_lora",
@@ -57,6 +58,7 @@ PUBLIC = [
     "push_head",
     "target_velocity",
     "td_target",
+    "train",
     "whole_folder",
 ]
 
@@ -92,7 +94,8 @@ def test_what_is_loaded_on_demand_is_what_type_checkers_see(package):
     module = import_module(package)
     statements = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.ImportFrom)]
     seen = {alias.name: n.module for n in statements for alias in n.names if n.module.startswith(f"{package}.")}
-    seen.pop("load_on_demand", None)
+    for name in ("load_on_demand", "install"):
+        seen.pop(name, None)
     assert sorted(seen) == sorted(module.__all__) == dir(module)
     for name, home in seen.items():
         assert getattr(module, name) is getattr(import_module(home), name)
@@ -100,7 +103,7 @@ def test_what_is_loaded_on_demand_is_what_type_checkers_see(package):
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_name_hides_a_module_of_its_package(package):
-    """`import poco_vla.train` binds the module as an attribute: a function of that name would come and go with it."""
+    """`import poco_vla.data` binds the module as an attribute: a function of that name would come and go with it."""
     module = import_module(package)
     inside = {found.name for found in pkgutil.iter_modules(module.__path__)}
     assert inside
@@ -118,9 +121,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error_and_a_module_can_still_b
 
 
 def test_modules_are_imported_from_a_package_as_ever():
-    out = (
-        "import sys; from poco_vla import train; import poco_vla.data as d; from poco_vla.rollout import actor; print("
-    )
+    out = "import poco_vla.training as train; import poco_vla.data as d; from poco_vla.rollout import actor; print("
     out += "train.train.__name__, actor.Actor.__name__, d.Episode.__name__)"
     done = subprocess.run([sys.executable, "-c", out], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["train", "Actor", "Episode"]
@@ -150,8 +151,8 @@ def test_modules_are_imported_from_a_package_as_ever():
         ("export_policy", "source, path, *, form='policy', revision=None, base=None"),
         ("available_adapters", ""),
         ("check_policy", "policy, obs=None, *, seed=0, atol=0.0001"),
-        ("train.train", "config"),
-        ("evaluate.evaluate", None),
+        ("train", "config"),
+        ("evaluate", None),
     ],
 )
 def test_arguments_keep_their_names_and_order(name, signature):
@@ -206,7 +207,7 @@ def test_the_contract_of_a_policy_is_this(method, arguments):
     ],
 )
 def test_what_adapters_write_and_read_heads_with_keeps_its_arguments(name, signature):
-    from poco_vla import heads
+    from poco_vla.adapting import heads
 
     found = inspect.signature(inspect.unwrap(getattr(heads, name)))
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in found.parameters.values()]
@@ -232,14 +233,14 @@ def test_importing_a_package_loads_nothing_of_what_it_may_need(package):
 
 def test_the_mathematics_loads_torch_and_none_of_the_librarys_heavy_friends():
     """It is read and used without the rest, the Hub's client too."""
-    hub = {"export_policy", "load_critic", "load_head", "push_head"}
-    loaded = loaded_by(f"from poco_vla import {', '.join(name for name in PUBLIC if name not in hub)}")
+    hub, runs = {"export_policy", "load_critic", "load_head", "push_head"}, {"evaluate", "train"}
+    loaded = loaded_by(f"from poco_vla import {', '.join(name for name in PUBLIC if name not in hub | runs)}")
     assert "torch" in loaded
     assert not loaded & {*HEAVY, "tyro", "rich", "huggingface_hub"}
-    assert not loaded_by("from poco_vla import *") & {*HEAVY, "tyro"}
+    assert not loaded_by(f"from poco_vla import {', '.join(hub)}") & {*HEAVY, "tyro"}
 
 
-@pytest.mark.parametrize("module", ["poco_vla.rollout.serving.client", "poco_vla.data.episode"])
+@pytest.mark.parametrize("module", ["poco_vla.serving.client", "poco_vla.data.episode"])
 def test_a_robots_pc_needs_neither_torch_nor_the_model(module):
     loaded = loaded_by(f"import {module}")
     assert "numpy" in loaded
@@ -267,3 +268,33 @@ def test_errors_that_users_can_mend_are_value_errors():
     kinds = [e for e in vars(errors).values() if inspect.isclass(e) and issubclass(e, Exception)]
     assert len(kinds) > 5
     assert all(issubclass(kind, poco_vla.PocoError) and issubclass(kind, ValueError) for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("poco_vla.heads", "poco_vla.adapting.heads"),
+        ("poco_vla.rollout.environments", "poco_vla.simulators"),
+        ("poco_vla.rollout.environments.ogbench", "poco_vla.simulators.ogbench"),
+        ("poco_vla.rollout.serving.client", "poco_vla.serving.client"),
+        ("poco_vla.train", "poco_vla.training"),
+    ],
+)
+def test_an_old_name_is_the_moved_module_and_says_so(old, new):
+    code = (
+        "import sys, warnings; from importlib import import_module\n"
+        "with warnings.catch_warnings(record=True) as told:\n"
+        f"    warnings.simplefilter('always'); found = import_module({old!r})\n"
+        f"assert found is import_module({new!r}) and found.__spec__.name == {new!r}\n"
+        f"assert any({f'{old} is {new} now'!r} in str(one.message) for one in told), told\n"
+        "import poco_vla; assert callable(poco_vla.train) and callable(poco_vla.evaluate)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_lerobot_finds_the_environments_by_their_old_name():
+    code = (
+        "from lerobot.configs.parser import load_plugin; load_plugin('poco_vla.rollout.environments')\n"
+        "from lerobot.envs.configs import EnvConfig; assert 'ogbench' in EnvConfig.get_known_choices()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -181,7 +181,7 @@ def test_every_make_verb_that_it_names_exists():
 
 
 def test_every_poco_vla_command_that_it_names_exists():
-    from poco_vla import cli
+    from poco_vla.cli.commands import main as cli
 
     verbs = {
         name.lower()
@@ -199,7 +199,7 @@ def emitted(tmp_path_factory):
     from tiny_env import point_spec
 
     from poco_vla.config import DemonstrationConfig, EvalConfig, OptimConfig, PocoConfig, TrainConfig
-    from poco_vla.train import train
+    from poco_vla.training import train
 
     root = tmp_path_factory.mktemp("readme")
     config = TrainConfig(

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from poco_vla.cli.smoke import smoke_run
 from poco_vla.config import RewardConfig, TrainConfig
-from poco_vla.rollout import environment
-from poco_vla.tiny import smoke_run
+from poco_vla.simulators import environment
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ONLINE = ["scene", "puzzle_3x3", "cube_double", "cube_triple", "lift", "can", "square"]

@@ -19,7 +19,7 @@ from poco_vla import report
 from poco_vla.cli import main
 from poco_vla.config import DemonstrationConfig, EnvSpec, PocoConfig, TrainConfig, to_json
 from poco_vla.errors import DataError
-from poco_vla.evaluate import SuccessRate
+from poco_vla.evaluation import SuccessRate
 from poco_vla.report.curves import bootstrap_interval, common_grid, curve_of, over_seeds, points, rate_of
 from poco_vla.report.labels import labels_of
 from poco_vla.report.page import _folded

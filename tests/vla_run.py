@@ -8,7 +8,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from poco_vla_pi05.adapter import Pi05
 
 from poco_vla.config import DatasetConfig, OptimConfig, PocoConfig, TrainConfig
-from poco_vla.train import Trainer
+from poco_vla.training import Trainer
 
 STAGES = ("sft",) * 4 + ("online",) * 4
 

@@ -8,9 +8,7 @@ if TYPE_CHECKING:
     from poco_vla.data.batches import BatchSource, chunk_batch, network_obs
     from poco_vla.data.dataset import DatasetInfo, open_dataset, read_episodes
     from poco_vla.data.episode import Episode
-    from poco_vla.data.prefixes import PrefixSource
     from poco_vla.data.replay import Replay
-    from poco_vla.data.store import PrefixStore
 
 __getattr__, __dir__ = load_on_demand(
     __name__,
@@ -18,9 +16,7 @@ __getattr__, __dir__ = load_on_demand(
         "batches": ["BatchSource", "chunk_batch", "network_obs"],
         "dataset": ["DatasetInfo", "open_dataset", "read_episodes"],
         "episode": ["Episode"],
-        "prefixes": ["PrefixSource"],
         "replay": ["Replay"],
-        "store": ["PrefixStore"],
     },
 )
 
@@ -28,8 +24,6 @@ __all__ = [
     "BatchSource",
     "DatasetInfo",
     "Episode",
-    "PrefixSource",
-    "PrefixStore",
     "Replay",
     "chunk_batch",
     "network_obs",

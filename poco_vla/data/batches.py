@@ -16,8 +16,8 @@ from poco_vla.types import ChunkBatch
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from poco_vla.data.entries import Entry
-    from poco_vla.data.prefixes import PrefixSource
+    from poco_vla.prefix_cache.entries import Entry
+    from poco_vla.prefix_cache.source import PrefixSource
 
 
 def network_obs(policy: FlowPolicy, obs: Mapping[str, np.ndarray], tasks: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What goes to the Hub of a run, gathered in a folder: nothing of it names this machine or holds a secret.
 
 head.safetensors        or adapter_model.safetensors (peft), or model.safetensors (a whole policy)
-poco.json               :mod:`poco_vla.heads`, and what was trained how, on what, with which result
+poco.json               :mod:`poco_vla.adapting.heads`, and what was trained how, on what, with which result
 config.json, policy_*   LeRobot's configuration and processors
 critic.safetensors      if asked for
 README.md, curve.png    the model card
@@ -25,10 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from poco_vla import checkpoint
-from poco_vla.errors import HubError, PocoError
-from poco_vla.files import recover_folder, write_json
-from poco_vla.heads import (
+from poco_vla.adapting.heads import (
     ABOUT,
     FORMAT,
     HEAD_WEIGHTS,
@@ -41,10 +38,13 @@ from poco_vla.heads import (
     read_tensors,
     sha256_of,
 )
+from poco_vla.adapting.sources import read_object
+from poco_vla.errors import HubError, PocoError
+from poco_vla.files import recover_folder, write_json
 from poco_vla.hub.peft_form import PEFT_CONFIG, write_peft
 from poco_vla.hub.secrets import find_home, find_secret, secret_values
 from poco_vla.registry import GROUP, load_adapter
-from poco_vla.sources import read_object
+from poco_vla.training import checkpoint
 
 type Form = Literal["head", "peft", "policy"]
 type Which = Literal["last", "best"]

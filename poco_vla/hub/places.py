@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from poco_vla import checkpoint
+from poco_vla.adapting.heads import ABOUT
+from poco_vla.adapting.sources import read_object
 from poco_vla.errors import HubError
-from poco_vla.heads import ABOUT
 from poco_vla.hub.artifact import source_folder
-from poco_vla.sources import read_object
+from poco_vla.training import checkpoint
 
 RESULT = "result.json"
 

@@ -13,13 +13,13 @@ from httpx import HTTPError
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
+from poco_vla.adapting.heads import ABOUT, Head, read_about, sha256_of
+from poco_vla.adapting.sources import content_of, weights_in
 from poco_vla.errors import HubError, PocoError
 from poco_vla.files import write_json
-from poco_vla.heads import ABOUT, Head, read_about, sha256_of
 from poco_vla.hub.artifact import CARD, Artifact, Dtype, Form, Which, check_portable, head_in, source_folder, stage
 from poco_vla.hub.card import Licence, model_card
 from poco_vla.registry import load_adapter
-from poco_vla.sources import content_of, weights_in
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from poco_vla.adapting.heads import ABOUT, read_about
 from poco_vla.errors import ConfigError
 from poco_vla.files import write_json
-from poco_vla.heads import ABOUT, read_about
 from poco_vla.hub.fetch import located
 
 FPS = "fps"

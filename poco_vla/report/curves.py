@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from poco_vla.evaluate import wilson_interval
+from poco_vla.evaluation import wilson_interval
 from poco_vla.files import whole_file
 from poco_vla.report.runs import Group, read_lines, read_run
 

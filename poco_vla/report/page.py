@@ -441,7 +441,7 @@ def _train_snippet(run: Run) -> str:
 from dataclasses import replace
 from pathlib import Path
 from poco_vla.config import TrainConfig, from_json
-from poco_vla.train import train
+from poco_vla.training import train
 
 config = from_json(TrainConfig, json.loads(Path({str(run.path / "config.json")!r}).read_text()))
 train(replace(config, output_dir=Path("runs/again")))"""

@@ -14,7 +14,7 @@ from poco_vla.critic import ChunkCritic, aggregate
 from poco_vla.data import network_obs
 from poco_vla.errors import NonFiniteError
 from poco_vla.policy import FlowPolicy, Prefix, propose
-from poco_vla.rollout.observations import require_pictures
+from poco_vla.simulators.observations import require_pictures
 
 
 class Actor:

@@ -9,8 +9,8 @@ import numpy as np
 from gymnasium.vector.utils import batch_space
 
 from poco_vla.errors import ConfigError, NonFiniteError
-from poco_vla.rollout.observations import ObservationReader
 from poco_vla.rollout.workers import time_limit
+from poco_vla.simulators.observations import ObservationReader
 
 UNLIMITED = 2000
 """Control steps after which an episode is cut off where neither the environment nor `env.max_episode_steps` says."""

@@ -38,11 +38,11 @@ from poco_vla.data import Episode
 from poco_vla.data.batches import pipeline_of
 from poco_vla.errors import ConfigError, SimulatorError
 from poco_vla.policy import FlowPolicy
+from poco_vla.recording.recorder import EpisodeRecorder
 from poco_vla.rollout.actor import Actor, Weights
-from poco_vla.rollout.environments import environment
 from poco_vla.rollout.interaction import BackgroundInteraction
 from poco_vla.rollout.pool import EnvPool
-from poco_vla.rollout.recorder import EpisodeRecorder
+from poco_vla.simulators import environment
 
 logger = logging.getLogger(__name__)
 

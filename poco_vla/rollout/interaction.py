@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from poco_vla.data import Episode
+from poco_vla.recording.admission import SetAsideError
+from poco_vla.recording.recorder import EpisodeRecorder
 from poco_vla.rollout.actor import ActingCopy, Actor, Weights
-from poco_vla.rollout.admission import SetAsideError
 from poco_vla.rollout.pool import EnvPool
-from poco_vla.rollout.recorder import EpisodeRecorder
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,6 @@ from poco_vla.config import EnvSpec
 from poco_vla.data import Episode
 from poco_vla.errors import ConfigError, SimulatorError
 from poco_vla.rollout.chunk_env import ChunkEnv, Limits
-from poco_vla.rollout.environments import environment, name_of
-from poco_vla.rollout.environments.supported import install_command
-from poco_vla.rollout.observations import flat_observation, lerobot_key
 from poco_vla.rollout.workers import (
     Failure,
     LocalWorker,
@@ -26,6 +23,9 @@ from poco_vla.rollout.workers import (
     wait,
     worker_context,
 )
+from poco_vla.simulators import environment, name_of
+from poco_vla.simulators.observations import flat_observation, lerobot_key
+from poco_vla.simulators.supported import install_command
 
 __all__ = ["ChunkEnv", "EnvPool", "flat_observation", "ignore_interrupts_in_workers", "lerobot_key", "make_env"]
 

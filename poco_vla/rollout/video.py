@@ -1,9 +1,6 @@
 """Videos of recorded episodes, and encoders kept quiet."""
 
-import os
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +10,12 @@ import numpy as np
 from poco_vla.config import EnvSpec
 from poco_vla.data import Episode
 from poco_vla.errors import SimulatorError
+from poco_vla.recording.encoding import silent_stderr
 from poco_vla.rollout.chunk_env import Limits
-from poco_vla.rollout.environments import environment, name_of
-from poco_vla.rollout.observations import as_picture
 from poco_vla.rollout.pool import make_env
 from poco_vla.rollout.workers import LocalWorker, Worker, close_all, time_limit, wait, worker_context
+from poco_vla.simulators import environment, name_of
+from poco_vla.simulators.observations import as_picture
 
 
 def write_episode_video(episode: Episode, env: EnvSpec, path: Path, *, every: int = 1, hold: int = 15) -> Path:
@@ -91,32 +89,3 @@ class _Player:
 
     def close(self) -> None:
         self.sim.close()
-
-
-@contextmanager
-def silent_stderr() -> Iterator[None]:
-    """LeRobot and datasets draw a bar per episode and per file on stderr, and video encoders, which are C, write to
-    its file descriptor; the run shows its own progress. Exceptions pass."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
-            os.dup2(nowhere.fileno(), 2)
-            yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-@contextmanager
-def keep_scheduling() -> Iterator[None]:
-    """As root, SVT-AV1 puts the thread that calls it, and all that it starts later, ahead of everything else on the
-    machine (SCHED_FIFO 99), and leaves it there."""
-    if not hasattr(os, "sched_getscheduler"):  # macOS
-        yield
-        return
-    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, policy, priority)

@@ -109,7 +109,8 @@ def per_robots() -> str:
 def measure() -> None:
     """One episode of OGBench's cube by random actions, recorded; a busy machine takes longer."""
     from poco_vla.config import EnvSpec
-    from poco_vla.rollout import EnvPool, EpisodeRecorder
+    from poco_vla.recording.recorder import EpisodeRecorder
+    from poco_vla.rollout import EnvPool
 
     episodes = {}
     for kind in RECORDED:

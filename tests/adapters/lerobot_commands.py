@@ -51,7 +51,7 @@ def evaluation(policy, output, *more, episodes=1, steps=6):
     return (
         f"--policy.path={policy}",
         "--policy.device=cpu",
-        "--env.discover_packages_path=poco_vla.rollout.environments",
+        "--env.discover_packages_path=poco_vla.simulators",
         "--env.type=ogbench",
         f"--env.task={TASK}",
         f"--env.episode_length={steps}",
@@ -69,7 +69,7 @@ def rollout(policy, *more):
     return (
         f"--policy.path={policy}",
         "--policy.device=cpu",
-        "--robot.discover_packages_path=poco_vla.rollout.robots",
+        "--robot.discover_packages_path=poco_vla.robots",
         "--robot.type=simulated_arm",
         "--robot.seed=3",
         "--fps=20",

@@ -9,7 +9,8 @@ from groot_folders import FRONT, OPTIONS, dataset, nvidia_folder, raw_batch
 from lerobot_policy_groot_n1d6.adapter import GrootN1d6Adapter
 from safetensors.torch import load_file
 
-from poco_vla import PolicyError, heads, propose
+from poco_vla import PolicyError, propose
+from poco_vla.adapting import heads
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from groot_folders import (
 )
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
+from lerobot_on_disk import write
 from lerobot_policy_groot_n1d6 import weights
 from lerobot_policy_groot_n1d6.configuration_groot_n1d6 import GrootN1d6Config
 from lerobot_policy_groot_n1d6.model import plain_velocity, sample_time
@@ -37,9 +38,6 @@ from lerobot_policy_groot_n1d6.modeling_groot_n1d6 import GrootN1d6Policy
 from lerobot_policy_groot_n1d6.processing.errors import ProcessingError
 from lerobot_policy_groot_n1d6.processor_groot_n1d6 import make_groot_n1d6_pre_post_processors
 from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-from lerobot_on_disk import write
 
 VLLN = "action_head.vlln.weight"
 MASK = weights.MASK_TOKEN
@@ -490,7 +488,7 @@ def test_lerobot_train_makes_a_policy_that_lerobot_eval_runs(source, tmp_path):
         "lerobot-eval",
         f"--policy.path={policy}",
         "--policy.device=cpu",
-        "--env.discover_packages_path=poco_vla.rollout.environments",
+        "--env.discover_packages_path=poco_vla.simulators",
         "--env.type=ogbench",
         "--env.task=cube-single-singletask-task1-v0",
         '--env.cameras=["front","wrist"]',

@@ -15,6 +15,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline, batch_to_transition, transition_to_batch
 from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot_on_disk import write
 from lerobot_policy_groot_n1d6.processing import prompt, statistics
 from lerobot_policy_groot_n1d6.processing.checkpoint import read_checkpoint
 from lerobot_policy_groot_n1d6.processing.embodiment import Embodiment, Encoding, Format, choice
@@ -44,9 +45,6 @@ from lerobot_policy_groot_n1d6.processing.steps import PIXEL_VALUES, DecodeStep,
 from lerobot_policy_groot_n1d6.processor_groot_n1d6 import make_groot_n1d6_pre_post_processors, resolve
 from tokenizers import Tokenizer, models
 from torch.testing import assert_close
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-from lerobot_on_disk import write
 
 ARM = {
     "horizon": 3,

@@ -15,8 +15,8 @@ from lerobot_commands import BIN, TASK, evaluation, picture, recording, rollout,
 from poco_vla import load_adapter
 from poco_vla.config import DatasetConfig, EnvSpec, EvalConfig, OptimConfig, PocoConfig, TrainConfig
 from poco_vla.data import Episode, open_dataset, read_episodes
-from poco_vla.rollout.recorder import write_dataset
-from poco_vla.train import train
+from poco_vla.recording.recorder import write_dataset
+from poco_vla.training import train
 
 pytest.importorskip("ogbench")
 CAMERAS, SIZE, FPS = ("front", "wrist"), 64, 20
@@ -196,7 +196,7 @@ def test_lerobot_rollout_drives_the_simulated_arm_and_records_what_it_did(runs, 
     """Strategy "episodic". The recorded actions, given to the environment that the arm stands for, lead through the
     recorded states: the policy saw and moved what it was trained on. LeRobot records neither reward nor success, so
     that nobody knows how an episode ended: it is no demonstration."""
-    from poco_vla.rollout.environments.ogbench_gym import OGBenchEnv
+    from poco_vla.simulators.ogbench_gym import OGBenchEnv
 
     root, made = tmp_path / "recorded", runs("flow_mlp")
     episodes = ("--dataset.num_episodes=2", "--dataset.episode_time_s=1", "--dataset.reset_time_s=0.1")

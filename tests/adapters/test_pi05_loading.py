@@ -30,7 +30,8 @@ from poco_vla_pi05.adapter import Pi05
 from poco_vla_pi05.architecture import ARCHITECTURE_FILE, TINY, lerobot_builds
 from safetensors.torch import load_file
 
-from poco_vla import DataError, PocoError, PolicyError, heads, propose
+from poco_vla import DataError, PocoError, PolicyError, propose
+from poco_vla.adapting import heads
 
 LAST_NORM = "model.paligemma_with_expert.paligemma.model.language_model.norm.weight"
 PROJECTION = "model.action_out_proj.weight"

@@ -11,8 +11,9 @@ from poco_vla_pi05.adapter import LORA_TARGETS, Pi05
 from poco_vla_pi05.architecture import TINY, in_head, lerobot_builds
 from safetensors.torch import load_file
 
-from poco_vla import Lora, Poco, PocoConfig, PolicyError, check_policy, flow_errors, heads, propose
-from poco_vla.checkpoint import load_trainable_state, trainable_state
+from poco_vla import Lora, Poco, PocoConfig, PolicyError, check_policy, flow_errors, propose
+from poco_vla.adapting import heads
+from poco_vla.training.checkpoint import load_trainable_state, trainable_state
 
 
 @pytest.fixture(scope="module")

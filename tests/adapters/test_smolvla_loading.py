@@ -16,7 +16,8 @@ from poco_vla_smolvla import checkpoint
 from poco_vla_smolvla.adapter import LORA_TARGETS, SmolVla
 from safetensors.torch import load_file, save_file
 
-from poco_vla import DataError, PocoError, PolicyError, check_policy, export_policy, flow_errors, heads, propose
+from poco_vla import DataError, PocoError, PolicyError, check_policy, export_policy, flow_errors, propose
+from poco_vla.adapting import heads
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 PROJECTION = "model.action_out_proj.weight"

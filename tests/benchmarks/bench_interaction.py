@@ -20,7 +20,7 @@ from measure import HERE, RECIPE, Rows, device_name, keep_in, table_of
 from rich.console import Console
 
 from poco_vla.config import DemonstrationConfig, EvalConfig, TrainConfig
-from poco_vla.train import train
+from poco_vla.training import train
 
 EPISODES = 60
 

@@ -51,8 +51,8 @@ from transformers.cache_utils import DynamicCache
 from poco_vla import ChunkBatch, Poco, PocoConfig, algorithm, flow_errors, integrate
 from poco_vla.config import DatasetConfig, OptimConfig, TrainConfig
 from poco_vla.data import Episode
-from poco_vla.rollout.recorder import write_dataset
-from poco_vla.train import Trainer
+from poco_vla.recording.recorder import write_dataset
+from poco_vla.training import Trainer
 
 type Section = Literal["gradient", "sampling", "update", "trainer", "memory"]
 type Rows = list[dict[str, Any]]

@@ -36,9 +36,11 @@ from rich.console import Console
 
 from poco_vla import Draws, Poco, PocoConfig
 from poco_vla.config import PrefixConfig, ReplayConfig
-from poco_vla.data import BatchSource, Episode, PrefixSource, PrefixStore, Replay
-from poco_vla.data.entries import Entry
-from poco_vla.data.entry_files import to_blob
+from poco_vla.data import BatchSource, Episode, Replay
+from poco_vla.prefix_cache.entries import Entry
+from poco_vla.prefix_cache.entry_files import to_blob
+from poco_vla.prefix_cache.source import PrefixSource
+from poco_vla.prefix_cache.store import PrefixStore
 
 type Section = Literal["update", "bytes", "fp8", "sharing"]
 

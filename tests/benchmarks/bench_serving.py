@@ -29,8 +29,8 @@ from rich.console import Console
 from poco_vla import FlowPolicy, load_adapter
 from poco_vla.data import Episode
 from poco_vla.rollout import Actor
-from poco_vla.rollout.serving.client import PolicyClient
-from poco_vla.rollout.serving.server import Feature, PolicyServer
+from poco_vla.serving.client import PolicyClient
+from poco_vla.serving.server import Feature, PolicyServer
 
 type Name = Literal["flow_mlp", "pi05"]
 

@@ -21,7 +21,7 @@ from measure import HERE, Rows, device_name, keep_in, table_of
 from rich.console import Console
 
 from poco_vla.config import TrainConfig
-from poco_vla.train import Trainer
+from poco_vla.training import Trainer
 
 
 @dataclass

@@ -38,8 +38,8 @@ from poco_vla.config import (
     to_json,
 )
 from poco_vla.files import write_json
-from poco_vla.rollout import EpisodeRecorder
-from poco_vla.train import Trainer
+from poco_vla.recording.recorder import EpisodeRecorder
+from poco_vla.training import Trainer
 
 FPS, LENGTH = 20, 20
 """Of the arm; most control steps of an episode."""

@@ -31,7 +31,7 @@ from poco_vla.config import DatasetConfig
 from poco_vla.data import Replay, open_dataset, read_episodes
 from poco_vla.data.dataset import info_of
 from poco_vla.data.episode import Episode
-from poco_vla.rollout.recorder import write_dataset
+from poco_vla.recording.recorder import write_dataset
 
 type Section = Literal["start", "data", "video"]
 

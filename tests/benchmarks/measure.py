@@ -29,8 +29,8 @@ from poco_vla.config import DemonstrationConfig, ReplayConfig, TrainConfig
 from poco_vla.data import Episode, Replay, chunk_batch
 from poco_vla.dense import _product
 from poco_vla.rollout import EnvPool
-from poco_vla.train import Trainer
-from poco_vla.train.memory import CPU_ROWS
+from poco_vla.training import Trainer
+from poco_vla.training.memory import CPU_ROWS
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parents[1] / "recipes" / "mlp_cube.py"

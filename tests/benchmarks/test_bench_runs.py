@@ -114,7 +114,7 @@ def test_a_dataset_that_is_repeated_holds_its_episodes_again_and_again(tmp_path)
     """And LeRobot's own reading of a frame agrees."""
     from poco_vla.config import DatasetConfig
     from poco_vla.data import open_dataset, read_episodes
-    from poco_vla.rollout.recorder import write_dataset
+    from poco_vla.recording.recorder import write_dataset
 
     wrote = [bench_startup.episode(seed, 4) for seed in range(2)]
     root = write_dataset(wrote, tmp_path / "data", fps=10, repo_id="local/x")

@@ -7,7 +7,7 @@ import pytest
 
 from poco_vla.data import Episode
 from poco_vla.data.fingerprint import changes, content_hash, episode_hash, fingerprint
-from poco_vla.rollout.recorder import EpisodeRecorder
+from poco_vla.recording.recorder import EpisodeRecorder
 
 STATE, CAMERA = "observation.state", "observation.images.top"
 

@@ -7,10 +7,10 @@ import matplotlib
 import torch
 
 from poco_vla import ChunkCritic, EnvSpec, PocoConfig, TrainConfig, load_adapter
-from poco_vla.checkpoint import save
 from poco_vla.config import to_json
 from poco_vla.files import write_json
 from poco_vla.hub.rate import note_rate
+from poco_vla.training.checkpoint import save
 
 matplotlib.use("Agg")
 CRITIC = {"critic_hidden": (8, 8)}
@@ -79,7 +79,7 @@ def write_run(run: Path, policy, adapter, **config) -> Path:
         "device": "cpu",
         "fps": 20,
         "policy": "policy",
-        "lerobot_arguments": ["--env.discover_packages_path=poco_vla.rollout.environments"],
+        "lerobot_arguments": ["--env.discover_packages_path=poco_vla.simulators"],
         "demonstrations": {"steps": 1234, "repo_id": settings.dataset.repo_id},
     }
     write_json(run / "result.json", result)

@@ -1,17 +1,13 @@
 """`poco-vla push | export | eval`, on what a real run left behind."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from pointmass_run import small
 from run_folders import about_of, based_run
 
-sys.path.append(str(Path(__file__).parents[1]))
-from pointmass_run import small
-
 from poco_vla.cli import main
-from poco_vla.train import train
+from poco_vla.training import train
 
 pytest_plugins = ["hub_server"]
 BASE = "lerobot/pi05_base"

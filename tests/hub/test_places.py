@@ -12,7 +12,7 @@ from poco_vla import load_adapter, load_head, push_head
 from poco_vla.cli import main
 from poco_vla.errors import HubError
 from poco_vla.hub import located
-from poco_vla.rollout.serving import server as serving
+from poco_vla.serving import server as serving
 
 pytest_plugins = ["hub_server"]
 
@@ -109,7 +109,7 @@ def test_eval_knows_the_environment_of_a_pushed_policy(hub, home, monkeypatch, c
     """poco.json tells it; the policy of this run has other sizes than its task, which evaluation would meet first."""
     push_head(home / "run", "someone/cube", license="mit")
     seen = []
-    monkeypatch.setattr("poco_vla.evaluate.evaluate", lambda policy, env, **_: seen.append(env) or _Result())
+    monkeypatch.setattr("poco_vla.evaluation.evaluate", lambda policy, env, **_: seen.append(env) or _Result())
     for form in ("someone/cube", str(home / "run"), str(home / "run" / "best")):
         main(["eval", form])
     assert [env.task for env in seen] == ["cube-single-singletask-task1-v0"] * 3

@@ -13,8 +13,8 @@ from run_folders import about_of, based_run, move, write_run
 from safetensors.torch import load_file, save_file
 
 from poco_vla import PocoError, load_adapter, load_critic, load_head, propose, push_head
+from poco_vla.adapting.heads import sha256_of
 from poco_vla.errors import HubError
-from poco_vla.heads import sha256_of
 from poco_vla.hub.artifact import check_portable
 
 pytest_plugins = ["hub_server"]
@@ -180,7 +180,7 @@ def test_the_card_says_it_all_and_the_hub_accepts_it(based, run):
     assert "| after: POCO | 75% | 60% to 86% | 30 of 40 | 900 |" in card.text
     assert f"at commit `{based.revisions(BASE)[0]}`" in card.text
     assert "![Success against environment steps](curve.png)" in card.text
-    found = "--env.discover_packages_path=poco_vla.rollout.environments --env.type=ogbench --env.task=cube-single-"
+    found = "--env.discover_packages_path=poco_vla.simulators --env.type=ogbench --env.task=cube-single-"
     assert f"lerobot-eval --policy.path=FOLDER {found}" in card.text
     assert any(r.path == "/api/validate-yaml" for r in based.requests)
 

@@ -11,7 +11,8 @@ from tiny_env import FPS, assert_same_episode, point_spec
 
 from poco_vla import load_adapter
 from poco_vla.errors import NonFiniteError
-from poco_vla.rollout import Actor, EnvPool, EpisodeRecorder
+from poco_vla.recording.recorder import EpisodeRecorder
+from poco_vla.rollout import Actor, EnvPool
 from poco_vla.rollout.actor import ActingCopy, Weights
 from poco_vla.rollout.interaction import AsynchronousInteraction, SynchronousInteraction
 

@@ -11,7 +11,7 @@ import pytest
 from tiny_env import assert_same_episode, faulty_spec, homing_chunks
 
 from poco_vla.errors import ConfigError, SimulatorError
-from poco_vla.evaluate import EvaluationStopped
+from poco_vla.evaluation import EvaluationStopped
 from poco_vla.rollout import EnvPool
 
 HORIZON = 3
@@ -156,7 +156,7 @@ def test_a_hung_step_is_left_soon_after_the_run_stops():
 def test_an_evaluation_stops_when_it_is_told_to(monkeypatch):
     from lerobot_policy_flow_mlp.adapter import FlowMlp
 
-    from poco_vla.evaluate import evaluate
+    from poco_vla.evaluation import evaluate
 
     with (
         EnvPool(faulty_spec("none", in_process=True), 4, give_up=lambda: True) as pool,

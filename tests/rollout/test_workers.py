@@ -11,9 +11,9 @@ from tiny_env import faulty_spec
 
 from poco_vla.data import Episode
 from poco_vla.rollout import workers
-from poco_vla.rollout.environments import environment
 from poco_vla.rollout.video import _played
 from poco_vla.rollout.workers import Worker, close_all, wait, worker_context
+from poco_vla.simulators import environment
 
 
 def build():

@@ -17,21 +17,8 @@ from torch import Tensor
 from lerobot_policy_flow_mlp.configuration_flow_mlp import MAX_WIDTH, FlowMlpConfig
 from lerobot_policy_flow_mlp.modeling_flow_mlp import STATE_KEYS, TRUST_VARIABLE, FlowMlpPolicy
 from lerobot_policy_flow_mlp.processor_flow_mlp import make_flow_mlp_pre_post_processors
-from poco_vla import (
-    ActionSpec,
-    FlowPolicy,
-    PolicyError,
-    camera_names,
-    heads,
-    linear,
-    naming,
-    normalization,
-    policy_config,
-    processors,
-    raw,
-    weights,
-    whole_folder,
-)
+from poco_vla import ActionSpec, FlowPolicy, PolicyError, linear, raw, whole_folder
+from poco_vla.adapting import camera_names, heads, naming, normalization, policy_config, processors, weights
 
 OF_DATASET = frozenset(
     {"input_features", "output_features", "chunk_size", "n_action_steps", "push_to_hub", "action_feature_names"}

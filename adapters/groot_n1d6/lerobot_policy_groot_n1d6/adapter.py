@@ -46,23 +46,9 @@ from lerobot_policy_groot_n1d6.processing.steps import (
     PromptStep,
 )
 from lerobot_policy_groot_n1d6.processor_groot_n1d6 import make_groot_n1d6_pre_post_processors
-from poco_vla import (
-    ActionSpec,
-    FlowPolicy,
-    Lora,
-    PolicyError,
-    camera_names,
-    heads,
-    inject_lora,
-    merge_lora,
-    naming,
-    normalization,
-    policy_config,
-    processors,
-    raw,
-    whole_folder,
-)
-from poco_vla import weights as weight_files
+from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, inject_lora, merge_lora, raw, whole_folder
+from poco_vla.adapting import camera_names, heads, naming, normalization, policy_config, processors
+from poco_vla.adapting import weights as weight_files
 
 PROCESSED = {"embodiment", "tokenizer", "byte_ids", "letterbox", "exact_images", "augment_images"}
 """Options that the processors heed."""

@@ -17,21 +17,8 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_LANGUAGE_ATTENTION_M
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor, nn
 
-from poco_vla import (
-    ActionSpec,
-    FlowPolicy,
-    Lora,
-    PolicyError,
-    camera_names,
-    heads,
-    inject_lora,
-    merge_lora,
-    naming,
-    normalization,
-    raw,
-    weights,
-    whole_folder,
-)
+from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, inject_lora, merge_lora, raw, whole_folder
+from poco_vla.adapting import camera_names, heads, naming, normalization, weights
 from poco_vla_pi05 import checkpoint, expert, processors
 from poco_vla_pi05.architecture import (
     ARCHITECTURE_FILE,
@@ -412,7 +399,7 @@ class Pi05(FlowPolicy):
     def save_head(self, path: str | Path) -> None:
         """What was trained, and where its base model is: `from_pretrained` puts the two together again.
 
-        The folder is :mod:`poco_vla.heads`'s, with configuration and processors.
+        The folder is :mod:`poco_vla.adapting.heads`'s, with configuration and processors.
         """
         with heads.head_folder(path) as partial:
             heads.write_head(

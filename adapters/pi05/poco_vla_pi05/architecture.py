@@ -20,7 +20,8 @@ from lerobot.policies.pi05.modeling_pi05 import PI05Policy, PI05Pytorch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
-from poco_vla import PolicyError, heads, policy_config
+from poco_vla import PolicyError
+from poco_vla.adapting import heads, policy_config
 
 ARCHITECTURE_FILE = "architecture.json"
 """Lies beside the weights of a model that has not pi0.5's own sizes."""

@@ -17,7 +17,8 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from safetensors.torch import save_file
 from torch import Tensor
 
-from poco_vla import PolicyError, heads, policy_config, weights
+from poco_vla import PolicyError
+from poco_vla.adapting import heads, policy_config, weights
 from poco_vla_pi05.architecture import Architecture
 
 WEIGHTS = "model.safetensors"

@@ -26,8 +26,9 @@ from lerobot.processor.converters import create_transition
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_STATE
 from torch import Tensor
 
-from poco_vla import DataError, PolicyError, camera_names
-from poco_vla import processors as pipelines
+from poco_vla import DataError, PolicyError
+from poco_vla.adapting import camera_names
+from poco_vla.adapting import processors as pipelines
 
 PREPROCESSOR, POSTPROCESSOR = pipelines.PREPROCESSOR, pipelines.POSTPROCESSOR
 INPUT_STEPS: pipelines.Steps = {

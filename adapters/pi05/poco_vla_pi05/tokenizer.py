@@ -7,7 +7,8 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
 
-from poco_vla import PolicyError, policy_config
+from poco_vla import PolicyError
+from poco_vla.adapting import policy_config
 
 DEFAULT = "google/paligemma-3b-pt-224"
 """What LeRobot's pi0.5 processors ask for: a gated repository."""

@@ -18,23 +18,8 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from poco_vla import (
-    ActionSpec,
-    DataError,
-    FlowPolicy,
-    Lora,
-    PolicyError,
-    camera_names,
-    heads,
-    inject_lora,
-    merge_lora,
-    naming,
-    normalization,
-    processors,
-    raw,
-    weights,
-    whole_folder,
-)
+from poco_vla import ActionSpec, DataError, FlowPolicy, Lora, PolicyError, inject_lora, merge_lora, raw, whole_folder
+from poco_vla.adapting import camera_names, heads, naming, normalization, processors, weights
 from poco_vla_smolvla import checkpoint, network
 from poco_vla_smolvla.network import SmolVlaPrefix
 from poco_vla_smolvla.vlm import Vlm, empty_policy, random_weights, tiny_vlm

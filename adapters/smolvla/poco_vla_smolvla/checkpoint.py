@@ -20,7 +20,8 @@ from lerobot.processor import (
 )
 from lerobot.utils.constants import OBS_IMAGES, OBS_LANGUAGE_ATTENTION_MASK
 
-from poco_vla import DataError, PolicyError, camera_names, heads, policy_config, processors, weights
+from poco_vla import DataError, PolicyError
+from poco_vla.adapting import camera_names, heads, policy_config, processors, weights
 
 PREPROCESSOR, POSTPROCESSOR = processors.PREPROCESSOR, processors.POSTPROCESSOR
 INPUT_STEPS: processors.Steps = {

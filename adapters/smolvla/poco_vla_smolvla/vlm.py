@@ -21,7 +21,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.smolvlm import SmolVLMConfig, SmolVLMImageProcessor, SmolVLMProcessor
 from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 
-from poco_vla import PolicyError, policy_config
+from poco_vla import PolicyError
+from poco_vla.adapting import policy_config
 
 
 @dataclass(frozen=True)

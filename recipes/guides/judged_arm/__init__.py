@@ -12,7 +12,7 @@ from lerobot.rewards.factory import make_reward_pre_post_processors
 from lerobot.robots import RobotConfig
 from lerobot.robots.so_follower import SO101Follower, SO101FollowerConfig
 
-from poco_vla.rollout.robots import RewardModelSuccess
+from poco_vla.robots import RewardModelSuccess
 
 
 @RobotConfig.register_subclass("judged_arm")

@@ -12,7 +12,7 @@ from huggingface_hub import set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 from lerobot.teleoperators import Teleoperator, TeleoperatorConfig
 
-from poco_vla.rollout.robots.simulated import ACTION
+from poco_vla.robots.simulated import ACTION
 
 HUB = urlsplit(os.environ["HF_ENDPOINT"])
 

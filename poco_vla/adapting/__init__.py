@@ -1,0 +1,1 @@
+"""What model adapters are built from: where a model lies, its weights, names, statistics, processors and head files."""

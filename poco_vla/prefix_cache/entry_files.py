@@ -1,0 +1,269 @@
+"""Entries on disk. Files are read and written by position, through the system's page cache as a mapping would be: that
+costs a copy, and a disk that fails raises an error where a mapping would end the process."""
+
+import errno
+import itertools
+import os
+import struct
+import tempfile
+import zlib
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from poco_vla.prefix_cache.entries import Entry, Layout, layout_from_json, layout_to_json
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RECORD = struct.Struct("<qQII")
+"""In an index: id, where the entry's bytes begin, how many they are, their CRC-32; a CRC-32 of these four follows."""
+HEAD = struct.Struct("<I")
+"""Before an entry's bytes: the length of its layout as JSON, which comes next."""
+
+
+class DiskFullError(Exception):
+    """No room: of the budget, or of the disk."""
+
+
+@dataclass
+class Room:
+    """Bytes that all files together may take."""
+
+    budget: int
+    taken: int = 0
+    is_full: bool = False
+
+    def take(self, size: int) -> None:
+        """Raises DiskFullError where they do not fit."""
+        if self.is_full or self.taken + size > self.budget:
+            raise DiskFullError
+        self.taken += size
+
+    def write(self, file: int, blob: bytes, offset: int) -> None:
+        """Raises DiskFullError where the disk has no room; from then on the files grow no more."""
+        try:
+            view = memoryview(blob)
+            while view:
+                written = os.pwrite(file, view, offset)
+                view, offset = view[written:], offset + written
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self.is_full = True
+            raise DiskFullError from error
+
+
+def to_blob(entry: Entry) -> bytes:
+    layout = layout_to_json(entry.layout).encode()
+    return HEAD.pack(len(layout)) + layout + entry.data.numpy().tobytes()
+
+
+def from_blob(blob: bytearray, layouts: dict[bytes, Layout]) -> Entry:
+    """`layouts` keeps those that were read before: most entries have one of few."""
+    (length,) = HEAD.unpack_from(blob)
+    text, begin = bytes(blob[HEAD.size : HEAD.size + length]), HEAD.size + length
+    layout = layouts.setdefault(text, layout_from_json(text.decode()))
+    data = torch.empty(len(blob) - begin, dtype=torch.uint8)  # aligned, which the place in the file need not be
+    data.copy_(torch.frombuffer(blob, dtype=torch.uint8, offset=begin))
+    return Entry(layout, data)
+
+
+def read_at(file: int, size: int, offset: int) -> bytearray:
+    """Raises OSError where the file is shorter."""
+    blob = bytearray(size)
+    view = memoryview(blob)
+    while view:
+        got = os.preadv(file, [view], offset)
+        if got == 0:
+            raise OSError(errno.EIO, "the file ends too early")
+        view, offset = view[got:], offset + got
+    return blob
+
+
+class Shelf:
+    """Entries that stay for later runs: files that only ever grow. Of several processes each writes files of its own,
+    and reads those that were there before.
+
+    A file ``N.data`` holds entries one behind the other, ``N.index`` a `RECORD` for each, which is written after its
+    bytes: what a killed process left unfinished is in no index. After a loss of power, which may keep the index and
+    lose the bytes, checksums tell: they are looked at when an entry is first read.
+
+    Args:
+        folder: of the shelf; all that lies there is of one identity, which the caller sees to.
+        room: for this process's file, and what is there already.
+    """
+
+    def __init__(self, folder: Path, room: Room) -> None:
+        self.folder, self.room = folder, room
+        self.num_damaged = 0
+        self._places: dict[int, tuple[int, int, int, int]] = {}  # id -> file, offset, size, checksum
+        self._unseen: set[int] = set()
+        self._layouts: dict[bytes, Layout] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock, number = self._own_number()
+        self._files = {}
+        for path in sorted(folder.glob("*.index")):
+            self._open(path, int(path.stem))
+        flags = os.O_RDWR | os.O_CREAT
+        self._data = os.open(folder / f"{number}.data", flags, 0o644)
+        self._index = os.open(folder / f"{number}.index", flags, 0o644)
+        if number in self._files:
+            os.close(self._files[number])
+        self._files[number], self._number = self._data, number
+        self._end = os.fstat(self._data).st_size
+        # A torn last record would shift all that come after it.
+        self._index_end = os.fstat(self._index).st_size // _LINE * _LINE
+        os.ftruncate(self._index, self._index_end)
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def get(self, key: int) -> Entry | None:
+        """The entry; None where there is none, or its bytes are not those that were written."""
+        if key not in self._places:
+            return None
+        file, offset, size, checksum = self._places[key]
+        try:
+            blob = read_at(self._files[file], size, offset)
+        except OSError:
+            blob = bytearray()
+        if key in self._unseen and _checksum(key, blob) != checksum:
+            del self._places[key]
+            self._unseen.discard(key)
+            self.num_damaged += 1
+            return None
+        self._unseen.discard(key)
+        return from_blob(blob, self._layouts)
+
+    def put(self, key: int, entry: Entry) -> None:
+        """Raises DiskFullError."""
+        if key in self._places:
+            return
+        blob = to_blob(entry)
+        self.room.take(len(blob) + _LINE)
+        checksum = _checksum(key, blob)
+        self.room.write(self._data, blob, self._end)
+        record = RECORD.pack(key, self._end, len(blob), checksum)
+        try:
+            self.room.write(self._index, record + HEAD.pack(zlib.crc32(record)), self._index_end)
+        except DiskFullError:
+            os.ftruncate(self._index, self._index_end)
+            raise
+        self._index_end += _LINE
+        self._places[key] = (self._number, self._end, len(blob), checksum)
+        self._end += len(blob)
+
+    def close(self) -> None:
+        for file in {*self._files.values(), self._index}:
+            os.close(file)
+        self._files.clear()
+        self._places.clear()
+        self._lock.release()
+
+    def _own_number(self) -> tuple[FileLock, int]:
+        """The first number that no living process writes; the system gives a lock back however a process ends."""
+        for number in itertools.count():
+            lock = FileLock(self.folder / f"{number}.lock")
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+                return lock, number
+        raise AssertionError
+
+    def _open(self, index: Path, number: int) -> None:
+        data = os.open(index.with_suffix(".data"), os.O_RDONLY)
+        self._files[number] = data
+        size = os.fstat(data).st_size
+        text = index.read_bytes()
+        self.room.taken += size + len(text)
+        for begin in range(0, len(text) // _LINE * _LINE, _LINE):
+            record, (check,) = text[begin : begin + RECORD.size], HEAD.unpack_from(text, begin + RECORD.size)
+            key, offset, length, checksum = RECORD.unpack(record)
+            if zlib.crc32(record) == check and offset + length <= size:
+                self._places[key] = (number, offset, length, checksum)
+                self._unseen.add(key)
+
+
+_LINE = RECORD.size + HEAD.size
+
+
+def _checksum(key: int, blob: bytes | bytearray) -> int:
+    return zlib.crc32(blob, zlib.crc32(struct.pack("<q", key)))
+
+
+class NamelessFile:
+    """Entries that go with the process: a ring in a file without a name, in which new ones take the place of the
+    oldest, as in the pool itself.
+
+    Args:
+        folder: on whose disk it lies.
+        room: that it may take; where there is no more, the ring begins anew.
+    """
+
+    def __init__(self, folder: Path, room: Room) -> None:
+        self.room = room
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as this lives)
+        self._places: OrderedDict[int, tuple[int, int]] = OrderedDict()  # oldest first
+        self._layouts: dict[bytes, Layout] = {}
+        self._pointer = self._size = 0
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def get(self, key: int) -> Entry | None:
+        if key not in self._places:
+            return None
+        offset, size = self._places[key]
+        return from_blob(read_at(self._file.fileno(), size, offset), self._layouts)
+
+    def put(self, key: int, entry: Entry) -> None:
+        """Raises DiskFullError where not even an empty ring has room for it."""
+        if key in self._places:
+            return
+        blob = to_blob(entry)
+        begin = self._begin(len(blob))
+        if begin < self._pointer:  # what is left behind the pointer is the oldest of all
+            self._evict(self._pointer, self._size)
+        self._evict(begin, begin + len(blob))
+        try:
+            self.room.write(self._file.fileno(), blob, begin)
+        except DiskFullError:
+            self._size, self._pointer = begin, 0
+            raise
+        self._places[key] = (begin, len(blob))
+        self._pointer = begin + len(blob)
+
+    def close(self) -> None:
+        self._places.clear()
+        self._file.close()
+
+    def _begin(self, size: int) -> int:
+        """Where the next entry goes: behind the last one, or, where the file may grow no more, at its beginning."""
+        end = self._pointer + size
+        if end > self._size:
+            try:
+                self.room.take(end - self._size)
+                self._size = end
+            except DiskFullError:
+                if size > self._size:
+                    raise
+                return 0
+        return self._pointer
+
+    def _evict(self, begin: int, end: int) -> None:
+        """Drop what lies in [begin, end): the oldest, as the pointer goes round."""
+        while self._places:
+            key, (offset, size) = next(iter(self._places.items()))
+            if not (offset < end and begin < offset + size):
+                return
+            del self._places[key]

@@ -1,0 +1,261 @@
+"""The prefix store: entries in the accelerator's memory, in RAM and on disk, each tier with a budget in bytes."""
+
+import mmap
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from poco_vla.config import PrefixConfig
+from poco_vla.data.replay import ONLINE
+from poco_vla.prefix_cache.entries import Entry
+from poco_vla.prefix_cache.entry_files import DiskFullError, NamelessFile, Room, Shelf
+
+LOCKED_FROM = 1024**2
+"""Bytes from which on an entry's memory is page-locked, where there is a GPU: smaller ones share pages."""
+
+
+class MemoryTier:
+    """Entries in one kind of memory; the least recently used go first.
+
+    Args:
+        budget: most bytes of all entries.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.taken = budget, 0
+        self._entries: OrderedDict[int, Entry] = OrderedDict()  # least recently used first
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: int) -> Entry | None:
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._entries.move_to_end(key)
+        return entry
+
+    def has_room(self, entry: Entry) -> bool:
+        return self.taken + entry.num_bytes <= self.budget
+
+    def put(self, key: int, entry: Entry) -> list[tuple[int, Entry]]:
+        """What has to leave for it; itself where it is larger than the whole tier."""
+        self.pop(key)
+        if entry.num_bytes > self.budget:
+            return [(key, entry)]
+        gone = []
+        while not self.has_room(entry):
+            old, its = self._entries.popitem(last=False)
+            self.taken -= its.num_bytes
+            gone.append((old, its))
+        self._entries[key] = entry
+        self.taken += entry.num_bytes
+        return gone
+
+    def pop(self, key: int) -> Entry | None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.taken -= entry.num_bytes
+        return entry
+
+
+@dataclass
+class Loads:
+    """Entries that were loaded, read ahead in vain included.
+
+    Attributes:
+        from_device: from the accelerator's memory; likewise the next two.
+        num_bytes: of those from RAM or disk.
+    """
+
+    from_device: int = 0
+    from_ram: int = 0
+    from_disk: int = 0
+    num_bytes: int = 0
+
+
+class PrefixStore:
+    """Three tiers. A new entry goes to the fastest; what has to leave a tier for it goes to the next. An entry that is
+    found moves up where there is room without another's leaving: under uniform sampling no entry is worth more than
+    another. Demonstrations' are written to disk at once, where they stay for later runs.
+
+    Each process stores what its own rows of the batches need: every process draws other rows at every update, so that
+    a share of the states for each would make most of them travel between processes instead of out of memory.
+
+    May be used from several threads.
+
+    Args:
+        config: budgets.
+        device: where entries are wanted.
+        folder: of the files, made for one identity; None keeps nothing on disk.
+    """
+
+    def __init__(self, config: PrefixConfig, device: torch.device, folder: Path | None = None) -> None:
+        self.device = device
+        self.loads = Loads()
+        self.disk_is_full = False
+        on_gpu = device.type == "cuda"
+        self._fast = MemoryTier(config.device_bytes if on_gpu else 0)
+        self._ram = MemoryTier(config.ram_bytes)
+        self._room = Room(config.disk_bytes)
+        self._shelf = self._file = None
+        if folder is not None and config.disk_bytes:
+            self._shelf, self._file = Shelf(folder, self._room), NamelessFile(folder, self._room)
+        self._copying = torch.cuda.Stream(device) if on_gpu else None
+        self._lock = threading.RLock()
+
+    def fetch(self, keys: Sequence[int]) -> dict[int, Entry]:
+        """The entries that it has of these, on the device, ready for whichever stream calls `use`."""
+        found: dict[int, Entry] = {}
+        sources: list[Entry] = []  # stay until they are copied, wherever they are evicted from meanwhile
+        with self._stream():
+            for key in keys:
+                with self._lock:
+                    entry = self._get(key, sources)
+                if entry is not None:
+                    found[key] = entry
+        if self._copying is not None:
+            self._copying.synchronize()
+        return found
+
+    def use(self, entries: Mapping[int, Entry]) -> None:
+        """The current stream will read them: their memory is not given away before it has."""
+        if self._copying is not None:
+            for entry in entries.values():
+                entry.data.record_stream(torch.cuda.current_stream(self.device))
+
+    def put(self, entries: Mapping[int, Entry]) -> None:
+        """Keep new entries, which are on the device."""
+        with self._lock:
+            if self._copying is not None:  # what was just copied to the device may have to leave it
+                torch.cuda.current_stream(self.device).wait_stream(self._copying)
+            for key, entry in entries.items():
+                cpu = None
+                if key < ONLINE and self._shelf is not None:
+                    cpu = self.to_ram(entry)
+                    self._write(self._shelf, key, cpu)
+                for old, its in self._fast.put(key, entry):
+                    self._demote(old, cpu if cpu is not None and old == key else self.to_ram(its))
+
+    def put_in_ram(self, entries: Mapping[int, Entry]) -> None:
+        """Keep new entries of online states, which are in RAM (`to_ram`)."""
+        with self._lock:
+            for key, entry in entries.items():
+                self._demote(key, entry)
+
+    def from_disk(self, keys: Sequence[int]) -> dict[int, Entry]:
+        """Those that lie on disk, read from there wherever else they lie, in RAM."""
+        with self._lock:
+            found = {key: self._of_disk(key) for key in keys}
+        return {key: entry for key, entry in found.items() if entry is not None}
+
+    def forget(self) -> None:
+        """Do not use what was on disk before, nor write there."""
+        with self._lock:
+            if self._shelf is not None:
+                self._shelf.close()
+            self._shelf = None
+            self._fast, self._ram = MemoryTier(self._fast.budget), MemoryTier(self._ram.budget)
+
+    def close(self) -> None:
+        with self._lock:
+            for file in (self._shelf, self._file):
+                if file is not None:
+                    file.close()
+            self._shelf = self._file = None
+            self._fast, self._ram = MemoryTier(0), MemoryTier(0)
+
+    def __len__(self) -> int:
+        """Entries in memory and on disk, those in several tiers once for each."""
+        files = [file for file in (self._shelf, self._file) if file is not None]
+        return sum(map(len, (self._fast, self._ram, *files)))
+
+    @property
+    def num_damaged(self) -> int:
+        """Entries on disk that were not what had been written."""
+        return 0 if self._shelf is None else self._shelf.num_damaged
+
+    @property
+    def num_kept(self) -> int:
+        """Entries on disk that stay for later runs."""
+        return 0 if self._shelf is None else len(self._shelf)
+
+    @property
+    def num_bytes(self) -> dict[str, int]:
+        """What each tier takes."""
+        return {"device": self._fast.taken, "ram": self._ram.taken, "disk": self._room.taken}
+
+    def _get(self, key: int, sources: list[Entry]) -> Entry | None:
+        entry = self._fast.get(key)
+        if entry is not None:
+            self.loads.from_device += 1
+            return entry
+        entry = self._ram.get(key)
+        if entry is not None:
+            self.loads.from_ram += 1
+        else:
+            entry = self._of_disk(key)
+            if entry is None:
+                return None
+            self.loads.from_disk += 1
+            if self._ram.has_room(entry):
+                self._ram.put(key, entry := self.to_ram(entry))
+        self.loads.num_bytes += entry.num_bytes
+        if self._copying is not None:
+            sources.append(entry)
+            entry = entry.to(self.device)
+            if self._fast.has_room(entry):
+                self._fast.put(key, entry)
+        return entry
+
+    def _of_disk(self, key: int) -> Entry | None:
+        file = self._shelf if key < ONLINE else self._file
+        entry = None if file is None else file.get(key)
+        # Of demonstrations the shelf had no room for, some may have left RAM later.
+        return self._file.get(key) if entry is None and self._file is not None else entry
+
+    def _demote(self, key: int, entry: Entry) -> None:
+        for old, its in self._ram.put(key, entry):
+            if self._file is not None and not (self._shelf is not None and old in self._shelf):
+                self._write(self._file, old, its)
+
+    def _write(self, file: Any, key: int, entry: Entry) -> None:
+        try:
+            file.put(key, entry)
+        except DiskFullError:
+            self.disk_is_full = self._room.is_full
+
+    def to_ram(self, entry: Entry) -> Entry:
+        """In RAM, page-locked where there is a GPU to copy from it."""
+        if self._copying is None or entry.num_bytes < LOCKED_FROM:
+            return Entry(entry.layout, entry.data.cpu())
+        data = torch.from_numpy(page_locked(entry.num_bytes))
+        return Entry(entry.layout, data.copy_(entry.data))
+
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        with torch.cuda.stream(self._copying) if self._copying is not None else nullcontext():
+            yield
+
+
+def page_locked(size: int) -> np.ndarray:
+    """uint8 [size] that a GPU reads without the CPU's help. torch's own pinned memory comes in powers of two: up to
+    twice what a budget counts."""
+    memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)  # pages of its own: none is registered twice
+    runtime: Any = torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(memory.ctypes.data, size, 0)) == 0:
+        weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data).atexit = False
+    else:
+        with suppress(RuntimeError):  # CUDA reports a refusal at the next call, whatever that is
+            torch.zeros(1, device="cuda")
+    return memory

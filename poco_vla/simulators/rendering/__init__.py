@@ -1,0 +1,1 @@
+"""Pictures of MuJoCo scenes: by OpenGL, or by casting rays on the CPU."""

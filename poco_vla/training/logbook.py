@@ -1,0 +1,203 @@
+"""What a run tells as it goes: to the live view, to Accelerate's trackers, and into its .jsonl files."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from poco_vla.algorithm import Stage
+from poco_vla.evaluation import wilson_interval
+from poco_vla.files import whole_file
+from poco_vla.progress import Bar
+from poco_vla.training.progress import Progress
+
+
+class Logbook:
+    """Means over each `every` updates, one line per episode, one per evaluation.
+
+    Args:
+        folder: of the run; holds metrics.jsonl, episodes.jsonl and evaluations.jsonl.
+        accelerator: means are over all processes; the main one writes.
+        progress: how far the run is.
+        every: updates per line of metrics.jsonl.
+        written: calls what writes something, named by its first argument, until there is room for it.
+
+    Attributes:
+        beside: further figures since its last call that differ from run to run, as rates do.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        progress: Progress,
+        every: int,
+        written: Callable[[str, Callable[[], Any]], None],
+    ) -> None:
+        self.folder, self.accelerator, self.progress, self.every = folder, accelerator, progress, every
+        self.written = written
+        self._names: list[str] = []
+        self._sums = torch.zeros(0)
+        self._num_summed = 0
+        self._ages = (0, 0)
+        self.begin()
+        self.beside: Callable[[], Mapping[str, float]] = dict
+
+    def begin(self) -> None:
+        """Updates begin now: rates count from here."""
+        self._logged = (time.monotonic(), self.progress.update, self.progress.env_steps)
+
+    def updated(self, stage: Stage, metrics: Mapping[str, Tensor], bar: Bar) -> None:
+        """An update was made; `metrics` are scalars on its device, fetched only when a line is due."""
+        values = torch.stack(list(metrics.values()))  # one sum on a GPU instead of one for each name
+        if self._names != list(metrics):
+            self._names, self._num_summed = list(metrics), 0
+        self._sums = self._sums + values if self._num_summed else values
+        self._num_summed += 1
+        if self._num_summed == self.every:
+            self._log(stage, bar)
+
+    def acted(self, versions: np.ndarray) -> None:
+        """Steps have come that weights of these versions chose."""
+        total, count = self._ages
+        self._ages = total + int((self.progress.version - versions).sum()), count + len(versions)
+
+    def episode(self, length: int, success: bool) -> None:
+        """An episode has entered the pool."""
+        self._write("episodes.jsonl", {"env_steps": self.progress.env_steps, "length": length, "success": success})
+
+    def evaluated(self, figures: Mapping[str, Any]) -> None:
+        """An evaluation has ended."""
+        self._write("evaluations.jsonl", figures)
+
+    def told(self) -> dict[str, Any]:
+        """How the online stage goes, in words and numbers for people elsewhere."""
+        now = self.progress
+        shown = _success(now.recent) if now.recent else "no episode yet"
+        return {"env_steps": now.env_steps, "updates": now.update, "episodes": now.episodes, "success": shown}
+
+    def state(self) -> dict[str, Any]:
+        """The window that is not full yet, for a checkpoint; `load` takes it back."""
+        sums = dict(zip(self._names, self._sums.tolist(), strict=True))
+        return {"sums": sums, "num_summed": self._num_summed, "ages": self._ages}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; lines from after it are dropped, since their updates are run again."""
+        self._names = list(state["sums"])
+        self._sums = torch.tensor(list(state["sums"].values()), device=self.accelerator.device)
+        self._num_summed = state["num_summed"]
+        self._ages = tuple(state["ages"])
+        now = self.progress
+        self.begin()
+        if self.accelerator.is_main_process:
+            made = [line for line in self._lines("metrics.jsonl", "update") if line["update"] <= now.update]
+            self._rewrite("metrics.jsonl", made)
+            self._rewrite("episodes.jsonl", self._lines("episodes.jsonl", "env_steps")[: now.episodes])
+            self._rewrite("evaluations.jsonl", now.evaluations)
+
+    def _log(self, stage: Stage, bar: Bar) -> None:
+        means = self.accelerator.reduce(self._sums.float() / self._num_summed, "mean")
+        assert isinstance(means, Tensor)
+        scalars = dict(zip(self._names, means.tolist(), strict=True))
+        self._num_summed = 0
+        now = self.progress
+        if stage != "sft":
+            scalars |= self._acting()
+        rates, beside = self._rates(), dict(self.beside())
+        shown = {name: f"{value:.0f}/s" for name, value in rates.items() if value}
+        shown |= {"stored": f"{beside['prefix_hits']:.0%}"} if "prefix_hits" in beside else {}
+        bar.note(_headline(scalars, now.recent) | shown)
+        tracked = scalars | {f"{name}_per_s": value for name, value in rates.items()} | beside
+        shown_there = {f"{stage}/{name}": value for name, value in tracked.items()}
+        self.written("a line of the trackers", lambda: self.accelerator.log(shown_there, step=now.update))
+        seconds = round(now.elapsed(), 2)
+        line = {"stage": stage, "update": now.update, "env_steps": now.env_steps, "seconds": seconds}
+        self._write("metrics.jsonl", line | scalars)
+
+    def _acting(self) -> dict[str, float]:
+        """Updates per control step, updates by which the weights that acted were older than the learner's, success."""
+        now, (total, count) = self.progress, self._ages
+        self._ages = (0, 0)
+        scalars = {"utd": now.stage_update / max(1, now.env_steps)}
+        if count:
+            scalars["weight_age"] = total / count
+        if now.recent:
+            scalars["train_success"] = sum(now.recent) / len(now.recent)
+        return scalars
+
+    def _rates(self) -> dict[str, float]:
+        """Updates and environment steps per second since the last log line. They differ from run to run, so that they
+        are shown and tracked, but not in metrics.jsonl, which a resumed run repeats."""
+        clock, now = time.monotonic(), self.progress
+        then, updates, steps = self._logged
+        self._logged = (clock, now.update, now.env_steps)
+        seconds = max(clock - then, 1e-6)
+        return {"updates": (now.update - updates) / seconds, "steps": (now.env_steps - steps) / seconds}
+
+    def _write(self, name: str, values: Mapping[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.written(f"a line of {name}", lambda: _append(self.folder / name, json.dumps(values) + "\n"))
+
+    def _lines(self, name: str, needed: str) -> list[dict[str, Any]]:
+        """Return what a file holds. Lines that are no object with the number `needed` are left out: a kill may have
+        torn the last one, a loss of power may have emptied some."""
+        path = self.folder / name
+        lines = []
+        for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            with suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and isinstance(line.get(needed), int):
+                    lines.append(line)
+        return lines
+
+    def _rewrite(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        def write() -> None:
+            with whole_file(self.folder / name) as partial:
+                partial.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+        self.written(name, write)
+
+
+def _append(path: Path, line: str) -> None:
+    """All of the line or nothing of it."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write(line)
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)
+        raise
+
+
+def _headline(scalars: Mapping[str, float], recent: Sequence[bool]) -> dict[str, float | str]:
+    """The scalars that fit below a bar; success with its 95 % interval."""
+    names = {
+        "train_success": "success",
+        "bc_loss": "bc",
+        "q": "Q",
+        "critic_loss": "td",
+        "posterior_loss": "post",
+        "clipped_fraction": "clipped",
+        "effective_sample_size": "ess",
+        "utd": "utd",
+        "weight_age": "age",
+    }
+    out: dict[str, float | str] = {short: scalars[name] for name, short in names.items() if name in scalars}
+    if "train_success" in scalars:
+        out["success"] = _success(recent)
+    return out
+
+
+def _success(recent: Sequence[bool]) -> str:
+    """Share of successes with its 95 % interval."""
+    low, high = wilson_interval(sum(recent), len(recent))
+    return f"{sum(recent) / len(recent):.0%} [{low:.0%}, {high:.0%}]"
