@@ -68,7 +68,7 @@ class View:
 
     def waiting(self, status: Mapping[str, Any]) -> None:
         """The learner lets no episode begin."""
-        text = f"the robot rests: {status.get('note') or 'learning is to catch up'}"
+        text = f"the robot rests: {status.get('note') or 'waiting for the learner'}"
         self.note(text)
         if not self.console.is_terminal and text != self._told:
             self.say(text)

@@ -111,11 +111,12 @@ class Logbook:
         now = self.progress
         if stage != "sft":
             scalars |= self._acting()
-        rates, beside = self._rates(), dict(self.beside())
-        shown = {name: f"{value:.0f}/s" for name, value in rates.items() if value}
-        shown |= {"stored": f"{beside['prefix_hits']:.0%}"} if "prefix_hits" in beside else {}
+        rates = {f"{name}_per_s": value for name, value in self._rates().items()}
+        beside = dict(self.beside())
+        shown = {name: f"{value:.0f}" for name, value in rates.items() if value}
+        shown |= {"prefix_hits": f"{beside['prefix_hits']:.0%}"} if "prefix_hits" in beside else {}
         bar.note(_headline(scalars, now.recent) | shown)
-        tracked = scalars | {f"{name}_per_s": value for name, value in rates.items()} | beside
+        tracked = scalars | rates | beside
         shown_there = {f"{stage}/{name}": value for name, value in tracked.items()}
         self.written("a line of the trackers", lambda: self.accelerator.log(shown_there, step=now.update))
         seconds = round(now.elapsed(), 2)
@@ -178,22 +179,18 @@ def _append(path: Path, line: str) -> None:
         raise
 
 
+HEADLINE = (
+    *("train_success", "bc_loss", "q", "critic_loss", "posterior_loss", "clipped_fraction", "effective_sample_size"),
+    *("utd", "weight_age"),
+)
+"""Metrics shown below the live bar, in this order and by the names of metrics.jsonl."""
+
+
 def _headline(scalars: Mapping[str, float], recent: Sequence[bool]) -> dict[str, float | str]:
-    """The scalars that fit below a bar; success with its 95 % interval."""
-    names = {
-        "train_success": "success",
-        "bc_loss": "bc",
-        "q": "Q",
-        "critic_loss": "td",
-        "posterior_loss": "post",
-        "clipped_fraction": "clipped",
-        "effective_sample_size": "ess",
-        "utd": "utd",
-        "weight_age": "age",
-    }
-    out: dict[str, float | str] = {short: scalars[name] for name, short in names.items() if name in scalars}
+    """Return the scalars that fit below a bar; success with its 95 % interval."""
+    out: dict[str, float | str] = {name: scalars[name] for name in HEADLINE if name in scalars}
     if "train_success" in scalars:
-        out["success"] = _success(recent)
+        out["train_success"] = _success(recent)
     return out
 
 

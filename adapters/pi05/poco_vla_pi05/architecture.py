@@ -53,7 +53,7 @@ class Vision:
 
 @dataclass(frozen=True)
 class Architecture:
-    """All sizes of a pi0.5. The defaults are the real model's (spec A1)."""
+    """All sizes of a pi0.5. The defaults are the real model's."""
 
     vlm: Stack = Stack(2048, 18, 16_384, 256)
     expert: Stack = Stack(1024, 18, 4096, 256)
@@ -138,10 +138,10 @@ def lerobot_builds(architecture: Architecture) -> Iterator[None]:
 
 
 def empty_policy(config: PI05Config, architecture: Architecture) -> PI05Policy:
-    """LeRobot's policy with parameters that hold no memory yet, and real buffers (rotary frequencies, positions).
+    """Return LeRobot's policy, parameters without memory yet, and real buffers (rotary frequencies, positions).
 
     Buffers are rounded as `config.dtype` asks, as LeRobot does: a checkpoint that was trained with rounded rotary
-    frequencies keeps them (spec A9).
+    frequencies keeps them.
     """
     policy = PI05Policy.__new__(PI05Policy)  # its __init__ would move the empty parameters to a device
     PreTrainedPolicy.__init__(policy, config)
@@ -159,8 +159,8 @@ PROJECTIONS = ("action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out
 
 
 def in_head(name: str) -> bool:
-    """Whether a parameter or module of `PI05Policy.model` belongs to the action head: the expert without its language
-    head, and the four projections (spec A2)."""
+    """Return True if a parameter or module of `PI05Policy.model` belongs to the action head: the expert without its
+    language head, and the four projections."""
     name = name.removeprefix("model.")
     return name.startswith(("paligemma_with_expert.gemma_expert.model.", *PROJECTIONS))
 

@@ -1,7 +1,6 @@
 """Reading and writing pi0.5's weights: a complete match, or an error that names what does not.
 
-LeRobot's own `from_pretrained` prints a line and returns a half-random model when a file is missing or keys differ
-(spec A10).
+LeRobot's own `from_pretrained` prints a line and returns a half-random model when a file is missing or keys differ.
 """
 
 from collections.abc import Iterable, Mapping

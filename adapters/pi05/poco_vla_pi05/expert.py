@@ -1,7 +1,7 @@
 """The action expert over a shared prefix: N candidates of a state, each at a time of its own, attend to one KV cache.
 
 Weights and norms are LeRobot's own modules. What differs from its `denoise_step` is only how they are run: candidates
-are an axis, so that nothing of the prefix is copied, cloned or concatenated (specs A5, A8).
+are an axis, so that nothing of the prefix is copied, cloned or concatenated.
 
 Shapes beside the library's legend: P prefix tokens, C expert width, M query heads, D head width.
 """
@@ -61,7 +61,7 @@ def velocity(
 
 
 def _condition(model: PI05Pytorch, time: Float[Tensor, "B N"]) -> Float[Tensor, "B N 1 C"]:
-    """adaRMS condition of each time: silu(W_out silu(W_in sincos(t))) (spec A4)."""
+    """Return the adaRMS condition of each time: silu(W_out silu(W_in sincos(t)))."""
     config = model.config
     device: Any = time.device  # annotated as str
     embedded = create_sinusoidal_pos_embedding(
@@ -85,7 +85,7 @@ def _layer(
 ) -> Float[Tensor, "B N H C"]:
     """One decoder layer: attention and MLP, each with its adaptive norm and gated residual."""
     attention, mlp = layer.self_attn, layer.mlp
-    # LeRobot's norm broadcasts a condition [B N 1 C] rightly over 4-D hidden states (spec A4).
+    # LeRobot's norm broadcasts a condition [B N 1 C] rightly over 4-D hidden states.
     normed, gate = layer.input_layernorm(hidden, cond=condition)
     normed = normed.to(compute)
     q = _linear(attention.q_proj, normed).unflatten(-1, (-1, attention.head_dim))

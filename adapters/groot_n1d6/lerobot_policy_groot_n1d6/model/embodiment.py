@@ -14,7 +14,7 @@ caller can know this without reading a tensor back from the accelerator."""
 
 
 class CategoryLinear(nn.Module):
-    """x W[e] + b[e]. `W` is [embodiment, in, out], the transpose of nn.Linear's (section 14, trap 7)."""
+    """x W[e] + b[e]. `W` is [embodiment, in, out], the transpose of nn.Linear's."""
 
     def __init__(self, num_embodiments: int, inputs: int, outputs: int) -> None:
         super().__init__()

@@ -33,7 +33,8 @@ def training_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "*batch H A"]]:
     """Mean squared error over the whole batch's valid entries, and each entry's own.
 
-    Padded entries count in no mean, but the network sees their noise (section 14, trap 8).
+    Padded entries count in no mean, but the network sees their noise, as in the original, which denoises the full
+    width and masks the loss alone.
 
     Args:
         velocity: of noisy chunks at their times.

@@ -103,7 +103,7 @@ class ActionHead(nn.Module):
         Args:
             kv: from `cross_kv`, one set per state that all N candidates attend to.
             state_tokens: from `state_tokens`.
-            x: noisy chunks, all padded steps and dimensions included (section 14, trap 8).
+            x: noisy chunks, all padded steps and dimensions included; the caller slices after denoising.
             t: time of each candidate, in float32. A tensor expanded from a single number (strides 0) says that all are
                 equal: the time is then embedded, and AdaLN's modulations computed, once.
             embodiment: slot of each state, or one int for all.

@@ -25,7 +25,8 @@ def layer_norm(x: Tensor, module: nn.LayerNorm | None = None, eps: float = 1e-5)
 
 
 class Stored(nn.Module):
-    """Tensors of a checkpoint that nothing computes with, written back as they were found (section 14, trap 12).
+    """Tensors of a checkpoint that nothing computes with, written back as they were found: the original loads
+    strictly and expects the ViT's `head.*` and `lm_head`, though nothing uses them.
 
     They are neither parameters nor buffers: no device, dtype, optimizer or process group ever touches them. Loading
     keeps the checkpoint's own tensors, in main memory.

@@ -24,7 +24,7 @@ from lerobot_policy_groot_n1d6.model.configuration import HeadSizes
 from lerobot_policy_groot_n1d6.model.layers import layer_norm, linear
 
 TIME_CHANNELS = 256
-NORM_EPS, OUT_NORM_EPS = 1e-5, 1e-6  # section 14, trap 2
+NORM_EPS, OUT_NORM_EPS = 1e-5, 1e-6  # of the blocks, of the output: they differ
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Transformer(nn.Module):
         """What each layer attends to: "text", "image" or "self"."""
         period = 2 * self.sizes.text_every
         return [
-            "self" if i % 2 else "text" if i % period == 0 else "image"  # section 14, trap 4
+            "self" if i % 2 else "text" if i % period == 0 else "image"  # text: i % 4 == 0, image: i % 4 == 2
             for i in range(self.sizes.depth)
         ]
 
@@ -107,7 +107,8 @@ class Transformer(nn.Module):
         for block, kind in zip(self.transformer_blocks, self.kinds, strict=True):
             memory = None if kind == "self" else next(remaining)
             hidden = recomputed(block, hidden, condition, memory) if recorded else block(hidden, condition, memory)
-        shift, scale = linear(self.proj_out_1, condition).float().chunk(2, dim=-1)  # section 14, trap 1
+        # The output's AdaLN gives shift before scale; a block's gives scale before shift.
+        shift, scale = linear(self.proj_out_1, condition).float().chunk(2, dim=-1)
         normed = layer_norm(hidden, eps=OUT_NORM_EPS) * (1 + scale) + shift
         return linear(self.proj_out_2, normed.to(dtype)).float()
 
@@ -125,7 +126,8 @@ class Block(nn.Module):
         self, hidden: Float[Tensor, "B N T C"], condition: Float[Tensor, "#B #N 1 C"], memory: Memory | None
     ) -> Float[Tensor, "B N T C"]:
         dtype = condition.dtype
-        scale, shift = linear(self.norm1["linear"], condition).float().chunk(2, dim=-1)  # section 14, trap 1
+        # Scale before shift, the reverse of the output's AdaLN.
+        scale, shift = linear(self.norm1["linear"], condition).float().chunk(2, dim=-1)
         normed = (layer_norm(hidden, eps=NORM_EPS) * (1 + scale) + shift).to(dtype)
         hidden = hidden + self.final_dropout(self.attn1(normed, memory))
         return hidden + self.ff(layer_norm(hidden, eps=NORM_EPS).to(dtype))
@@ -178,7 +180,8 @@ def attend(q: Float[Tensor, "B M Q D"], memory: Memory) -> Float[Tensor, "B M Q 
 
 
 def time_channels(buckets: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch channels"]:
-    """[cos | sin] of bucket * 10000^(-k / 127), float32 (section 14, trap 3)."""
+    """Return [cos | sin] of bucket * 10000^(-k / 127), float32. The action encoder's sinusoids are [sin | cos] and
+    divide by the half width itself."""
     half = TIME_CHANNELS // 2
     exponents = -math.log(10_000) * torch.arange(half, device=buckets.device).float() / (half - 1)
     angles = buckets.float()[..., None] * exponents.exp()

@@ -49,7 +49,7 @@ class ImageEncoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """A pre-norm ViT over images of any size. No patch sees another image's (section 14, trap 6)."""
+    """A pre-norm ViT over images of any size. Each image attends to itself alone: no patch sees another image's."""
 
     def __init__(self, sizes: VisionSizes) -> None:
         super().__init__()
