@@ -1,7 +1,9 @@
 """Configuration: frozen dataclasses, validated when they are built, never changed afterwards.
 
 Every field's docstring says its unit and where its default comes from ("paper": arXiv 2604.01860; "code": the authors'
-released simulation code; "ours": measured by this library).
+released simulation code; "ours": measured by this library). Every field states its role (:mod:`poco_vla.roles`), by
+itself or by the record around it: what may change at a resume, what makes another setting in a report and what the Hub
+is told follow from it.
 """
 
 import json
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from poco_vla.errors import ConfigError, UnknownNameError
+from poco_vla.roles import machine, method, reporting
 
 DEFAULT_ENV, DEFAULT_TASK = "ogbench", "cube-single-singletask-task1-v0"
 """Environment type of an :class:`EnvSpec`, and its task."""
@@ -124,28 +127,28 @@ released code)."""
 class DatasetConfig:
     """Demonstrations: any LeRobot v3 dataset with state or images and actions."""
 
-    repo_id: str = ""
+    repo_id: str = method("", resume="same data")
     """Hub id, or a name for a local folder."""
-    root: Path | None = None
+    root: Path | None = method(None, resume="same data", published=False)
     """Local folder of the dataset; None downloads `repo_id` from the Hub (or takes it from LeRobot's cache)."""
-    revision: str | None = None
+    revision: str | None = method(None, resume="same data")
     """Hub revision (branch, tag or commit)."""
-    episodes: tuple[int, ...] | None = None
+    episodes: tuple[int, ...] | None = method(None, resume="same data")
     """Episodes to use; None is all of them."""
-    success_at_end: bool = True
+    success_at_end: bool = method(True)
     """A dataset that records neither success nor reward is taken as demonstrations that succeed at their last step."""
-    success_reward: float | None = None
+    success_reward: float | None = method(None)
     """Where next.success is not recorded: a step whose next.reward reaches this is a success. None understands 0/1 and
     -1/0 rewards by itself, by one convention for the whole dataset."""
-    success_threshold: float | None = None
+    success_threshold: float | None = method(None)
     """Threshold of a numeric next.success: a step that reaches it is a success. None understands true/false and 0/1
     by itself (ours)."""
-    cameras: tuple[str, ...] | None = None
+    cameras: tuple[str, ...] | None = method(None)
     """Cameras to use, by their columns, in the order in which the policy is to see them; None takes all that are not
     depth cameras (ours)."""
-    tolerance_s: float = 1e-4
+    tolerance_s: float = method(1e-4)
     """Most by which a video frame may be off the time of its row, in seconds (LeRobot)."""
-    max_image_bytes: int = 8 * 1024**3
+    max_image_bytes: int = machine(8 * 1024**3)
     """Most memory that decoded images may take, in bytes."""
 
     def __post_init__(self) -> None:
@@ -157,29 +160,29 @@ class DatasetConfig:
 class EnvSpec:
     """A simulated environment, by its LeRobot name."""
 
-    type: str = DEFAULT_ENV
+    type: str = method(DEFAULT_ENV)
     """LeRobot environment type (an `EnvConfig` choice), such as "ogbench" or "pusht"."""
-    task: str = ""
+    task: str = method("")
     """Its task; empty takes the type's own default."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = method({})
     """Further fields of that EnvConfig, such as {"episode_length": 120}."""
-    num_envs: int = 4
+    num_envs: int = method(4)
     """Environments stepped side by side; each chunk is sampled for all of them at once."""
-    in_process: bool = False
+    in_process: bool = machine(False)
     """Step them inside this process instead of in worker processes (debugging; small tests). A step that hangs cannot
     be ended there: the time limits in seconds do not hold."""
-    instruction: str | None = None
+    instruction: str | None = method(None)
     """The instruction that the policy is told in every episode, and that is recorded. None: what the environment says
     after each reset; where it says nothing and all demonstrations have one instruction, that one (ours)."""
-    step_timeout: float = 60.0
+    step_timeout: float = machine(60.0)
     """Seconds after which a control step counts as hung: the worker process is ended and replaced, its episode dropped;
     0 sets no limit (ours)."""
-    reset_timeout: float = 300.0
+    reset_timeout: float = machine(300.0)
     """The same for starting an environment, a reset, and the first step after a start; 0 sets no limit (ours)."""
-    max_episode_steps: int | None = None
+    max_episode_steps: int | None = method(None)
     """Control steps after which an episode is cut off, as by a time limit. None: twice what the environment declares,
     2,000 where it declares nothing (ours)."""
-    max_failures: int = 5
+    max_failures: int = machine(5)
     """Failures of one environment in a row (errors, NaN, hung or dead workers), without a finished episode in between,
     after which the run stops (ours)."""
 
@@ -202,23 +205,23 @@ class EnvSpec:
 class DemonstrationConfig:
     """Offline data made on the spot by the simulator's own scripted expert, kept for the next run."""
 
-    kind: Literal["expert", "play", "noisy"] = "expert"
+    kind: Literal["expert", "play", "noisy"] = method("expert")
     """"expert" solves the task; "play" and "noisy" do something or other, as OGBench's published sets (state only)."""
-    episodes: int = 30
+    episodes: int = method(30)
     """Episodes to record; of an expert the successful ones."""
-    noise: float = 0.1
+    noise: float = method(0.1)
     """The expert's own noise level (OGBench: its oracle's `noise`; 0.1 in the published sets)."""
-    recovery: float = 0.0
+    recovery: float = method(0.0)
     """Share of the expert's attempts that begin with a disturbance, which is not recorded: how to recover (DAgger)."""
-    steps: int = 1001
+    steps: int = method(1001)
     """Rows of one play trajectory (OGBench's published sets: 1,001)."""
-    seed: int = 0
+    seed: int = method(0)
     """Seed of environment and expert. Not the training seed: all training seeds share one dataset."""
-    root: Path = Path("runs/data")
+    root: Path = machine(Path("runs/data"), resume="same data")
     """Folder that holds the datasets, one sub-folder per task and settings."""
-    video: bool = True
+    video: bool = method(True)
     """Camera images as video, LeRobot's usual form; False stores PNG, bit for bit."""
-    workers: int | None = None
+    workers: int | None = machine(None)
     """Processes that collect side by side; None is one per core. The dataset does not depend on it."""
 
     def __post_init__(self) -> None:
@@ -235,23 +238,23 @@ class DemonstrationConfig:
 class ReplayConfig:
     """The pool D of offline and online transitions."""
 
-    capacity: int = 2_000_000
+    capacity: int = method(2_000_000)
     """Online control steps that are kept; the oldest episodes go first (paper: 2M)."""
-    max_bytes: int | None = None
+    max_bytes: int | None = method(None)
     """Most bytes that online steps may take, mapped pictures included; None sets no limit. The smaller of this and
     `capacity` holds (ours)."""
-    demo_capacity: int | None = None
+    demo_capacity: int | None = method(None)
     """Demonstration steps that are kept, the oldest going first; None keeps all (ours)."""
-    demo_fraction: float | None = None
+    demo_fraction: float | None = method(None)
     """Share of each batch drawn from demonstrations; None draws uniformly from the whole pool (code), 0.5 is a 50/50
     mix (RLPD)."""
-    consecutive: int = 1
+    consecutive: int = method(1)
     """Transitions that are drawn together: chunks of one episode that follow on each other, so that so many need one
     prefix more instead of twice as many. Each transition is as likely as without, but a batch is less varied (ours)."""
-    images: Literal["memory", "mapped"] = "memory"
+    images: Literal["memory", "mapped"] = machine("memory")
     """Where pictures lie: in memory, or in a mapped file without a name in the run's folder, of which the system keeps
     in memory what it has room for (ours)."""
-    outlier_multiple: float | None = 100.0
+    outlier_multiple: float | None = method(100.0, resume="free")
     """An online episode with a state, an action or a recorded reward beyond so many times the largest magnitude of the
     demonstrations is not learned from: it is set aside in the run's folder. None takes any number that stays finite
     (ours)."""
@@ -279,21 +282,21 @@ class ReplayConfig:
 class PrefixConfig:
     """The store of prefixes: the frozen part of a policy sees a state once, what it made of it is kept (ours)."""
 
-    mode: Literal["off", "auto", "on"] = "auto"
+    mode: Literal["off", "auto", "on"] = machine("auto")
     """"auto" measures in the first updates whether it pays, and says so; it stays off where acting is in step with
     learning, which repeats bit for bit: which states are encoded together depends on what was found, so that with a
     store a VLA's results repeat but for rounding."""
-    device_bytes: int = 0
+    device_bytes: int = machine(0)
     """Most bytes of the accelerator's memory, of each process; they are not part of `memory`."""
-    ram_bytes: int = 4 * 1024**3
+    ram_bytes: int = machine(4 * 1024**3)
     """Most bytes of RAM, of each process; where acting goes on beside learning, an eighth is for what acting has
     encoded, which learning takes over."""
-    disk_bytes: int = 0
+    disk_bytes: int = machine(0)
     """Most bytes on disk, of each process."""
-    folder: Path | None = None
+    folder: Path | None = machine(None)
     """Where on disk: demonstrations' prefixes stay there for later runs, which then start warm. None is the run's
     folder."""
-    dtype: Literal["exact", "fp8"] = "exact"
+    dtype: Literal["exact", "fp8"] = method("exact")
     """"exact" keeps what the model computed; "fp8" half as many bytes of keys, values and tokens (8-bit floats with a
     scale per token)."""
 
@@ -311,37 +314,37 @@ class PrefixConfig:
 class InteractionConfig:
     """How acting and learning go side by side (the two threads of Algorithm 1)."""
 
-    mode: Literal["synchronous", "asynchronous", "remote", "ray"] = "synchronous"
+    mode: Literal["synchronous", "asynchronous", "remote", "ray"] = method("synchronous")
     """"synchronous" takes turns in one process and repeats bit for bit; "asynchronous" acts in a thread of its own;
     "remote" serves the policy to robots (`poco-vla robot`), which send their episodes; "ray" acts in simulators on the
     machines of a Ray cluster."""
-    ranks: Literal["main", "each"] = "main"
+    ranks: Literal["main", "each"] = method("main")
     """Of several processes, those that act: the main one, or each with `env.num_envs` environments of its own and seeds
     that no other plays. Their episodes go to all of them, and the main one records them (ours)."""
-    ahead: int = 1000
+    ahead: int = method(1000)
     """Control steps by which either side may run ahead of `updates_per_step`; synchronous: 0."""
-    images: Literal["auto", "png", "video"] = "auto"
+    images: Literal["auto", "png", "video"] = method("auto")
     """How pictures of online episodes are stored: PNG is exact, video is small. "auto" is PNG where a resumed run
     repeats bit for bit, else video."""
-    host: str = "127.0.0.1"
+    host: str = machine("127.0.0.1")
     """Remote: address to listen on; 0.0.0.0 is all of this machine's, for which the environment variable
     POCO_VLA_TOKEN has to hold a token."""
-    port: int = 8000
+    port: int = machine(8000)
     """Remote: port; 0 takes a free one."""
-    certificate: Path | None = None
+    certificate: Path | None = machine(None)
     """Remote: TLS certificate (PEM)."""
-    key: Path | None = None
+    key: Path | None = machine(None)
     """Remote: its private key (PEM)."""
-    insecure: bool = False
+    insecure: bool = machine(False)
     """Remote: serve other machines without a token."""
-    address: str | None = None
+    address: str | None = machine(None)
     """Ray: the cluster, as "host:port" of its head or "auto" for the one that this machine belongs to. None takes what
     the environment variable RAY_ADDRESS says, or starts a cluster on this machine for as long as the run takes."""
-    workers: int = 2
+    workers: int = machine(2)
     """Ray: processes that act, each with `env.num_envs` environments and a policy of its own."""
-    worker_cpus: float = 1.0
+    worker_cpus: float = machine(1.0)
     """Ray: CPU cores that each worker asks for."""
-    worker_gpus: float = 0.0
+    worker_gpus: float = machine(0.0)
     """Ray: GPUs that each worker asks for, such as 0.25; above 0 the policy acts on one."""
 
     def __post_init__(self) -> None:
@@ -373,13 +376,13 @@ class InteractionConfig:
 class EvalConfig:
     """Evaluation by success rate."""
 
-    episodes: int = 50
+    episodes: int = method(50)
     """Episodes per evaluation (paper: 50 in simulation)."""
-    every: int = 0
+    every: int = method(0)
     """Environment steps between evaluations while online; 0 evaluates only after SFT and at the end."""
-    seed: int = 100_000
+    seed: int = method(100_000)
     """Seed of the first episode; episode i starts from seed + i. Every evaluation meets the same starts."""
-    videos: bool = True
+    videos: bool = reporting(True)
     """Write a video of a success and of a failure, after SFT and at the end, as far as there are any."""
 
     def __post_init__(self) -> None:
@@ -413,21 +416,21 @@ class GuardConfig:
 class OptimConfig:
     """Optimisation: Adam with one parameter group for the actor and one for the critic."""
 
-    batch_size: int = 256
+    batch_size: int = method(256)
     """Transitions per update, over all processes (paper: 256, VLA 64)."""
-    actor_lr: float = 3e-4
+    actor_lr: float = method(3e-4)
     """Learning rate of the flow head while online (paper: 3e-4, VLA 5e-5)."""
-    critic_lr: float = 3e-4
+    critic_lr: float = method(3e-4)
     """Learning rate of the critic (paper)."""
-    actor_lr_end: float | None = None
+    actor_lr_end: float | None = method(None)
     """Learning rate of the flow head at the last online step, reached along a half cosine; None keeps `actor_lr`
     (paper). A policy that is judged where it ends is steadier for it (ours)."""
-    sft_lr: float | None = None
+    sft_lr: float | None = method(None)
     """Learning rate of the flow head during SFT; None is `actor_lr`."""
-    micro_batch: int | None = None
+    micro_batch: int | None = machine(None)
     """Transitions of a batch, per process, that are computed at once; their gradients add up to those of the batch (but
     for rounding). None: as many as fit `memory` (ours)."""
-    max_grad_norm: float | None = None
+    max_grad_norm: float | None = method(None)
     """Clips actor and critic gradients, each group by itself; None only measures them (code: no clipping)."""
 
     def __post_init__(self) -> None:
@@ -445,18 +448,18 @@ class OptimConfig:
 class TrainConfig:
     """A whole run: data, policy, both stages, evaluation. A recipe is a function that returns one."""
 
-    adapter: str = "flow_mlp"
+    adapter: str = method("flow_mlp")
     """Model adapter by name (`poco-vla adapters` lists the installed ones)."""
-    policy: str | None = None
+    policy: str | None = method(None, published=False)
     """LeRobot policy folder or Hub id to start from; None builds a fresh one from the dataset's features."""
-    statistics: Literal["auto", "dataset", "checkpoint"] = "auto"
+    statistics: Literal["auto", "dataset", "checkpoint"] = method("auto")
     """Whose cameras, dimensions and normalisation hold: "dataset" as when fine-tuning a base model, "checkpoint" as
     when going on with a policy that was trained on this data; "auto" takes a fine-tuned policy's own, and the
     dataset's for a base."""
-    outside_statistics: Literal["refuse", "allow"] = "refuse"
+    outside_statistics: Literal["refuse", "allow"] = reporting("refuse")
     """Reaction to demonstrations that do not fit the statistics in use (other units, deltas in the place of
     positions): "refuse" ends the run before training, "allow" says so and trains (ours)."""
-    policy_options: dict[str, Any] = field(default_factory=dict)
+    policy_options: dict[str, Any] = method({})
     """The adapter's own options, such as {"hidden_dims": [512, 512, 512, 512]} for flow_mlp."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     """Offline demonstrations."""
@@ -465,11 +468,11 @@ class TrainConfig:
     before it."""
     env: EnvSpec | None = None
     """Where the policy acts, and is evaluated; None trains stage 1 only, or on robots (`interaction`)."""
-    reward: RewardConfig = field(default_factory=RewardConfig)
+    reward: RewardConfig = method(RewardConfig())
     """What a step is worth."""
-    horizon: int = 5
+    horizon: int = method(5)
     """H, control steps per chunk (paper: 5 in simulation, 4 and 10 on robots)."""
-    poco: PocoConfig = field(default_factory=PocoConfig)
+    poco: PocoConfig = method(PocoConfig())
     """The algorithm."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimisation."""
@@ -479,45 +482,45 @@ class TrainConfig:
     """The store of prefixes."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
-    guard: GuardConfig = field(default_factory=GuardConfig)
+    guard: GuardConfig = method(GuardConfig())
     """What happens on a collapse."""
-    sft_steps: int = 20_000
+    sft_steps: int = method(20_000)
     """Updates of stage 1 (paper: 20k to 500k by task)."""
-    warmup_steps: int = 5_000
+    warmup_steps: int = method(5_000)
     """Critic updates with the actor frozen (paper: 5k in simulation, 2k VLA)."""
-    online_steps: int = 200_000
+    online_steps: int = method(200_000)
     """Environment steps of stage 2."""
-    updates_per_step: float = 1.0
+    updates_per_step: float = method(1.0)
     """UTD, updates per environment step (code: 1 in simulation)."""
     interaction: InteractionConfig = field(default_factory=InteractionConfig)
     """How acting and learning go side by side."""
-    best_of_n: int = 1
+    best_of_n: int = method(1)
     """Candidates per acting step in training, the critic's favourite is executed; 1 is a plain sample (paper)."""
-    seed: int = 0
+    seed: int = method(0, setting=False)
     """Seed of initial weights, batches, draws and episode starts."""
-    output_dir: Path = Path("runs/poco/{time}")
+    output_dir: Path = machine(Path("runs/poco/{time}"))
     """Folder of this run; "{time}" becomes its start time and seed."""
-    resume: bool = False
+    resume: bool = machine(False)
     """Continue the run in `output_dir` (with "{time}": the newest one) from its last checkpoint."""
-    checkpoint_every: int = 10_000
+    checkpoint_every: int = reporting(10_000)
     """Updates between checkpoints; 0 saves at the end of each stage and on Ctrl-C only. The newest two are kept."""
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: float = reporting(5.0)
     """Minutes after which a checkpoint is written besides, so that a kill takes no more back; 0 writes none by time.
     Where writing takes long, at most 5 % of the time goes into it (ours)."""
-    checkpoint_keep_every: int = 0
+    checkpoint_keep_every: int = reporting(0)
     """Checkpoints that are kept besides: those of every so many updates; 0 keeps none besides."""
-    accept_changed_data: bool = False
+    accept_changed_data: bool = reporting(False)
     """Resume although demonstrations or online episodes are not those that the run was trained on (ours)."""
-    log_every: int = 50
+    log_every: int = reporting(50)
     """Updates between log lines."""
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = method("no")
     """Accelerate's mixed precision for the policy; the critic stays in float32."""
-    memory: str | None = None
+    memory: str | None = machine(None)
     """Most memory that the learner takes on its device, such as "24GB" or "22.5GiB": an update is computed in parts
     that fit, whose size is measured at the first one. None: at once, on a CPU in parts that suit its caches (ours)."""
-    trackers: tuple[str, ...] = ()
+    trackers: tuple[str, ...] = reporting(())
     """Accelerate trackers that get the same scalars: "tensorboard", "wandb", "trackio", ..."""
-    num_threads: int | None = None
+    num_threads: int | None = machine(None)
     """Torch threads of the learner on a CPU; None is torch's own choice."""
 
     def __post_init__(self) -> None:

@@ -26,7 +26,8 @@ DOORS = {
     "critic": {"dense"},
     "policy": {"errors", "flow", "raw", "types"},
     "distill": {"flow", "types"},
-    "config": {"errors"},
+    "roles": set(),
+    "config": {"errors", "roles"},
     "algorithm": {"config", "critic", "distill", "errors", "flow", "policy", "posterior", "types"},
     "devices": {"errors"},
     "files": {"errors"},
@@ -46,18 +47,18 @@ DOORS = {
     "serving": {"data", "errors", "policy", "recording", "rollout"},
     "robots": {"data", "errors", "files", "joint_names", "recording", "serving", "simulators", "terminal"},
     "evaluation": {"config", "data", "errors", "policy", "rollout"},
-    "report": {"config", "errors", "evaluation", "files"},
+    "report": {"config", "errors", "evaluation", "files", "roles"},
     "training": {
         *{"adapting", "algorithm", "config", "data", "demonstrations", "errors", "evaluation", "files", "flow", "hub"},
         *{"joint_names", "lazy", "locks", "policy", "prefix_cache", "progress", "recording", "registry", "report"},
-        *{"rollout", "serving", "simulators", "types"},
+        *{"roles", "rollout", "serving", "simulators", "types"},
     },
-    "hub": {"adapting", "critic", "errors", "files", "policy", "registry", "report", "training"},
+    "hub": {"adapting", "config", "critic", "errors", "files", "policy", "registry", "report", "roles", "training"},
     "lerobot_rl": {"algorithm", "config", "data", "errors", "flow", "policy", "training", "types"},
     "cli": {
         *{"adapting", "config", "demonstrations", "devices", "errors", "evaluation", "files", "hub", "lazy"},
-        *{"progress", "recording", "registry", "report", "robots", "rollout", "serving", "simulators", "terminal"},
-        "training",
+        *{"progress", "recording", "registry", "report", "robots", "roles", "rollout", "serving", "simulators"},
+        *{"terminal", "training"},
     },
     "__init__": {
         *{"adapting", "algorithm", "config", "conformance", "critic", "dense", "deprecated", "distill", "errors"},
@@ -69,7 +70,7 @@ DOORS = {
 PURE = {"torch", "jaxtyping"}
 NUMBERS = PURE | {"numpy"}
 THIRD_PARTY = {
-    **dict.fromkeys({*EQUATIONS, "algorithm", "config", "conformance", "registry", "__init__"}, PURE),
+    **dict.fromkeys({*EQUATIONS, "algorithm", "config", "roles", "conformance", "registry", "__init__"}, PURE),
     "lazy": set(),
     "deprecated": set(),
     "devices": {"torch"},

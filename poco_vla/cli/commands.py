@@ -22,6 +22,7 @@ from poco_vla.cli.open_options import with_open_options as _with_open_options
 from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, differences, from_json
 from poco_vla.errors import ConfigError, PocoError, UnknownNameError
 from poco_vla.files import is_out_of_space, read_json
+from poco_vla.roles import role_of
 from poco_vla.terminal import SafeConsole, first_to_say, format_logs_safely
 
 INTERRUPTED = 130
@@ -134,7 +135,7 @@ def _run_variant(config: TrainConfig) -> None:
     folder = config.output_dir
     if (folder / "config.json").is_file():
         changed = differences(from_json(TrainConfig, read_json(folder / "config.json")), config)
-        changed = [line for line in changed if not line.startswith("resume:")]
+        changed = [line for line in changed if role_of(TrainConfig, line.split(":")[0]).resume != "free"]
         if changed:
             raise ConfigError(
                 f"{folder} holds a run of another configuration ({'; '.join(changed)}): delete or move it"

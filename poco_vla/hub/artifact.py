@@ -39,11 +39,13 @@ from poco_vla.adapting.heads import (
     sha256_of,
 )
 from poco_vla.adapting.sources import read_object
+from poco_vla.config import TrainConfig
 from poco_vla.errors import HubError, PocoError
 from poco_vla.files import recover_folder, write_json
 from poco_vla.hub.peft_form import PEFT_CONFIG, write_peft
 from poco_vla.hub.secrets import find_home, find_secret, secret_values
 from poco_vla.registry import GROUP, load_adapter
+from poco_vla.roles import role_of
 from poco_vla.training import checkpoint
 
 type Form = Literal["head", "peft", "policy"]
@@ -53,13 +55,6 @@ type Dtype = Literal["float32", "bfloat16"]
 CRITIC = "critic.safetensors"
 CARD = "README.md"
 PLOT = "curve.png"
-MACHINE = (
-    *("output_dir", "resume", "num_threads", "trackers", "policy", "dataset.root", "demonstrations.root"),
-    *("memory", "prefixes.folder", "prefixes.device_bytes", "prefixes.ram_bytes", "prefixes.disk_bytes"),
-    *("interaction.address", "interaction.workers", "interaction.worker_cpus", "interaction.worker_gpus"),
-    *("demonstrations.workers", "interaction.host", "interaction.port", "interaction.certificate", "interaction.key"),
-)
-"""Fields of a run's configuration that speak of the machine it ran on, or are told elsewhere (the base)."""
 LOCAL = re.compile(r"(?:~?/|~\w*/|[A-Za-z]:[\\/]).")
 """How a path begins that means something on one machine only."""
 LOCAL_PATH = "a local path"
@@ -350,7 +345,7 @@ def _account(result: Mapping[str, Any], config: Mapping[str, Any], which: Which,
         "versions": result.get("versions"),
         "results": {
             "which": which,
-            "env": _anywhere(result["env"]) if result["env"] else None,
+            "env": _anywhere(result["env"], "env.") if result["env"] else None,
             "lerobot_arguments": list(result.get("lerobot_arguments", ())),
             "before": result["before"],
             "after": result["after"] if which == "last" else None,
@@ -404,13 +399,13 @@ def _numbers(tensor: Tensor) -> Any:
 
 
 def _anywhere(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A run's configuration without what speaks of its machine; open options that name a local path lose it."""
+    """Return the published fields of a run's configuration; open options that name a local path lose it."""
     out = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             out[key] = _anywhere(value, f"{name}.")
-        elif name not in MACHINE:
+        elif role_of(TrainConfig, name).published:
             out[key] = LOCAL_PATH if isinstance(value, str) and LOCAL.match(value) else value
     return out
 

@@ -16,6 +16,7 @@ from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, flat, to_
 from poco_vla.errors import DataError
 from poco_vla.report.commands import lerobot_eval
 from poco_vla.report.labels import labels_of
+from poco_vla.roles import role_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,15 +26,6 @@ LOGS = ("evaluations.jsonl", "metrics.jsonl")
 """Files that a run appends to; one of them and config.json make an unfinished run."""
 EVALUATED = ("env_steps", "success_rate", "episodes", "interval_95")
 """What a report needs of an evaluation."""
-NO_SETTING = (
-    *("seed", "output_dir", "resume", "demonstrations.root", "demonstrations.workers"),
-    *("checkpoint_every", "checkpoint_minutes", "checkpoint_keep_every", "accept_changed_data", "log_every", "memory"),
-    *("trackers", "num_threads", "eval.videos", "dataset.max_image_bytes", "env.in_process", "prefixes.folder"),
-    *("replay.images", "interaction.host", "interaction.port", "interaction.certificate", "interaction.key"),
-    *("interaction.insecure", "interaction.address", "outside_statistics"),
-    *("env.step_timeout", "env.reset_timeout", "env.max_failures"),
-)
-"""Fields that do not change what is learned: runs that differ in these alone belong together."""
 
 
 def read_result(run: Path) -> dict[str, Any]:
@@ -199,12 +191,12 @@ class Run:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What makes it the same experiment as another run: all of its configuration but seed, folders and logging."""
+        """What makes it the same experiment as another run: the fields of its configuration whose role says so."""
         own = dict(self.config) or {"adapter": self.result.get("adapter")} | flat({"env": self.result["env"] or {}})
         siblings, policy = Path(str(own.get("output_dir"))).parent, Path(str(own.get("policy")))
         if policy.is_relative_to(siblings):  # an earlier run of the same sweep and seed
             own["policy"] = str(policy.relative_to(siblings))
-        return {name: value for name, value in (defaults() | own).items() if name not in NO_SETTING}
+        return {name: value for name, value in (defaults() | own).items() if role_of(TrainConfig, name).setting}
 
     @cached_property
     def metrics(self) -> pd.DataFrame:

@@ -33,6 +33,7 @@ from poco_vla.config import TrainConfig, differences, from_json, to_json
 from poco_vla.errors import CheckpointError
 from poco_vla.files import discard_partial, recover_folders, replace_folder, whole_file, write_json
 from poco_vla.locks import FolderLock, HeldError
+from poco_vla.roles import role_of
 from poco_vla.types import ChunkBatch
 
 GOOD_HEAD = "good_head.safetensors"
@@ -41,47 +42,6 @@ SET_ASIDE = "checkpoints.set_aside"
 BLOCK = 1 << 24
 """Bytes of a file that are read at once."""
 STATISTICS = "statistics.safetensors"
-FREE_TO_CHANGE = {
-    "resume",
-    "checkpoint_every",
-    "checkpoint_keep_every",
-    "checkpoint_minutes",
-    "accept_changed_data",
-    "log_every",
-    "outside_statistics",
-    "trackers",
-    "num_threads",
-    "memory",
-    "optim.micro_batch",
-    "prefixes.mode",
-    "prefixes.device_bytes",
-    "prefixes.ram_bytes",
-    "prefixes.disk_bytes",
-    "prefixes.folder",
-    "output_dir",
-    "dataset.max_image_bytes",
-    "eval.videos",
-    "replay.outlier_multiple",  # the way out for whoever finds good episodes set aside
-    "env.step_timeout",
-    "env.reset_timeout",
-    "env.max_failures",
-    "demonstrations.workers",
-    "interaction.host",
-    "interaction.port",
-    "interaction.certificate",
-    "interaction.key",
-    "interaction.insecure",
-    "interaction.address",
-    "interaction.workers",
-    "interaction.worker_cpus",
-    "interaction.worker_gpus",
-}
-"""Configuration fields that do not change what the next update computes, but for rounding."""
-KNOWN_BY_CONTENT = {
-    *("dataset.repo_id", "dataset.root", "dataset.revision", "dataset.episodes", "demonstrations.root"),
-}
-"""Fields that say where the demonstrations are: free to change where the checkpoint knows them by a digest, which the
-run compares itself."""
 
 
 def save(
@@ -208,8 +168,8 @@ def load(path: Path, config: TrainConfig) -> Loaded:
         raise DamagedError(f"checkpoint {path} is damaged: optimizer.safetensors is empty")
     if bad := next((name for name, tensor in weights.items() if not _is_finite(tensor)), None):
         raise DamagedError(f"checkpoint {path} holds weights that are NaN or infinite, in {bad}")
-    free = FREE_TO_CHANGE | (KNOWN_BY_CONTENT if "data" in state else set())
-    changed = [d for d in differences(old, config) if d.split(":")[0] not in free]
+    free = {"free", "same data"} if "data" in state else {"free"}  # the run compares a digest of the demonstrations
+    changed = [d for d in differences(old, config) if role_of(TrainConfig, d.split(":")[0]).resume not in free]
     if changed:
         listed = "\n  ".join(changed)
         raise CheckpointError(

@@ -41,8 +41,8 @@ def played(tmp_path_factory):
 def field_names(kind, prefix=""):
     for field in fields(kind):
         name = prefix + field.name.replace("_", "-")
-        nested = getattr(field, "default_factory", None)
-        if isinstance(nested, type) and is_dataclass(nested):
+        nested = field.default_factory if isinstance(field.default_factory, type) else type(field.default)
+        if is_dataclass(nested):
             yield from field_names(nested, f"{name}.")
         else:
             yield name
