@@ -25,7 +25,7 @@ from poco_vla.demonstrations.attempts import Attempts
 from poco_vla.errors import ConfigError, DataError, NonFiniteError, SimulatorError
 from poco_vla.recording.recorder import write_dataset
 from poco_vla.rollout.chunk_env import UNLIMITED, Limits, declared_limit, instruction_of, success_of
-from poco_vla.rollout.pool import ignore_interrupts_in_workers, make_env
+from poco_vla.rollout.pool import make_env
 from poco_vla.rollout.workers import Failure, time_limit
 from poco_vla.simulators import environment, name_of
 from poco_vla.simulators.observations import ObservationReader, flat_observation
@@ -237,7 +237,6 @@ class Collector:
     """The environment of a process that collects demonstrations."""
 
     def __init__(self, package: str, gym_id: str, kwargs: Mapping[str, Any], limits: Limits, name: str) -> None:
-        ignore_interrupts_in_workers()
         self.limits, self.name = limits, name
         self.env: Any = make_env(package, gym_id, kwargs).unwrapped
         # On the instance, so that an expert's own steps are limited as well.

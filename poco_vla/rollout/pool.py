@@ -19,7 +19,6 @@ from poco_vla.rollout.workers import (
     LocalWorker,
     Worker,
     close_all,
-    ignore_interrupts_in_workers,
     wait,
     worker_context,
 )
@@ -27,7 +26,7 @@ from poco_vla.simulators import environment, name_of
 from poco_vla.simulators.observations import flat_observation, lerobot_key
 from poco_vla.simulators.supported import install_command
 
-__all__ = ["ChunkEnv", "EnvPool", "flat_observation", "ignore_interrupts_in_workers", "lerobot_key", "make_env"]
+__all__ = ["ChunkEnv", "EnvPool", "flat_observation", "lerobot_key", "make_env"]
 
 logger = logging.getLogger(__name__)
 
@@ -470,5 +469,4 @@ def _make_chunk_env(
     name: str,
     index: int,
 ) -> ChunkEnv:
-    ignore_interrupts_in_workers()
     return ChunkEnv(make_env(package, gym_id, kwargs), horizon, index, stride, limits, name)

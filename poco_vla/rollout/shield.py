@@ -1,31 +1,26 @@
 """Workers outlive what a whole process group is sent: the learner saves first, and ends them itself."""
 
-import multiprocessing
 import os
 import signal
-import threading
-
-ENDED = 128 + 15
-"""Exit status of a process that SIGTERM ends, as shells have it."""
+from types import FrameType
 
 
-def obey_parent_alone() -> None:
-    """Let SIGTERM end this worker only when the process that started it sends it.
+def ignore_signals_to_the_group() -> None:
+    """Let neither Ctrl-C nor SIGTERM end this worker.
 
-    A cluster's cancel or `timeout` sends SIGTERM to all processes of a job: workers that die of it at once leave the
-    learner with broken pipes before it has saved. They end with the learner, whose pipe closes. Does nothing where
-    the system does not say who sends a signal (macOS).
+    A terminal sends Ctrl-C, a cluster's cancel or `timeout` sends SIGTERM to all processes of a job: workers that die
+    of it at once leave the learner with broken pipes before it has saved. They end with the learner, whose pipe closes.
+
+    SIGTERM gets a handler and is neither blocked nor ignored: a program that a simulator starts would inherit that, and
+    could not be terminated.
     """
-    parent = multiprocessing.parent_process()
-    if parent is None or parent.pid is None or not hasattr(signal, "sigwaitinfo"):
-        return
-    # Threads that are started later inherit this, those of simulators too.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_told, args=(parent.pid,), name="SIGTERM", daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    worker = os.getpid()
 
+    def ignore(number: int, _: FrameType | None) -> None:
+        if os.getpid() != worker:  # a process that the simulator forked
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
-def _end_when_told(parent: int) -> None:
-    while True:
-        told = signal.sigwaitinfo({signal.SIGTERM})
-        if told.si_pid in (parent, os.getpid()):
-            os._exit(ENDED)
+    signal.signal(signal.SIGTERM, ignore)
+    signal.siginterrupt(signal.SIGTERM, False)  # a simulator's system calls go on

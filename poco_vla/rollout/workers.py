@@ -5,6 +5,7 @@ the kernel ends it (SIGALRM) when a call inside :func:`time_limit` takes too lon
 Python in the worker, so that code which never returns from C is ended as well.
 """
 
+import atexit
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -15,6 +16,7 @@ import signal
 import threading
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,7 +29,7 @@ from typing import Any, Literal
 from gymnasium.vector.utils import CloudpickleWrapper
 
 from poco_vla.errors import ConfigError, DataError, NonFiniteError, PocoError
-from poco_vla.rollout.shield import obey_parent_alone
+from poco_vla.rollout.shield import ignore_signals_to_the_group
 
 logger = logging.getLogger(__name__)
 
@@ -120,13 +122,6 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, outer)
 
 
-def ignore_interrupts_in_workers() -> None:
-    """Leave Ctrl-C, which goes to the whole process group, to the process that started the workers."""
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        obey_parent_alone()
-
-
 def _end_with_parent() -> None:
     """End this process as soon as its parent is gone, whatever it is doing."""
     parent = multiprocessing.parent_process()
@@ -138,7 +133,7 @@ def _serve(connection: multiprocessing.connection.Connection, build: Callable[[]
     """Build the object, then answer calls until the pipe closes or one fails."""
     global _in_worker
     _in_worker = True
-    ignore_interrupts_in_workers()
+    ignore_signals_to_the_group()
     _end_with_parent()
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -180,6 +175,15 @@ def _send_all(connection: multiprocessing.connection.Connection, answers: "Simpl
 
 # -- in the parent ----------------------------------------------------------------------------------------------------
 
+_processes: "weakref.WeakSet[multiprocessing.process.BaseProcess]" = weakref.WeakSet()
+
+
+@atexit.register  # after multiprocessing's own, and so called before it
+def _kill_workers() -> None:
+    """End workers that nobody has closed. Multiprocessing would send them SIGTERM, which they ignore, and wait."""
+    for process in _processes:
+        process.kill()
+
 
 class Worker:
     """An object in a process of its own.
@@ -211,6 +215,7 @@ class Worker:
             arguments = (theirs, CloudpickleWrapper(build), within)
             self.process = context.Process(target=_serve, args=arguments, name=name, daemon=True)  # type: ignore[attr-defined]
             self.process.start()
+            _processes.add(self.process)
             theirs.close()
         except (OSError, EOFError) as error:
             raise ConfigError(

@@ -1,5 +1,9 @@
 """Objects in worker processes: what goes on while nobody listens, and what the end of a run leaves time for."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +21,30 @@ from poco_vla.simulators import environment
 
 
 def build():
-    return SimpleNamespace(nap=time.sleep, much=lambda: bytes(5_000_000), note=Path.touch, close=lambda: None)
+    return SimpleNamespace(
+        nap=time.sleep,
+        much=lambda: bytes(5_000_000),
+        note=Path.touch,
+        end_a_program=end_a_program,
+        end_a_fork=end_a_fork,
+        close=lambda: None,
+    )
+
+
+def end_a_program():
+    """Return how a program ends that this process starts, as Unity and CARLA are, and then terminates."""
+    with subprocess.Popen(["sleep", "60"]) as program:
+        program.terminate()
+        return program.wait(20)
+
+
+def end_a_fork():
+    """Return how a process ends that is forked from this one and then terminated."""
+    if (child := os.fork()) == 0:
+        time.sleep(60)
+        os._exit(0)
+    os.kill(child, signal.SIGTERM)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.fixture
@@ -62,3 +89,27 @@ def test_an_episode_whose_actions_and_frames_would_fill_the_pipes_is_played_agai
     play.start()
     play.join(60)
     assert len(frames) == 1 + length // every
+
+
+def test_sigterm_ends_programs_that_a_simulator_starts_but_not_its_worker(worker):
+    os.kill(worker.process.pid, signal.SIGTERM)
+    worker.ask("end_a_program")
+    worker.ask("end_a_fork")
+    wait([worker])
+    assert (worker.failure, worker.answers) == (None, [-signal.SIGTERM, -signal.SIGTERM])
+
+
+PROGRAM = """
+if __name__ == "__main__":
+    import time
+    from poco_vla.rollout.workers import Worker, wait, worker_context
+    worker = Worker(worker_context(()), lambda: time, "test", within=60.0)
+    wait([worker])
+    worker.ask("sleep", 600)
+"""
+
+
+def test_a_program_that_closes_no_worker_ends_nevertheless(tmp_path):
+    file = tmp_path / "program.py"
+    file.write_text(PROGRAM)
+    assert subprocess.run([sys.executable, str(file)], timeout=60, check=False).returncode == 0
