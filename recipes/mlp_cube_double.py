@@ -2,8 +2,8 @@
 
     accelerate launch recipes/mlp_cube_double.py [--seeds 0 1 2] [--smoke] [--help]
 
-`recipes/online_cube_double.py` has the paper's numbers. What differs here, so that two CPU cores show the effect within
-minutes, says why; "measured" means on cube-single.
+`recipes/simulations.py --task cube_double` has the paper's numbers. What differs here, so that two CPU cores show the
+effect within minutes, says why; "measured" means on cube-single.
 """
 
 from pathlib import Path

@@ -2,8 +2,8 @@
 
     accelerate launch recipes/mlp_lift.py [--seeds 0 1 2] [--smoke] [--help]
 
-`recipes/online_lift.py` has the paper's numbers. What differs here, so that two CPU cores show the effect within
-minutes, says why; "measured" means on OGBench cube-single.
+`recipes/simulations.py --task lift` has the paper's numbers. What differs here, so that two CPU cores show the effect
+within minutes, says why; "measured" means on OGBench cube-single.
 """
 
 from pathlib import Path

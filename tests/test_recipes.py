@@ -11,17 +11,47 @@ from pathlib import Path
 import pytest
 
 from poco_vla.cli.smoke import smoke_run
-from poco_vla.config import RewardConfig, TrainConfig
+from poco_vla.config import RewardConfig, TrainConfig, flat, to_json
+from poco_vla.errors import PocoError
 from poco_vla.simulators import environment
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ONLINE = ["scene", "puzzle_3x3", "cube_double", "cube_triple", "lift", "can", "square"]
 OFFLINE_TO_ONLINE = ["scene", "puzzle_3x3", "can", "square"]
 NAMES = [f"online_{task}" for task in ONLINE] + [f"offline_to_online_{task}" for task in OFFLINE_TO_ONLINE]
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "simulations.json").read_text())
+
+
+def chosen(name):
+    """Setting and task of a run's name."""
+    setting = next(setting for setting in ("offline_to_online", "online") if name.startswith(setting))
+    return setting, name.removeprefix(f"{setting}_")
 
 
 def config_of(name):
-    return runpy.run_path(str(RECIPES / f"{name}.py"))["config"]()
+    setting, task = chosen(name)
+    return runpy.run_path(str(RECIPES / "simulations.py"))["config"](task, setting)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_value_of_a_run_is_the_one_that_was_reviewed(name):
+    """tests/golden/simulations.json lists them: the values that all runs share, and those of each."""
+    expected = GOLDEN["common"] | GOLDEN["runs"][name]
+    found = flat(to_json(config_of(name)))
+    assert {key: found.get(key) for key in expected} == expected
+    open_ended = ("env.options.", "policy_options.")
+    assert all(key in expected for key in found if key.startswith(open_ended))
+
+
+def test_all_runs_of_the_recipe_are_reviewed_ones():
+    settings = runpy.run_path(str(RECIPES / "simulations.py"))["SETTINGS"]
+    assert {f"{setting}_{task}" for setting in settings for task in settings[setting]} == set(GOLDEN["runs"])
+    assert set(NAMES) == set(GOLDEN["runs"])
+
+
+def test_a_run_that_the_paper_does_not_have_is_refused():
+    with pytest.raises(PocoError, match="no offline_to_online run of lift; it has scene, puzzle_3x3, can, square"):
+        config_of("offline_to_online_lift")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -76,7 +106,7 @@ def launch(name, folder, *arguments):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     return subprocess.run(
-        [*command, RECIPES / f"{name}.py", "--smoke", *arguments],
+        [*command, RECIPES / name, "--smoke", *arguments],
         cwd=folder,
         env=env,
         capture_output=True,
@@ -88,7 +118,8 @@ def launch(name, folder, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["offline_to_online_scene", "online_lift"])
 def test_smoke_runs_every_stage_of_a_recipe(name, tmp_path):
-    done = launch(name, tmp_path)
+    setting, task = chosen(name)
+    done = launch("simulations.py", tmp_path, "--task", task, f"--setting={setting}")
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = (tmp_path / "runs" / "smoke" / name).iterdir()
     result = json.loads((run / "result.json").read_text())
@@ -96,7 +127,8 @@ def test_smoke_runs_every_stage_of_a_recipe(name, tmp_path):
     assert result["env_steps"] >= config.online_steps
     assert result["updates"] > config.sft_steps + config.warmup_steps
     assert result["env"]["task"] == config.env.task
-    assert result["command"][0].endswith(f"{name}.py")
+    assert result["command"][0].endswith("simulations.py")
+    assert f"--setting={setting}" in result["command"]
     stages = {json.loads(line)["stage"] for line in (run / "metrics.jsonl").read_text().splitlines()}
     assert "online" in stages
     assert (run / "curve.parquet").is_file()
@@ -104,17 +136,17 @@ def test_smoke_runs_every_stage_of_a_recipe(name, tmp_path):
 
 @pytest.mark.slow
 def test_the_sweep_runs_what_is_asked_for_once_and_writes_one_report(tmp_path):
-    first = launch("ablation_square", tmp_path, "--only", "sft", "zeta-0.08")
+    first = launch("ablation_square.py", tmp_path, "--only", "sft", "zeta-0.08")
     assert first.returncode == 0, first.stderr[-3000:]
     root = tmp_path / "runs" / "smoke" / "ablation_square"
     assert sorted(p.name for p in (root / "seed0").iterdir()) == ["sft", "zeta-0.08"]
     assert json.loads((root / "seed0" / "zeta-0.08" / "config.json").read_text())["policy"].endswith("seed0/sft/policy")
     assert (root / "report.html").stat().st_size > 10_000
     made = {path: path.stat().st_mtime_ns for path in (root / "seed0").rglob("*")}
-    again = launch("ablation_square", tmp_path, "--only", "sft", "zeta-0.08")
+    again = launch("ablation_square.py", tmp_path, "--only", "sft", "zeta-0.08")
     assert again.returncode == 0, again.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in (root / "seed0").rglob("*")} == made
-    unknown = launch("ablation_square", tmp_path, "--only", "zeta-9")
+    unknown = launch("ablation_square.py", tmp_path, "--only", "zeta-9")
     assert unknown.returncode == 1
     assert 'no variant named "zeta-9"' in unknown.stderr
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from poco_vla.cli.choices import Choices, choose, described
 from poco_vla.cli.open_options import chosen_names
 from poco_vla.cli.open_options import with_open_options as _with_open_options
 from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, differences, from_json
@@ -37,28 +39,32 @@ NO_ENV = "--no-env"
 
 
 def run_recipe(
-    config: TrainConfig,
+    config: TrainConfig | Callable[..., TrainConfig],
     args: Sequence[str] | None = None,
     *,
     tiny: bool = False,
     smoke: bool = False,
+    choices: Choices = MappingProxyType({}),
 ) -> None:
     """Run a recipe: its configuration as defaults, every value overridable on the command line.
 
     Prints one line and exits with status 1 on an error that the user can mend, 130 on Ctrl-C.
 
     Args:
-        config: the recipe's values.
+        config: the recipe's values; of a recipe that holds several runs, a function that returns those of one.
         args: the command line; the process's own when None.
         tiny: offer `--tiny` (:func:`poco_vla.cli.smoke.tiny_pick_task`); the command line overrides its values, too.
         smoke: offer `--smoke` (:func:`poco_vla.cli.smoke.smoke_run`), likewise.
+        choices: parameters of `config` and the values that each takes, offered as options such as `--task square`.
     """
 
     def run() -> None:
-        given, seeds = _seeds(sys.argv[1:] if args is None else args)
+        chosen, words = choose(config, choices, sys.argv[1:] if args is None else args)
+        about = described(config, choices)
+        given, seeds = _seeds(words)
         # The words are read for every seed before the first run: a bad one is told at once.
-        runs = [_parsed(config, [*given, "--seed", str(seed)], tiny=tiny, smoke=smoke) for seed in seeds]
-        for one in runs or [_parsed(config, given, tiny=tiny, smoke=smoke)]:
+        runs = [_parsed(chosen, [*given, "--seed", str(seed)], about, tiny=tiny, smoke=smoke) for seed in seeds]
+        for one in runs or [_parsed(chosen, given, about, tiny=tiny, smoke=smoke)]:
             if not (seeds and one.resume):
                 _train(one)
             elif (state := _state_of(one)) != "done":
@@ -150,11 +156,11 @@ def _run_variant(config: TrainConfig) -> None:
     _train(replace(config, resume=resumable))
 
 
-def _parsed(config: TrainConfig, given: Sequence[str], *, tiny: bool, smoke: bool) -> TrainConfig:
+def _parsed(config: TrainConfig, given: Sequence[str], about: str = "", *, tiny: bool, smoke: bool) -> TrainConfig:
     """The recipe's configuration with the words of a command line in it."""
     from poco_vla.cli.smoke import smoke_run, tiny_pick_task
 
-    about = (
+    about += (
         "Every value of this recipe, with its default. Options of adapter and environment, listed or not, are given as "
         "--policy-options.NAME VALUE and --env.options.NAME VALUE (JSON, or plain words), or several in one as "
         "--policy-options '{\"NAME\": VALUE}'. --seeds 0 1 2 runs once "
