@@ -7,7 +7,8 @@ ARGS   ?=
 # One process, and every choice spelled out, so that it runs alike with and without a GPU and warns of no default.
 LAUNCH := .venv/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 # One thread in each of a few workers: small tensors gain nothing from more. The order is tests/conftest.py's.
-PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder \
+          --durations 40 --durations-min 2
 
 # A sourced ROS puts the packages of another Python on this path.
 unexport PYTHONPATH
@@ -21,10 +22,10 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint typecheck pytest bench benchpi benchgroot format pins clean FORCE
+.PHONY: help setup demo test test-all lint typecheck pytest bench benchpi benchgroot format pins clean FORCE
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r verb text; do printf '  make %-10s %s\n' "$$verb" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r verb text; do printf '  make %-10s %s\n' "$$verb" "$$text"; done
 
 setup: $(STAMP)  ## make .venv with everything that the other verbs need
 	@echo "setup: .venv is complete"
@@ -39,6 +40,9 @@ demo: $(STAMP)  ## run recipes/mlp_cube.py; options go into ARGS="--seed 1"
 test: $(STAMP)  ## check style, types and behaviour; all three run even if one fails
 	@$(MAKE) --no-print-directory --keep-going lint typecheck pytest
 
+test-all: test  ## also the long tests: clean environments, full widths, every backend, every page
+	$(PYTEST) -m exhaustive $(ARGS)
+
 lint: $(STAMP)  ## check style
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -47,7 +51,7 @@ typecheck: $(STAMP)  ## check types
 	.venv/bin/pyright
 
 pytest: $(STAMP)  ## run the tests alone; options go into ARGS="-k flow"
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not exhaustive" $(ARGS)
 
 bench: $(STAMP)  ## measure one update
 	$(PYTHON) tests/benchmarks/bench_update.py $(ARGS)

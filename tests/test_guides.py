@@ -412,6 +412,7 @@ def check(running, step, statuses=(0,)):
     print(f"$ {running.command[:200]}\n{running.shown[-1500:]}")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES])
 def test_every_command_of_a_page_runs_in_its_order(name, tmp_path):

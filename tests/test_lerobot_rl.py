@@ -303,6 +303,7 @@ def test_a_hilserl_dataset_is_read_without_any_option(hilserl):
     assert won.task == "push the cube"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_our_trainer_imitates_a_hilserl_dataset_with_its_camera(hilserl, encoder, tmp_path):
     result = train(

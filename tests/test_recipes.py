@@ -134,6 +134,7 @@ def test_smoke_runs_every_stage_of_a_recipe(name, tmp_path):
     assert (run / "curve.parquet").is_file()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_sweep_runs_what_is_asked_for_once_and_writes_one_report(tmp_path):
     first = launch("ablation_square.py", tmp_path, "--only", "sft", "zeta-0.08")

@@ -12,7 +12,7 @@ from clean_environment import ROOT, built, clean_environment, distributions, pro
 from packaging.requirements import Requirement
 
 # One worker runs them all: the others would only wait for the wheels.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheels")]
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.xdist_group("wheels")]
 DISTRIBUTIONS = distributions()
 PLUGINS = [name for name in DISTRIBUTIONS if name.startswith("lerobot_policy_")]
 ADAPTERS = {

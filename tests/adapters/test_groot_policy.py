@@ -421,6 +421,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "poco_vla"]
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_nothing_of_poco_vla_is_needed(source, tmp_path):
     """Found by its type as LeRobot's plug-ins are, trained on a checkpoint, saved, loaded, asked for an action."""
@@ -453,6 +454,7 @@ def command(name, *arguments):
     return done.stdout + done.stderr
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_lerobot_train_makes_a_policy_that_lerobot_eval_runs(source, tmp_path):
     """On a dataset of OGBench's cube as its cameras show it, in an environment of the same columns."""

@@ -20,7 +20,7 @@ SMALL += ["--log-every", "1", "--demonstrations.episodes", "2", "--eval.episodes
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MUJOCO_GL": "disable"}
 
 # One worker runs them all: each leans on the run of the first.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("groot_recipe")]
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.xdist_group("groot_recipe")]
 
 
 def launch(recipe, folder, *arguments):

@@ -108,6 +108,7 @@ def runs(data, tmp_path_factory):
 # -- lerobot-train, lerobot-eval ------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_lerobot_train_makes_a_policy_that_lerobot_eval_runs(data, tmp_path):
     small = ("--policy.hidden_dims=[16,16]", "--steps=3", "--batch_size=4", "--num_workers=0")
     run("lerobot-train", *training(data / "state", tmp_path / "train", *small))
@@ -179,6 +180,7 @@ print("acts in", tuple(action.shape), bool(action.isfinite().all()), config.type
 """
 
 
+@pytest.mark.exhaustive
 def test_an_exported_pi05_needs_nothing_of_ours(runs):
     """In a process where this library and its adapters cannot be imported, LeRobot's own code loads the folder without
     a missing or unexpected tensor, and acts. Only the sizes are told to it: the real model's are LeRobot's own."""
@@ -219,6 +221,7 @@ def test_lerobot_rollout_drives_the_simulated_arm_and_records_what_it_did(runs, 
             seen = env.step(action.clip(-1, 1))[0]
 
 
+@pytest.mark.exhaustive
 def test_lerobot_rollout_records_pi05_and_its_cameras(runs, tmp_path):
     """Strategy "sentry", which goes on until its time is over."""
     root, made = tmp_path / "recorded", runs("pi05")
@@ -232,6 +235,7 @@ def test_lerobot_rollout_records_pi05_and_its_cameras(runs, tmp_path):
     assert dataset[0]["task"] == "put the cube on its target"
 
 
+@pytest.mark.exhaustive
 def test_lerobot_rollout_runs_groot_by_its_name(runs):
     """Strategy "base", which records nothing."""
     made = runs("groot_n1d6")
@@ -243,6 +247,7 @@ def test_lerobot_rollout_runs_groot_by_its_name(runs):
 # -- lerobot-dataset-viz --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_lerobot_dataset_viz_shows_a_recorded_online_episode(runs, tmp_path):
     """A row for each of two cameras, action, state, done, reward and success at every step."""
     pytest.importorskip("rerun", reason="needs lerobot[viz]")
@@ -258,6 +263,7 @@ def test_lerobot_dataset_viz_shows_a_recorded_online_episode(runs, tmp_path):
 # -- what LeRobot cannot do yet -------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_what_the_readme_says_that_does_not_work_with_lerobot_yet():
     """A line that fails here is a line to take out of the README."""
     from lerobot.async_inference.constants import SUPPORTED_POLICIES

@@ -77,6 +77,7 @@ def test_losses_head_gradients_and_samples_are_lerobots(case):
     assert_within_bounds(differences(case))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.skipif(
     os.environ.get("POCO_FULL_WIDTH") != "1",
@@ -114,6 +115,7 @@ def run_script(*args):
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_parity_script_runs_by_itself():
     done = run_script("--seed", "3", "--candidates", "4", "--cameras", "1")

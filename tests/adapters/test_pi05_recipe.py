@@ -122,6 +122,7 @@ def recipe(run, folder, monkeypatch):
     return lambda *arguments: run_recipe(config, arguments, tiny=True)
 
 
+@pytest.mark.exhaustive
 def test_a_lora_run_goes_on_after_its_checkpoint_and_exports_a_plain_policy(recipe, folder, capsys):
     """SFT alone, stopped half-way; only LoRA matrices are in the checkpoint and in the head's file."""
     options = ("--tiny", *SMALL, "--policy-options.lora", "2", "--online-steps", "0", "--output-dir", "lora")

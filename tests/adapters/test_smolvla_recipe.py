@@ -21,7 +21,7 @@ SMALL = (*STEPS, "--log-every", "2", "--demonstrations.episodes", "2", "--eval.e
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MUJOCO_GL": "disable"}
 
 # One worker runs them all: each leans on the run of the first.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smolvla_recipe")]
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.xdist_group("smolvla_recipe")]
 
 
 def run_command(command, folder):

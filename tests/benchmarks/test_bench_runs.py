@@ -99,6 +99,7 @@ def test_settings_are_put_back():
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_start_and_data_are_measured(tmp_path, monkeypatch):
     starts = {"import torch": ("-c", "pass"), "poco-vla --help": bench_startup.STARTS["poco-vla --help"]}
@@ -133,6 +134,7 @@ def test_a_dataset_that_is_repeated_holds_its_episodes_again_and_again(tmp_path)
 PI05 = ["--tiny", "--depth=1", "--states=1", "--candidates=2", "--horizon=3", "--cameras=1", "--rows=1", "--rounds=1"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_pi05_is_measured_against_the_same_losses_and_samples(tmp_path, capsys):
     """Both codes compute the same thing, or the ratio between them would say nothing."""
@@ -159,6 +161,7 @@ def test_pi05_is_measured_against_the_same_losses_and_samples(tmp_path, capsys):
     assert "One update of POCO" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_heads_of_the_trainer_compute_the_same(dtype, tmp_path):
@@ -185,6 +188,7 @@ def test_both_heads_of_the_trainer_compute_the_same(dtype, tmp_path):
 GROOT = ["--tiny", "--states=2", "--candidates=3", "--horizon=4", "--rounds=1", "--rows=4", "--threads=1"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_groot_is_measured_against_the_same_samples_and_losses(tmp_path, capsys):
     file = tmp_path / "figures.json"
@@ -201,6 +205,7 @@ def test_groot_is_measured_against_the_same_samples_and_losses(tmp_path, capsys)
     assert "One update of POCO" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_groot_flops_are_those_of_the_variants_that_run():
     """Counted on the meta device from their parts, and as they run."""
@@ -232,6 +237,7 @@ def test_groot_flops_are_those_of_the_variants_that_run():
         )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_groot_at_full_size_costs_what_its_specification_says():
     case = bench_groot.Case.of(bench_groot.Args(tiny=True, candidates=32))
@@ -241,6 +247,7 @@ def test_groot_at_full_size_costs_what_its_specification_says():
         assert row["x cached"] == pytest.approx(over_cached, rel=0.02)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_prefix_store_is_measured_against_none_and_against_plain_copies(capsys):
     figures = bench_prefixes.main(["--quick", "--threads=1"])
@@ -289,6 +296,7 @@ def test_batches_grow_by_powers_of_two_and_the_steps_between():
     assert list(bench_pi05.sizes(16)) == [1, 2, 3, 4, 6, 8, 12, 16]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_an_update_that_does_not_fit_is_told_from_one_that_does(monkeypatch):
     args = bench_pi05.Args(tiny=True, depth=1, candidates=2, horizon=3, cameras=1)

@@ -303,6 +303,7 @@ def test_a_policys_processors_move_with_it(adapter, monkeypatch):
     assert moved == ["cuda"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_ctrl_c_saves_and_no_process_of_the_runs_own_cluster_is_left(tmp_path):
     """Ctrl-C reaches the whole process group, as at a terminal."""

@@ -161,6 +161,7 @@ def test_ddp_on_two_processes_is_the_run_of_one(run, root, one, ddp):
     assert_same_run(root / run, one)
 
 
+@pytest.mark.exhaustive
 @slow
 def test_processes_with_a_store_each_make_the_run_without_bit_for_bit(root, ddp):
     stored = root / "ddp_stored"
@@ -192,6 +193,7 @@ def test_a_vla_trains_its_head_as_in_one_process_and_its_backbone_stays(backend,
     assert_same_updates(root / f"vla_{backend}", vla_one)
 
 
+@pytest.mark.exhaustive
 @slow
 def test_one_process_goes_on_from_zero(root, one, zero):
     copy_run(zero, root / "one_since_zero", 40)
@@ -199,6 +201,7 @@ def test_one_process_goes_on_from_zero(root, one, zero):
     assert_same_run(root / "one_since_zero", one)
 
 
+@pytest.mark.exhaustive
 @slow
 def test_ddp_on_four_processes_is_the_run_of_one(root, one, zero):
     launch(root, "ddp_cpu", 4, (run_of(root, "four"), None), (run_of(root, "four_since_zero"), zero))
@@ -206,6 +209,7 @@ def test_ddp_on_four_processes_is_the_run_of_one(root, one, zero):
     assert_same_run(root / "four_since_zero", one)
 
 
+@pytest.mark.exhaustive
 @slow
 def test_ddp_on_two_machines_is_the_run_of_one(root, one):
     """Two launchers on this machine, as each would be on its own."""
@@ -220,6 +224,7 @@ def test_ddp_on_two_machines_is_the_run_of_one(root, one):
     assert_same_run(root / "machines", one)
 
 
+@pytest.mark.exhaustive
 @slow
 def test_the_configuration_of_one_process_is_one_process(root, one):
     launch(root, "one_process", 1, (run_of(root, "configured", online_steps=0), None))
@@ -229,12 +234,14 @@ def test_the_configuration_of_one_process_is_one_process(root, one):
 # -- who acts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @slow
 @pytest.mark.parametrize("backend", ["fsdp", "zero"])
 def test_each_process_acts_under_a_sharded_learner_as_under_ddp(backend, root, zero):
     assert_same_run(root / f"{backend}_each", root / "ddp_each")
 
 
+@pytest.mark.exhaustive
 @slow
 def test_each_process_acts_repeats_bit_for_bit_and_resumes(root):
     """Two processes with three environments each: all episodes are on disk, in the same order again, from seeds that

@@ -251,6 +251,7 @@ def test_ctrl_c_saves_says_where_and_resumes_bit_for_bit(tmp_path, data, uninter
     assert_same(everything(config.output_dir), uninterrupted)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.xdist_group("resume")
 def test_ctrl_c_under_the_launcher_of_make_demo_saves_before_it_returns(tmp_path, data):

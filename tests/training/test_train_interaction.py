@@ -167,6 +167,7 @@ def test_a_killed_run_loses_no_finished_episode_and_counts_on(tmp_path, data):
         trainer.close()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_ctrl_c_saves_and_the_run_goes_on_to_its_end(tmp_path, data):
     config = beside(tmp_path, data, online_steps=2500, checkpoint_every=0)
