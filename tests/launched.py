@@ -37,15 +37,15 @@ def put_a_head_back(config):
     try:
         with trainer.display.stage("guard", 6, 0) as bar:
             three_updates(trainer, bar)
-            trainer._keep_head()
-            kept = dict(trainer._good_head)
+            trainer.recovery.keep_head()
+            kept = dict(trainer.recovery.good_head)
             three_updates(trainer, bar)
-            trainer._gather()
-            assert any(not torch.equal(p.cpu(), kept[name]) for name, p in trainer._head_parameters())
-            trainer._restore_head()
-            trainer.learner.gather()
-            assert all(torch.equal(p.cpu(), kept[name]) for name, p in trainer._head_parameters())
-            state = trainer.learner.optimizer_state()
+            trainer.updater.gather()
+            assert any(not torch.equal(p.cpu(), kept[name]) for name, p in trainer.updater.head_parameters().items())
+            trainer.recovery.restore_head()
+            trainer.updater.learner.gather()
+            assert all(torch.equal(p.cpu(), kept[name]) for name, p in trainer.updater.head_parameters().items())
+            state = trainer.updater.learner.optimizer_state()
             assert not state["state"].keys() & set(state["param_groups"][0]["params"])
             three_updates(trainer, bar)
     finally:
@@ -54,16 +54,16 @@ def put_a_head_back(config):
 
 def only_the_head_has_changed(trainer: Trainer):
     """Of a VLA whose backbone is frozen: the backbone is the base's bit for bit, and all that trains is not."""
-    trainer._gather()
+    trainer.updater.gather()
     base = dict(Pi05.from_pretrained(trainer.config.policy).named_parameters())
-    trained = {name for name, p in trainer.policy.named_parameters() if p.requires_grad}
-    changed = {name for name, p in trainer.policy.named_parameters() if not torch.equal(p.cpu(), base[name])}
+    trained = {name for name, p in trainer.parts.policy.named_parameters() if p.requires_grad}
+    changed = {name for name, p in trainer.parts.policy.named_parameters() if not torch.equal(p.cpu(), base[name])}
     assert changed == trained < base.keys(), changed ^ trained
 
 
 def three_updates(trainer: Trainer, bar: Bar):
     for _ in range(3):
-        trainer._update("sft", bar)
+        trainer.updater.update("sft", bar)
 
 
 if __name__ == "__main__":

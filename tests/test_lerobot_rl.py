@@ -94,7 +94,7 @@ def test_lerobots_trainer_gives_the_weights_of_our_own_bit_for_bit(data, tmp_pat
     with ours.display.stage("by hand", 12) as bar:
         for stage, updates in (("sft", 3), ("warmup", 3), ("online", 6)):
             for _ in range(updates):
-                ours._update(stage, bar)
+                ours.updater.update(stage, bar)
     ours.close()
 
     theirs = lerobots(data, config_of(grad_clip_norm=limit))
@@ -102,7 +102,7 @@ def test_lerobots_trainer_gives_the_weights_of_our_own_bit_for_bit(data, tmp_pat
     for _ in range(12):
         theirs.training_step()
     after = trainable_state(theirs.algorithm.poco)
-    assert_same(after, trainable_state(ours.poco))
+    assert_same(after, trainable_state(ours.updater.poco))
     assert {name.split(".")[0] for name in after if not after[name].equal(before[name])} == {
         "policy",
         "critic",

@@ -56,7 +56,7 @@ def updates(config, check=lambda trainer: None):
     try:
         with trainer.display.stage("updates", len(STAGES)) as bar:
             for stage in STAGES:
-                trainer._update(stage, bar)
+                trainer.updater.update(stage, bar)
         check(trainer)
     finally:
         trainer.close()

@@ -142,6 +142,14 @@ class BatchSource(Iterator[ChunkBatch]):
         self._draw_ahead(self.prefixes, bootstrap=bootstrap)
         return batch
 
+    def state(self) -> Mapping[str, Any]:
+        """Return where the sampling order stands."""
+        return self.rng.bit_generator.state
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; what was drawn ahead is dropped."""
+        self.rng.bit_generator.state = state
+
     def _sample(self, rng: np.random.Generator, *, pictures: bool) -> Transitions:
         return self.replay.sample(self.batch_size, rng, pictures=pictures).rows(self.rows)
 

@@ -11,13 +11,27 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
 from poco_vla.algorithm import Stage
+from poco_vla.errors import UnknownNameError
 from poco_vla.evaluation import wilson_interval
 from poco_vla.files import whole_file
 from poco_vla.progress import Bar
 from poco_vla.training.progress import Progress
+
+
+def refuse_unknown_trackers(trackers: Sequence[str]) -> None:
+    """Refuse trackers that are not installed, which Accelerate leaves out silently.
+
+    Raises:
+        UnknownNameError: a tracker is not installed.
+    """
+    known = {"all", *map(str, get_available_trackers())}
+    for name in trackers:
+        if name not in known:
+            raise UnknownNameError("installed tracker", name, known)
 
 
 class Logbook:

@@ -687,7 +687,7 @@ def trainer_of(case: Case, folder: Path) -> Trainer:
 @contextmanager
 def stock_head(trainer: Trainer) -> Iterator[None]:
     """While this lasts, the trainer's policy moves its candidates by LeRobot's `denoise_step`, on its own weights."""
-    policy: Any = trainer.policy
+    policy: Any = trainer.parts.policy
     model, last = policy.policy.model, []
 
     def velocity(prefix: Any, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -709,18 +709,23 @@ def trainer_update(trainer: Trainer, case: Case, head: Callable[[], Any]) -> tup
     clock = Clock(case.device, time.process_time if case.args.clock == "cpu" else None)
     adam, candidates = "Adam, target critic", case.args.candidates
     spans = [
-        (trainer.batches, "draw", "batch"),
-        (trainer.poco, "forward", f"M-step: {candidates} + 1 flow errors"),
+        (trainer.updater.batches, "draw", "batch"),
+        (trainer.updater.poco, "forward", f"M-step: {candidates} + 1 flow errors"),
         (trainer.accelerator, "backward", "backward"),
-        (trainer.optimizer, "step", adam),
-        (trainer.poco, "update_target", adam),
+        (trainer.updater.optimizer, "step", adam),
+        (trainer.updater.poco, "update_target", adam),
     ]
     release(case.device)
-    with head(), told_apart(trainer.poco, clock, candidates), ExitStack() as stack, peak_memory(case.device) as peak:
+    with (
+        head(),
+        told_apart(trainer.updater.poco, clock, candidates),
+        ExitStack() as stack,
+        peak_memory(case.device) as peak,
+    ):
         for owner, name, span in spans:
             stack.enter_context(patch.object(owner, name, clock.timed(getattr(owner, name), span, None)))
         with trainer.display.stage("update", 1) as bar, clock.span("everything else"):
-            trainer._update("online", bar)
+            trainer.updater.update("online", bar)
     return clock.stages(), peak[0]
 
 

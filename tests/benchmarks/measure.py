@@ -411,7 +411,7 @@ def simulator_seconds(config: TrainConfig, steps: int) -> float:
 
 def fill_pool(trainer: Trainer) -> None:
     """Start the workers and play until the pool holds an online episode, from which on the learner has work."""
-    interaction = trainer.interaction = trainer.acting.begin(0, 0)
+    interaction = trainer.collector.interaction = trainer.collector.acting.begin(0, 0)
     while trainer.replay.num_online_steps == 0:
         interaction.act(best_of_n=1, until=float("inf"))
         trainer.replay.extend(interaction.receive(wait=True).episodes, is_demo=False)
@@ -420,10 +420,10 @@ def fill_pool(trainer: Trainer) -> None:
 def updates_seconds(trainer: Trainer, updates: int) -> float:
     """Seconds of so many online updates, sampling included."""
     with trainer.display.stage("updates", updates) as bar:
-        trainer._update("online", bar)
+        trainer.updater.update("online", bar)
         started = time.perf_counter()
         for _ in range(updates):
-            trainer._update("online", bar)
+            trainer.updater.update("online", bar)
         return time.perf_counter() - started
 
 

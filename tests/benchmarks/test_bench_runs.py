@@ -169,7 +169,7 @@ def test_both_heads_of_the_trainer_compute_the_same(dtype, tmp_path):
     case = bench_pi05.Case.of(bench_pi05.Args(tiny=True, depth=1, states=2, candidates=3, horizon=3, dtype=dtype))
     trainer = bench_pi05.trainer_of(case, tmp_path)
     try:
-        policy, (chunks, noise, t) = trainer.policy, case.draws()
+        policy, (chunks, noise, t) = trainer.parts.policy, case.draws()
         prefix = policy.encode(case.observations(2))
         found = []
         for head in (bench_pi05.nullcontext(), bench_pi05.stock_head(trainer)):

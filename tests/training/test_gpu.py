@@ -63,19 +63,19 @@ def updated(trainer, stages=("sft", "warmup", "online", "online")):
     """Weights after some updates."""
     with trainer.display.stage("by hand", len(stages)) as bar:
         for stage in stages:
-            trainer._update(stage, bar)
-    return [p.detach().clone() for p in trainer.poco.parameters()]
+            trainer.updater.update(stage, bar)
+    return [p.detach().clone() for p in trainer.updater.poco.parameters()]
 
 
 def test_a_loss_that_is_not_finite_changes_nothing_though_the_host_looks_late(trainer):
     one = trainer()
     updated(one)
     with torch.no_grad():
-        one.actor_parameters[0].fill_(float("nan"))
-    before = [p.detach().clone() for p in one.actor_parameters[1:]]
+        one.updater.actor_parameters[0].fill_(float("nan"))
+    before = [p.detach().clone() for p in one.updater.actor_parameters[1:]]
     with pytest.raises(NonFiniteError, match=r"sft update 4: the loss is nan"):
         updated(one, ("sft", "sft"))
-    for p, old in zip(one.actor_parameters[1:], before, strict=True):
+    for p, old in zip(one.updater.actor_parameters[1:], before, strict=True):
         assert torch.equal(p, old)
 
 

@@ -95,24 +95,24 @@ def trainer(tmp_path):
 
 
 def head_of(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.actor_parameters])
+    return torch.cat([p.detach().flatten() for p in trainer.updater.actor_parameters])
 
 
 def test_a_collapse_brings_the_good_head_back_with_a_smaller_beta_and_a_second_one_ends_the_run(trainer):
-    trainer.guard.reference = (50, 50)
-    trainer._keep_head()
-    good, beta = head_of(trainer).clone(), trainer.poco.beta.item()
+    trainer.recovery.guard.reference = (50, 50)
+    trainer.recovery.keep_head()
+    good, beta = head_of(trainer).clone(), trainer.updater.poco.beta.item()
     with torch.no_grad():
-        for p in trainer.actor_parameters:
+        for p in trainer.updater.actor_parameters:
             p.add_(1.0)
     for _ in range(8):
-        trainer._watch(False)
+        trainer.recovery.watch(False)
     torch.testing.assert_close(head_of(trainer), good, rtol=0, atol=0)
-    assert trainer.poco.beta.item() == 0.5 * beta
+    assert trainer.updater.poco.beta.item() == 0.5 * beta
     assert not trainer.progress.stopped
-    assert all(not trainer.optimizer.state.get(p) for p in trainer.actor_parameters)
+    assert all(not trainer.updater.optimizer.state.get(p) for p in trainer.updater.actor_parameters)
     for _ in range(8):
-        trainer._watch(False)
+        trainer.recovery.watch(False)
     assert trainer.progress.stopped
 
 
@@ -137,5 +137,5 @@ def test_a_run_that_collapses_ends_with_the_head_it_was_restored_to(tmp_path):
     assert result["stopped_early"]
     assert result["restored_heads"] == 3
     assert result["env_steps"] < 6000
-    kept = torch.cat([p.flatten() for p in trainer._good_head.values()])
+    kept = torch.cat([p.flatten() for p in trainer.recovery.good_head.values()])
     np.testing.assert_array_equal(head_of(trainer).numpy(), kept.numpy())

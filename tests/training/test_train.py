@@ -492,13 +492,13 @@ def test_tensorboard_gets_the_scalars(tmp_path, data):
 def test_the_best_policy_is_that_of_the_best_evaluation(tmp_path, data, monkeypatch):
     """The second of four evaluations, then one that is as good, which is newer: that one's weights are in best/."""
     trainer = Trainer(small(tmp_path / "run", data, eval=EvalConfig(episodes=6, every=100, videos=False)))
-    keep, rates, kept = trainer._keep_best, iter([0.1, 0.6, 0.6, 0.3]), []
+    keep, rates, kept = trainer.evaluations.keep_best, iter([0.1, 0.6, 0.6, 0.3]), []
 
     def flattered(figures):
         keep(figures | {"success_rate": next(rates)})
-        kept.append([p.detach().clone() for p in trainer.actor_parameters])
+        kept.append([p.detach().clone() for p in trainer.updater.actor_parameters])
 
-    monkeypatch.setattr(trainer, "_keep_best", flattered)
+    monkeypatch.setattr(trainer.evaluations, "keep_best", flattered)
     try:
         trainer.run()
     finally:
@@ -590,13 +590,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_step_and_keeps_the_ba
     trainer = Trainer(config)
     try:
         with torch.no_grad():
-            next(iter(trainer.actor_parameters)).fill_(float("nan"))
-        before = [p.detach().clone() for p in trainer.actor_parameters[1:]]
+            next(iter(trainer.updater.actor_parameters)).fill_(float("nan"))
+        before = [p.detach().clone() for p in trainer.updater.actor_parameters[1:]]
         with pytest.raises(NonFiniteError, match=r"sft update 0: the loss is nan .* batch is kept in .*\.safetensors"):
             trainer.run()
     finally:
         trainer.close()
-    for p, old in zip(trainer.actor_parameters[1:], before, strict=True):
+    for p, old in zip(trainer.updater.actor_parameters[1:], before, strict=True):
         torch.testing.assert_close(p.detach(), old, rtol=0, atol=0)
     kept = load_file(config.output_dir / "nonfinite_batch_0.safetensors")
     assert kept["actions"].shape[:2] == (config.optim.batch_size, config.horizon)

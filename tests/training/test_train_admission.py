@@ -143,7 +143,7 @@ def test_a_robots_wild_episode_is_refused_with_the_reason_and_good_ones_go_on(tm
         trainer.run()
         episodes = recorded(config)
         assert_pool_is(trainer, episodes[: trainer.progress.episodes])
-        assert INTERVENTION in trainer.recorder._disk.info.features
+        assert INTERVENTION in trainer.collector.recorder._disk.info.features
     finally:
         trainer.close()
     robots[0].join(timeout=20)

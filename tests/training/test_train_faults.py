@@ -44,7 +44,7 @@ def interrupted(config):
         after = trainer._after_update
 
         def stop_soon():
-            trainer._stop = trainer.progress.episodes >= 2
+            trainer.interruption.requested = trainer.progress.episodes >= 2
             after()
 
         trainer._after_update = stop_soon
@@ -79,10 +79,10 @@ def test_what_imitation_has_trained_is_on_disk_before_an_evaluation_may_fail(tmp
         monkeypatch.setattr(trainer, "_evaluate", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("it died")))
         with pytest.raises(RuntimeError, match="it died"):
             trainer.run()
-        trained = [p.detach().clone() for p in trainer.actor_parameters]
+        trained = [p.detach().clone() for p in trainer.updater.actor_parameters]
     with opened(replace(config, resume=True)) as again:
         assert (again.progress.stage, again.progress.stage_update) == ("sft", config.sft_steps)
-        for p, expected in zip(again.actor_parameters, trained, strict=True):
+        for p, expected in zip(again.updater.actor_parameters, trained, strict=True):
             assert torch.equal(p.detach(), expected)
         again.run()
     assert (config.output_dir / "result.json").is_file()
@@ -110,8 +110,8 @@ def test_a_run_saves_after_the_minutes_it_is_told(tmp_path, data):
         saved = []
         save = trainer._save
         trainer._save = lambda: saved.append(trainer.progress.update) or save()
-        trainer.clock._took = 0.0
-        trainer.clock.ended = lambda: None  # the disk of this test takes no time
+        trainer.checkpoints.clock._took = 0.0
+        trainer.checkpoints.clock.ended = lambda: None  # the disk of this test takes no time
         trainer.run()
     assert saved[:5] == [1, 2, 3, 4, 5]
 
@@ -124,17 +124,19 @@ def test_a_finite_loss_with_a_gradient_that_is_not_changes_nothing(value, tmp_pa
     with opened(small(tmp_path / "run", data, online_steps=0)) as trainer:
         with trainer.display.stage("by hand", 3) as bar:
             for _ in range(2):
-                trainer._update("sft", bar)
-            weights = [p.detach().clone() for p in trainer.poco.parameters()]
-            moments = {k: v.clone() for e in trainer.learner.optimizer_state()["state"].values() for k, v in e.items()}
-            trainer.actor_parameters[0].register_hook(lambda gradient: torch.full_like(gradient, value))
+                trainer.updater.update("sft", bar)
+            weights = [p.detach().clone() for p in trainer.updater.poco.parameters()]
+            moments = {
+                k: v.clone() for e in trainer.updater.learner.optimizer_state()["state"].values() for k, v in e.items()
+            }
+            trainer.updater.actor_parameters[0].register_hook(lambda gradient: torch.full_like(gradient, value))
             with pytest.raises(
                 NonFiniteError, match=r"update 2: the loss is \d.*its gradient not finite.*actor_grad_norm"
             ):
-                trainer._update("sft", bar)
-        for p, old in zip(trainer.poco.parameters(), weights, strict=True):
+                trainer.updater.update("sft", bar)
+        for p, old in zip(trainer.updater.poco.parameters(), weights, strict=True):
             assert torch.equal(p.detach(), old)
-        now = {k: v for e in trainer.learner.optimizer_state()["state"].values() for k, v in e.items()}
+        now = {k: v for e in trainer.updater.learner.optimizer_state()["state"].values() for k, v in e.items()}
         assert all(torch.equal(now[name], old) for name, old in moments.items())
         assert (trainer.config.output_dir / "nonfinite_batch_0.safetensors").is_file()
 
@@ -146,7 +148,7 @@ def test_a_run_that_is_refused_leaves_no_simulators_behind(tmp_path, data, monke
         pools.append(pool)
         raise SimulatorError("the first rollout")
 
-    monkeypatch.setattr("poco_vla.training.trainer.check_rollout", refuse)
+    monkeypatch.setattr("poco_vla.training.environments.check_rollout", refuse)
     with pytest.raises(SimulatorError, match="the first rollout"):
         Trainer(small(tmp_path / "run", data))
     assert [pool._envs.workers for pool in pools] == [[]]
@@ -181,8 +183,8 @@ def test_other_demonstrations_are_refused_unless_they_are_accepted(copied, tmp_p
 def test_demonstrations_that_were_moved_are_known_again(copied, tmp_path, capfd):
     moved = shutil.copytree(copied.demonstrations.root, tmp_path / "moved")
     with opened(replace(copied, demonstrations=replace(copied.demonstrations, root=moved))) as trainer:
-        assert trainer.dataset_config.root is not None
-        assert trainer.dataset_config.root.is_relative_to(moved)
+        assert trainer.parts.data.config.root is not None
+        assert trainer.parts.data.config.root.is_relative_to(moved)
     assert "changed" not in capfd.readouterr().out
 
 
@@ -192,9 +194,12 @@ def test_other_statistics_of_the_dataset_are_told_and_the_runs_own_kept(copied, 
         action = info.stats["action"] | {"max": np.asarray(info.stats["action"]["max"]) + 1}
         return replace(info, stats={**info.stats, "action": action})
 
-    monkeypatch.setattr("poco_vla.training.trainer.info_of", other)
+    monkeypatch.setattr("poco_vla.training.dataset.info_of", other)
     with opened(copied) as trainer:
-        found, own = trainer.statistics.found["action"]["max"], trainer.info.stats["action"]["max"]
+        found, own = (
+            trainer.parts.data.statistics.found["action"]["max"],
+            trainer.parts.data.info.stats["action"]["max"],
+        )
     np.testing.assert_array_equal(found - 1, own)
     assert "meta/stats.json" in capfd.readouterr().out.replace("\n", " ")
 
@@ -247,14 +252,14 @@ def test_after_a_kill_no_version_is_given_to_other_weights(stopped, copied):
     """Stopped in order, versions go on where they were; killed, above all that may have been seen."""
     _, progress = stopped
     with opened(copied) as trainer:
-        assert trainer.weights.version == progress.version == progress.update
+        assert trainer.parts.weights.version == progress.version == progress.update
     (copied.output_dir / "versions.json").write_text(json.dumps({"below": progress.update + 500}))
     with opened(copied) as trainer:
         assert trainer.progress.update == progress.update
-        assert trainer.weights.version == progress.update + 499
+        assert trainer.parts.weights.version == progress.update + 499
         with trainer.display.stage("by hand", 1) as bar:
-            trainer._update("online", bar)
-        assert trainer.weights.version == progress.update + 500
+            trainer.updater.update("online", bar)
+        assert trainer.parts.weights.version == progress.update + 500
 
 
 def test_versions_are_reserved_on_disk_before_anybody_sees_them(tmp_path):
@@ -336,9 +341,11 @@ def test_a_full_disk_pauses_the_final_policy_and_the_videos(tmp_path, data, monk
 
     config = small(tmp_path / "run", data, online_steps=0)
     with opened(replace(config, eval=replace(config.eval, videos=True, episodes=2))) as trainer:
-        monkeypatch.setattr("poco_vla.training.trainer.report.finish", once(lambda *_: None, "report"))
-        monkeypatch.setattr("poco_vla.training.trainer.write_episode_video", once(lambda *_, **__: None, "video"))
-        monkeypatch.setattr(trainer.policy, "save_pretrained", once(trainer.policy.save_pretrained, "policy"))
+        monkeypatch.setattr("poco_vla.training.results.report.finish", once(lambda *_: None, "report"))
+        monkeypatch.setattr("poco_vla.training.evaluations.write_episode_video", once(lambda *_, **__: None, "video"))
+        monkeypatch.setattr(
+            trainer.parts.policy, "save_pretrained", once(trainer.parts.policy.save_pretrained, "policy")
+        )
         told = []
         monkeypatch.setattr(trainer.display, "say", told.append)
         trainer.run()

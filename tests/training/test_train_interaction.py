@@ -66,7 +66,7 @@ def test_every_episode_is_on_disk_and_in_the_pool(tmp_path, data):
     trainer = Trainer(config)
     try:
         result = trainer.run()
-        trainer.interaction.close()
+        trainer.collector.interaction.close()
         assert result.env_steps >= 900
         episodes = recorded(config)
         assert_pool_is(trainer, episodes[: trainer.progress.episodes])
@@ -109,7 +109,7 @@ def test_learning_takes_over_the_prefix_of_every_state_that_acting_saw(mode, tmp
         trainer.run()
         episodes = recorded(config)[: trainer.progress.episodes]
         chosen = sum(-(-len(episode) // 5) for episode in episodes)
-        assert 150 < chosen <= trainer.prefixes.acted.num_taken < 1.3 * chosen
+        assert 150 < chosen <= trainer.parts.prefixes.acted.num_taken < 1.3 * chosen
     finally:
         trainer.close()
     assert json.loads((config.output_dir / "result.json").read_text())["prefixes"]["acted"] > 150
@@ -271,9 +271,9 @@ def robots_for(trainer, count=2):
     robots = []
 
     def come():
-        while trainer.interaction is None or trainer.interaction.server.port == 0:
+        while trainer.collector.interaction is None or trainer.collector.interaction.server.port == 0:
             time.sleep(0.01)
-        robots.extend(Robot(trainer.interaction.server.url, 1000 * i) for i in range(count))
+        robots.extend(Robot(trainer.collector.interaction.server.url, 1000 * i) for i in range(count))
         for robot in robots:
             robot.start()
 
@@ -309,7 +309,7 @@ def test_without_an_environment_the_warm_up_says_how_well_the_imitating_policy_d
     """Nothing to evaluate in: the guard compares with the episodes of the critic's warm-up."""
     seeded = beside(tmp_path, data, "remote")
     first = Trainer(replace(seeded, online_steps=0))  # makes the demonstrations
-    root = first.dataset_config.root
+    root = first.parts.data.config.root
     first.close()
     config = replace(
         seeded,
@@ -326,7 +326,7 @@ def test_without_an_environment_the_warm_up_says_how_well_the_imitating_policy_d
         trainer.run()
     finally:
         trainer.close()
-    successes, episodes = trainer.guard.reference
+    successes, episodes = trainer.recovery.guard.reference
     lines = lines_of(config.output_dir, "episodes.jsonl")
     assert 0 < episodes < len(lines)
     assert successes == sum(line["success"] for line in lines[:episodes])

@@ -46,12 +46,12 @@ def trainer(tmp_path, data):
 def updated(trainer, stages=("sft", "warmup", "online", "online")):
     """Weights after some updates, and the largest part of each."""
     seen = []
-    forward = trainer.poco.forward
-    trainer.poco.forward = lambda batch, *rest: seen.append(len(batch)) or forward(batch, *rest)
+    forward = trainer.updater.poco.forward
+    trainer.updater.poco.forward = lambda batch, *rest: seen.append(len(batch)) or forward(batch, *rest)
     with trainer.display.stage("by hand", len(stages)) as bar:
         for stage in stages:
-            trainer._update(stage, bar)
-    return [p.detach().clone() for p in trainer.poco.parameters()], seen
+            trainer.updater.update(stage, bar)
+    return [p.detach().clone() for p in trainer.updater.poco.parameters()], seen
 
 
 def test_updates_in_parts_give_the_weights_of_updates_in_one(trainer):
@@ -74,19 +74,19 @@ def test_a_cpu_takes_parts_that_suit_its_caches_where_there_are_many_candidates(
 def test_an_update_keeps_to_the_memory_it_is_given(stage, trainer, monkeypatch):
     """Measured again, weights and moments added: below the budget, and above the half of it, so that none is wasted."""
     free = trainer(memory="1GB")
-    budget = free.budget
-    batch = free.batches.draw()
-    plan = free.poco.plan(batch, stage)
+    budget = free.updater.budget
+    batch = free.updater.batches.draw()
+    plan = free.updater.poco.plan(batch, stage)
     assert budget.part(batch, plan, stage) == 256
-    most = peak_bytes(lambda: free.learner.rehearse(batch, stage, plan), CPU)
+    most = peak_bytes(lambda: free.updater.learner.rehearse(batch, stage, plan), CPU)
     held = budget._held(batch, plan)
 
     given = held + 0.4 * most
     bound = trainer(memory=f"{given / 1e6:.6f}MB")
-    size = bound.budget.part(batch, plan, stage)
+    size = bound.updater.budget.part(batch, plan, stage)
     assert 1 <= size < 256
-    monkeypatch.setattr(bound.poco, "plan", lambda *_: plan)
-    took = held + peak_bytes(lambda: bound._backward(batch, stage), CPU)
+    monkeypatch.setattr(bound.updater.poco, "plan", lambda *_: plan)
+    took = held + peak_bytes(lambda: bound.updater._backward(batch, stage), CPU)
     assert 0.5 * given < took <= given
 
 
@@ -95,8 +95,8 @@ def test_prefixes_that_are_read_ahead_are_counted(trainer):
     held = {}
     for mode in ("off", "on"):
         made = trainer(memory="1GB", prefixes=PrefixConfig(mode=mode))
-        batch = made.batches.draw()
-        held[mode] = made.budget._held(batch, made.poco.plan(batch, "online"))
+        batch = made.updater.batches.draw()
+        held[mode] = made.updater.budget._held(batch, made.updater.poco.plan(batch, "online"))
         observed = sum(x.nbytes for x in (*batch.obs.values(), *batch.next_obs.values()) if isinstance(x, torch.Tensor))
         held[mode] -= observed
     assert held["on"] - held["off"] == 2 * 512 * 4 * 4

@@ -81,7 +81,7 @@ def test_a_run_that_is_interrupted_resumes_bit_for_bit(tmp_path, data, plain):
         after = trainer._after_update
 
         def stop(trainer=trainer, after=after, update=update):
-            trainer._stop = trainer._stop or trainer.progress.update >= update
+            trainer.interruption.requested = trainer.interruption.requested or trainer.progress.update >= update
             after()
 
         trainer._after_update = stop
@@ -141,7 +141,7 @@ def test_a_vlas_losses_do_not_depend_on_a_store(tmp_path, pictures):
     """pi0.5's real parts, small, cold and warm."""
 
     def check(trainer):
-        assert trainer.prefixes.hits > 20
+        assert trainer.parts.prefixes.hits > 20
 
     updates(vla(pictures, tmp_path / "off", prefixes=PrefixConfig(mode="off")))
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,111 @@
+"""Recovery from a collapse: the last good head, kept in memory and on disk, and put back."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from poco_vla.config import TrainConfig
+from poco_vla.progress import Display
+from poco_vla.training import checkpoint
+from poco_vla.training.broadcast import shared
+from poco_vla.training.folder import RunFolder
+from poco_vla.training.guard import CollapseGuard
+from poco_vla.training.progress import Progress
+from poco_vla.training.updates import Updater
+
+
+class CollapseRecovery:
+    """Let a guard see every episode, keep good heads, and go back to the last one when the policy has collapsed. Every
+    process sees the same episodes and decides alike.
+
+    Args:
+        config: of the run.
+        guard: tells good heads from collapsed ones.
+        accelerator: its processes.
+        updater: of the head.
+        progress: how far the run is; stopped after too many collapses.
+        folder: holds the good head.
+        display: shows a collapse.
+
+    Attributes:
+        good_head: parameters of the last good head, by name.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        guard: CollapseGuard,
+        *,
+        accelerator: Accelerator,
+        updater: Updater,
+        progress: Progress,
+        folder: RunFolder,
+        display: Display,
+    ) -> None:
+        self.config, self.guard, self.accelerator, self.updater = config, guard, accelerator, updater
+        self.progress, self.folder, self.display = progress, folder, display
+        self.good_head: dict[str, Tensor] = {}
+
+    def take_reference(self) -> None:
+        """Let the guard compare with the first evaluation, which all processes are told."""
+        first = self.progress.evaluations[:1]
+        mine = [first[0]["successes"], first[0]["episodes"]] if first else [0, 0]
+        successes, episodes = (int(x) for x in shared(torch.tensor(mine, device=self.accelerator.device)))
+        if episodes:
+            self.guard.reference = (successes, episodes)
+
+    def add(self, success: bool) -> None:
+        """Take an online episode in."""
+        if self.progress.stage_update <= self.config.warmup_steps:
+            self._extend_reference(success)
+        elif not self.progress.stopped:
+            self.watch(success)
+
+    def watch(self, success: bool) -> None:
+        """Let the guard see an episode of the policy that learns, and do as it says."""
+        verdict = self.guard.add(success)
+        if verdict == "good":
+            self.keep_head()
+        elif verdict == "collapsed":
+            recent, (successes, episodes) = self.guard.recent, self.guard.reference or (0, 1)
+            go_on = self.guard.restored()
+            self.restore_head()
+            beta = self.updater.learner.poco.beta
+            beta.mul_(self.config.guard.beta_factor if go_on else 1)
+            self.progress.stopped = not go_on
+            self.display.say(
+                f"collapse: {sum(recent)} of the last {len(recent)} episodes succeeded; after SFT "
+                f"{successes} of {episodes} did. The last good head is back; "
+                + (f"going on with beta {beta.item():g}" if go_on else "the run ends here")
+            )
+
+    def keep_head(self) -> None:
+        """Keep the present head, should a later one collapse; on disk too, for a resumed run."""
+        if self.config.guard.action != "off" and self.config.online_steps:
+            self.updater.gather()
+            self.good_head = {name: p.detach().cpu().clone() for name, p in self.updater.head_parameters().items()}
+            if self.accelerator.is_main_process:
+                save = partial(checkpoint.save_good_head, self.folder.path, self.good_head)
+                self.folder.write("the head of the collapse guard", save)
+
+    def restore_head(self) -> None:
+        """Put the last good head back; its optimizer state begins anew."""
+        self.updater.put_head(self.good_head)
+
+    def state(self) -> dict[str, Any]:
+        """Return nothing: the head is a file in the run's folder, which a checkpoint links."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take the good head of a checkpoint."""
+        self.good_head = dict(state)
+
+    def _extend_reference(self, success: bool) -> None:
+        """Without an environment to evaluate in, compare with the episodes of the critic's warm-up."""
+        if self.config.env is None:
+            successes, episodes = self.guard.reference or (0, 0)
+            self.guard.reference = (successes + success, episodes + 1)

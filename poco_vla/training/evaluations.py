@@ -1,0 +1,116 @@
+"""Evaluations of a run: episodes on the main process, their figures, videos, and the best policy so far."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from poco_vla.config import TrainConfig
+from poco_vla.data import Episode
+from poco_vla.errors import SimulatorError
+from poco_vla.evaluation import EvalResult, EvaluationStopped, evaluate
+from poco_vla.hub.rate import note_rate
+from poco_vla.policy import FlowPolicy
+from poco_vla.progress import Display
+from poco_vla.rollout import EnvPool
+from poco_vla.rollout.video import write_episode_video
+from poco_vla.training.folder import RunFolder
+from poco_vla.training.interruption import Interruption
+from poco_vla.training.logbook import Logbook
+from poco_vla.training.outlook import Outlook
+from poco_vla.training.progress import Progress
+
+
+class Evaluations:
+    """Evaluate the policy, and keep what is worth keeping.
+
+    Args:
+        config: of the run.
+        policy: what is evaluated.
+        envs: where; None on processes that evaluate nothing.
+        fps: rate of the demonstrations, which an exported policy notes.
+        progress: gets the figures.
+        display: shows them.
+        folder: gets videos and the best policy.
+        interruption: stops an evaluation.
+        logbook: gets a line per evaluation.
+        outlook: warns when nothing ever succeeds.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        policy: FlowPolicy,
+        envs: EnvPool | None,
+        fps: int,
+        *,
+        progress: Progress,
+        display: Display,
+        folder: RunFolder,
+        interruption: Interruption,
+        logbook: Logbook,
+        outlook: Outlook,
+    ) -> None:
+        self.config, self.policy, self.envs, self.fps = config, policy, envs, fps
+        self.progress, self.display, self.folder = progress, display, folder
+        self.interruption, self.logbook, self.outlook = interruption, logbook, outlook
+
+    @property
+    def is_due(self) -> bool:
+        """Return True if an evaluation on the way is due."""
+        every, now = self.config.eval.every, self.progress
+        due = bool(every) and now.env_steps // every > now.evaluated_at // every
+        return due and now.env_steps < self.config.online_steps
+
+    def play(self, label: str) -> EvalResult | None:
+        """Return the result of an evaluation on the main process; None elsewhere, and where the run is to stop."""
+        if self.envs is None:
+            return None
+        settings = self.config.eval
+        with self.display.stage(f"evaluating {label}", settings.episodes) as bar, self.interruption.simulators():
+            try:
+                return evaluate(
+                    self.policy, self.envs, episodes=settings.episodes, seed=settings.seed, on_episode=bar.to
+                )
+            except EvaluationStopped:
+                return None
+        return None
+
+    def note(self, label: str, result: EvalResult, videos: str | None) -> None:
+        """Note a result; write videos with `videos` in their names, and the policy if none was better before."""
+        settings, now = self.config.eval, self.progress
+        self.display.say(f"success {label}: {result.success} of {settings.episodes} episodes")
+        figures = {"label": label, "env_steps": now.env_steps, "update": now.update} | result.success.figures()
+        now.evaluations.append(figures)
+        self.outlook.evaluated(now)
+        self.logbook.evaluated(figures)
+        self.keep_best(figures)
+        if settings.videos and videos:
+            self.folder.write(f"the videos {videos}", lambda: self._write_videos(result.episodes, videos))
+
+    def keep_best(self, figures: dict[str, Any]) -> None:
+        """Export the policy, unless an evaluation before was better."""
+        best = self.progress.best
+        if best is not None and figures["success_rate"] < best["success_rate"]:
+            return
+        save = self.policy.save_pretrained if self.policy.base is None else self.policy.save_head
+        self.folder.write("the best policy", partial(export, save, self.folder.path / "best", self.fps))
+        self.progress.best = figures | {"policy": "best"}
+
+    def _write_videos(self, episodes: Sequence[Episode], when: str) -> None:
+        """Write the first success and the first failure."""
+        assert self.config.env is not None
+        for outcome in ("success", "failure"):
+            episode = next((e for e in episodes if e.succeeded == (outcome == "success")), None)
+            if episode is not None:
+                path = self.folder.path / f"{outcome}_{when}.mp4"
+                try:
+                    write_episode_video(episode, self.config.env, path, every=1 + len(episode) // 200)
+                except SimulatorError as error:
+                    self.display.say(f"{path.name} is not written: {error}")
+
+
+def export(save: Callable[[Path], None], folder: Path, fps: int) -> None:
+    """Let `save` write a policy or a head, and note the rate of its demonstrations beside it."""
+    save(folder)
+    note_rate(folder, fps)

@@ -1,0 +1,395 @@
+"""A run as a record of named parts, built from its configuration."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from poco_vla.algorithm import Poco
+from poco_vla.config import EnvSpec, TrainConfig, to_json, to_scalars
+from poco_vla.data import BatchSource, Episode, Replay
+from poco_vla.flow import Draws
+from poco_vla.policy import FlowPolicy
+from poco_vla.prefix_cache.source import PrefixSource
+from poco_vla.progress import Display
+from poco_vla.recording.admission import Admission
+from poco_vla.recording.recorder import EpisodeRecorder
+from poco_vla.registry import check_options, load_adapter
+from poco_vla.rollout import Actor, EnvPool
+from poco_vla.rollout.actor import Weights
+from poco_vla.training import checkpoint
+from poco_vla.training.backends import Learner, learner_of, open_accelerator
+from poco_vla.training.broadcast import Sharing
+from poco_vla.training.checkpoints import Checkpoints, Part
+from poco_vla.training.collapse import CollapseRecovery
+from poco_vla.training.collector import Collector
+from poco_vla.training.dataset import RunData, open_data, open_policy
+from poco_vla.training.environments import check_demonstrations, open_environments
+from poco_vla.training.evaluations import Evaluations
+from poco_vla.training.experience import Experience
+from poco_vla.training.failures import Failures
+from poco_vla.training.finite_check import FiniteWatch
+from poco_vla.training.folder import RunFolder, choose_folder, refuse_to_overwrite
+from poco_vla.training.guard import CollapseGuard
+from poco_vla.training.interactions import (
+    RANK_SEED,
+    Acting,
+    open_admission,
+    open_recorder,
+    picture_shapes,
+    picture_shapes_of,
+)
+from poco_vla.training.interruption import Interruption
+from poco_vla.training.launcher import launched_precision, precision_told
+from poco_vla.training.logbook import Logbook, refuse_unknown_trackers
+from poco_vla.training.memory import Budget
+from poco_vla.training.outlook import Outlook
+from poco_vla.training.parts import (
+    BaseVersion,
+    LearnedWeights,
+    NormalisationStatistics,
+    OptimizerState,
+    RandomNumbers,
+    VectorNames,
+    WeightVersions,
+)
+from poco_vla.training.prefixes import open_prefixes
+from poco_vla.training.progress import Progress
+from poco_vla.training.provenance import Provenance
+from poco_vla.training.updates import Updater
+from poco_vla.training.versions import VersionBound
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run consists of. `checkpoints.parts` are those of its parts that a checkpoint holds.
+
+    Attributes:
+        config: with the run's own folder and precision.
+        accelerator: Accelerate's, of this process.
+        display: the live view.
+        failures: tells the processes which of them failed first.
+        folder: writes the run's files.
+        interruption: requests to stop.
+        progress: how far the run is.
+        logbook: its .jsonl files and trackers.
+        versions: of the weights, reserved on disk.
+        weights: version of the weights that act.
+        data: the demonstrations.
+        policy: what acts, is evaluated and exported.
+        replay: the replay buffer.
+        prefixes: the prefix cache; None without one.
+        learner: the trained module on the accelerator's backend.
+        updater: makes updates.
+        recovery: goes back to a good head after a collapse.
+        experience: takes episodes in.
+        collector: lets the policy act.
+        evaluations: evaluates it.
+        checkpoints: saves the run.
+        env: the environment, with the instruction that the policy gets; None without one.
+        resources: closes workers, threads and the folder's lock.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    display: Display
+    failures: Failures
+    folder: RunFolder
+    interruption: Interruption
+    progress: Progress
+    logbook: Logbook
+    versions: VersionBound
+    weights: Weights
+    data: RunData
+    policy: FlowPolicy
+    replay: Replay
+    prefixes: PrefixSource | None
+    learner: Learner
+    updater: Updater
+    recovery: CollapseRecovery
+    experience: Experience
+    collector: Collector
+    evaluations: Evaluations
+    checkpoints: Checkpoints
+    env: EnvSpec | None
+    resources: ExitStack
+
+    @property
+    def admission(self) -> Admission:
+        """Return what decides which online episodes are learned from."""
+        return self.collector.admission
+
+    def close(self) -> None:
+        """Stop workers and trackers, and give the folder back."""
+        self.interruption.requested = True  # nobody waits for space on a disk any more
+        with ExitStack() as stack:  # each is closed, whatever happens to the others
+            if self.config.trackers:
+                stack.callback(self.accelerator.end_training)
+            stack.callback(self.resources.close)
+
+
+def build(config: TrainConfig) -> Run:
+    """Build a run, or load it from its newest checkpoint where `config` says to resume.
+
+    Raises:
+        PocoError: a bad configuration, dataset, policy or checkpoint, before any long work.
+    """
+    progress = Progress()  # its clock begins here
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    refuse_unknown_trackers(config.trackers)
+    check_options(load_adapter(config.adapter), config.policy_options, pretrained=config.policy is not None)
+    accelerator = open_accelerator(config)
+    precision = launched_precision(config)
+    told = precision_told(config, precision)
+    config = replace(config, mixed_precision=precision, output_dir=choose_folder(config, accelerator))
+    display = Display(enabled=accelerator.is_main_process)
+    interruption = Interruption(accelerator, display)
+    failures = Failures(config.output_dir, accelerator.process_index, accelerator.num_processes)
+    with ExitStack() as resources:
+        lock = checkpoint.claim_folder(config.output_dir, lock=accelerator.is_main_process)
+        resources.callback(lock.release)
+        if accelerator.is_main_process:
+            failures.forget()
+        accelerator.wait_for_everyone()  # the main process has put the folder in order
+        with failures.watch():
+            refuse_to_overwrite(config)
+            if told is not None:
+                display.say(told)
+            try:
+                return _assemble(config, progress, accelerator, display, failures, interruption, resources)
+            except BaseException:
+                interruption.requested = True  # nobody waits for space on a disk any more
+                raise
+    raise AssertionError("the parts are returned, or an error is raised")
+
+
+def _assemble(
+    config: TrainConfig,
+    progress: Progress,
+    accelerator: Accelerator,
+    display: Display,
+    failures: Failures,
+    interruption: Interruption,
+    resources: ExitStack,
+) -> Run:
+    """Build the parts from the ground up, in a folder that is the run's own; what `resources` holds is the run's."""
+    is_main, rank, num_ranks = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+    project = accelerator.project_configuration
+    project.project_dir = project.logging_dir = str(config.output_dir)
+    folder = RunFolder(config.output_dir, display, interruption.is_requested)
+    logbook = Logbook(config.output_dir, accelerator, progress, config.log_every, folder.write)
+    beside = config.interaction.mode != "synchronous"  # else a resumed run makes the same weights again
+    versions, weights = VersionBound(config.output_dir, folder.write, used=is_main and beside), Weights()
+    outlook = Outlook(display.say)
+
+    data = open_data(config, accelerator, display)
+    torch.manual_seed(config.seed)
+    policy = open_policy(config, data, accelerator)
+    demos = data.read(policy, config, display)
+    replay = Replay(
+        horizon=config.horizon,
+        gamma=config.poco.gamma,
+        reward=config.reward,
+        config=config.replay,
+        folder=config.output_dir,
+    )
+    replay.extend(demos, is_demo=True)
+    provenance = Provenance.of(demos, data.statistics.found, policy.input_keys)
+    outlook.demonstrated(demos)
+
+    # Drawn where they are used: a copy from the host would make it wait for a GPU.
+    place = accelerator.device if accelerator.device.type == "cuda" else "cpu"
+    draws = Draws(torch.Generator(place).manual_seed(config.seed), rank, num_ranks)
+    learner = learner_of(accelerator, Poco(policy, config.poco, draws), config.optim)
+    policy = learner.poco.policy
+    # Looking at a loss makes the host wait for a GPU.
+    late = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
+    late = late and accelerator.device.type == "cuda"
+    finite = FiniteWatch(learner.optimizer.optimizer, interruption.count, late=late)
+    prefixes = open_prefixes(config, policy, replay, demos, accelerator, display.say)
+    if prefixes is not None:
+        resources.callback(prefixes.close)
+        logbook.beside = prefixes.rates
+    budget = Budget(
+        config,
+        learner.poco,
+        learner.optimizer,
+        accelerator,
+        learner.rehearse,
+        lambda: prefixes.store.num_bytes["device"] if prefixes is not None and prefixes.store is not None else 0,
+        lambda: prefixes.batch_bytes if prefixes is not None else 0,
+        display.say,
+    )
+    batches = BatchSource(
+        replay,
+        policy,
+        config.optim.batch_size,
+        seed=config.seed,
+        rank=rank,
+        world_size=num_ranks,
+        prefixes=prefixes,
+    )
+    updater = Updater(
+        config,
+        accelerator,
+        learner,
+        batches,
+        budget,
+        finite,
+        progress=progress,
+        weights=weights,
+        versions=versions,
+        logbook=logbook,
+    )
+    guard = CollapseGuard(config.guard)
+    recovery = CollapseRecovery(
+        config, guard, accelerator=accelerator, updater=updater, progress=progress, folder=folder, display=display
+    )
+
+    each = config.interaction.ranks == "each"
+    sharing = Sharing(accelerator, each=each)
+    critic = learner.poco.target_critic if config.best_of_n > 1 else None
+    actor = Actor(policy, config.seed + RANK_SEED * rank, config.best_of_n, critic, config.poco.aggregation)
+    check_demonstrations(policy, demos)
+    envs, env = open_environments(config, policy, demos, sharing, display, interruption, resources)
+    admission = open_admission(config, policy, demos, display.say, interruption.is_requested, is_main=is_main)
+    recorder = _open_recorder(config, data, policy, envs, admission, folder, display, interruption) if is_main else None
+    acting = Acting(
+        replace(config, env=env),
+        actor,
+        weights,
+        recorder,
+        data.info,
+        demos[0].task,
+        display.say,
+        prefixes.acted if prefixes is not None else None,
+        *((rank, num_ranks) if each else (0, 1)),
+        interruption.is_requested,
+    )
+    collector = Collector(
+        config,
+        acting,
+        sharing,
+        recorder,
+        admission,
+        replay=replay,
+        progress=progress,
+        logbook=logbook,
+        interruption=interruption,
+    )
+    resources.callback(collector.close)
+    experience = Experience(
+        config,
+        accelerator,
+        data,
+        policy,
+        replay,
+        prefixes=prefixes,
+        admission=admission,
+        provenance=provenance,
+        recovery=recovery,
+        progress=progress,
+        logbook=logbook,
+        folder=folder,
+        display=display,
+    )
+    evaluations = Evaluations(
+        config,
+        policy,
+        envs,
+        data.info.fps,
+        progress=progress,
+        display=display,
+        folder=folder,
+        interruption=interruption,
+        logbook=logbook,
+        outlook=outlook,
+    )
+    parts: Mapping[str, Part] = {  # in the order in which they are loaded
+        "base_version": BaseVersion(policy, config.policy),
+        "names": VectorNames(policy),
+        "statistics": NormalisationStatistics(data.statistics, policy),
+        "weights": LearnedWeights(learner),
+        "optimizer": OptimizerState(learner),
+        "progress": progress,
+        "versions": WeightVersions(versions, progress, weights, accelerator.device),
+        "guard": guard,
+        "good_head": recovery,
+        "draws": RandomNumbers(draws, config.seed, progress, display),
+        "batches": batches,
+        "logbook": logbook,
+        "data": experience,
+        "acting": collector,
+    }
+    checkpoints = Checkpoints(config, parts, accelerator=accelerator, progress=progress, folder=folder, display=display)
+    _say_sizes(config, accelerator, updater, demos, replay, display)
+    if config.resume:
+        checkpoints.resume()
+    elif is_main:
+        folder.write_json("config.json", to_json(config))
+    if config.trackers:
+        accelerator.init_trackers("poco_vla", config=to_scalars(config))
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        display=display,
+        failures=failures,
+        folder=folder,
+        interruption=interruption,
+        progress=progress,
+        logbook=logbook,
+        versions=versions,
+        weights=weights,
+        data=data,
+        policy=policy,
+        replay=replay,
+        prefixes=prefixes,
+        learner=learner,
+        updater=updater,
+        recovery=recovery,
+        experience=experience,
+        collector=collector,
+        evaluations=evaluations,
+        checkpoints=checkpoints,
+        env=env,
+        resources=resources.pop_all(),
+    )
+
+
+def _open_recorder(
+    config: TrainConfig,
+    data: RunData,
+    policy: FlowPolicy,
+    envs: EnvPool | None,
+    admission: Admission,
+    folder: RunFolder,
+    display: Display,
+    interruption: Interruption,
+) -> EpisodeRecorder:
+    """Return the recorder of online episodes, for pictures of the environment's sizes or, of robots, the dataset's."""
+    features = {key: data.info.features[key] for key in policy.input_keys}
+    simulated = envs is not None and config.interaction.mode != "remote"
+    shapes = picture_shapes_of(envs.obs) if envs is not None and simulated else picture_shapes(features)
+    return open_recorder(
+        config, folder.episodes, data.info.fps, shapes, display.say, interruption.is_requested, admission
+    )
+
+
+def _say_sizes(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    updater: Updater,
+    demos: list[Episode],
+    replay: Replay,
+    display: Display,
+) -> None:
+    trained = sum(p.numel() for p in updater.actor_parameters)
+    display.say(
+        f"{config.adapter}: {trained:,} trained parameters on {accelerator.device}; "
+        f"{len(demos)} demonstrations ({sum(demo.succeeded for demo in demos)} succeed), {replay.num_demo_steps:,} "
+        "steps"
+    )
