@@ -25,6 +25,10 @@ def _require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_seed(name: str, seed: int) -> None:
+    _require(0 <= seed < 2**31, f"{name} is {seed}; a seed is a number from 0 to {2**31 - 1}")
+
+
 @dataclass(frozen=True)
 class PocoConfig:
     """The algorithm (sections and equations of the paper)."""
@@ -225,6 +229,7 @@ class DemonstrationConfig:
     """Processes that collect side by side; None is one per core. The dataset does not depend on it."""
 
     def __post_init__(self) -> None:
+        _require_seed("demonstrations.seed", self.seed)
         _require(self.episodes >= 1, f"demonstrations.episodes is {self.episodes}; at least 1")
         _require(0 <= self.recovery <= 1, f"demonstrations.recovery is {self.recovery}; it must lie in [0, 1]")
         _require(
@@ -386,6 +391,7 @@ class EvalConfig:
     """Write a video of a success and of a failure, after SFT and at the end, as far as there are any."""
 
     def __post_init__(self) -> None:
+        _require_seed("eval.seed", self.seed)
         _require(self.episodes >= 1, f"eval.episodes is {self.episodes}; at least 1")
         _require(self.every >= 0, f"eval.every is {self.every}; it must not be negative")
 
@@ -524,6 +530,7 @@ class TrainConfig:
     """Torch threads of the learner on a CPU; None is torch's own choice."""
 
     def __post_init__(self) -> None:
+        _require_seed("seed", self.seed)
         _require(self.horizon >= 1, f"horizon (H) is {self.horizon}; at least 1")
         for name in ("sft_steps", "warmup_steps", "online_steps", "checkpoint_every", "checkpoint_keep_every"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")

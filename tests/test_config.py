@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from poco_vla import PocoConfig, PocoError
+from poco_vla import DemonstrationConfig, EvalConfig, PocoConfig, PocoError, TrainConfig
 from poco_vla.errors import ConfigError
 
 
@@ -67,3 +67,10 @@ def test_border_values_that_do_work(field, value):
 def test_a_config_never_changes():
     with pytest.raises(FrozenInstanceError):
         PocoConfig().eta = 0.2
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+@pytest.mark.parametrize("kind", [TrainConfig, EvalConfig, DemonstrationConfig])
+def test_a_seed_that_a_generator_does_not_take_is_refused(kind, seed):
+    with pytest.raises(ConfigError, match=r"seed is .* a seed is a number from 0 to 2147483647"):
+        kind(seed=seed)

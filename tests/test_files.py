@@ -200,3 +200,14 @@ def test_json_that_is_damaged_is_named(content, tmp_path):
     (tmp_path / "result.json").write_bytes(content)
     with pytest.raises(PocoError, match=r"result\.json is damaged: no JSON"):
         read_json(tmp_path / "result.json")
+
+
+def test_a_written_folder_can_be_read_by_whom_the_umask_allows(tmp_path):
+    old = os.umask(0o022)
+    try:
+        with whole_folder(tmp_path / "policy") as partial:
+            save_file({"a": torch.zeros(2)}, partial / "model.safetensors")
+            (partial / "config.json").write_text("{}")
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "policy").iterdir()} == {0o644}

@@ -54,6 +54,8 @@ def read_run(folder: Path) -> "Run":
     Raises:
         DataError: the folder holds none, or a damaged one.
     """
+    if not folder.exists():
+        raise DataError(f"there is no folder {folder}")
     if folder.is_file():
         raise DataError(f"{folder} is a file: give the run's folder, {folder.parent}")
     if (folder / "result.json").is_file():
