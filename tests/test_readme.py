@@ -181,7 +181,7 @@ def test_every_make_verb_that_it_names_exists():
 
 
 def test_every_poco_vla_command_that_it_names_exists():
-    from poco_vla.cli.commands import main as cli
+    from poco_vla.cli import main as cli
 
     verbs = {
         name.lower()

@@ -16,7 +16,8 @@ from pointmass_run import small
 from published_files import collect, save_npz
 
 from poco_vla import available_adapters
-from poco_vla.cli.commands import _guarded, main, run_recipe, run_sweep
+from poco_vla.cli import main, run_recipe, run_sweep
+from poco_vla.cli.errors import guarded
 from poco_vla.config import EnvSpec, TrainConfig
 from poco_vla.terminal import first_to_say
 from poco_vla.training import train
@@ -136,11 +137,11 @@ def test_a_fault_of_the_system_is_one_line_and_a_bug_keeps_its_traceback(tmp_pat
     """A file where a folder belongs, say; what nobody foresaw is not hidden."""
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stop:
-        _guarded(lambda: (tmp_path / "file" / "run").mkdir())
+        guarded(lambda: (tmp_path / "file" / "run").mkdir())
     assert stop.value.code == 1
     assert capsys.readouterr().err == f"NotADirectoryError: Not a directory: {tmp_path}/file/run\n"
     with pytest.raises(FileNotFoundError):
-        _guarded(lambda: (tmp_path / "none").read_text())
+        guarded(lambda: (tmp_path / "none").read_text())
 
 
 def test_two_processes_of_a_launch_say_the_same_once(monkeypatch):

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from pointmass_run import small
 
-from poco_vla.cli.commands import _command, _parsed, main, run_recipe
+from poco_vla.cli import main, run_recipe
+from poco_vla.cli.configuration import parse_config
 from poco_vla.cli.open_options import take_options, with_open_options
+from poco_vla.cli.program import _command
 from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, flat, to_json
 from poco_vla.errors import ConfigError, UnknownNameError
 from poco_vla.registry import check_options, load_adapter
@@ -41,7 +43,7 @@ def config_of(name):
 
 
 def parsed(config, *words):
-    return _parsed(config, words, tiny=False, smoke=False)
+    return parse_config(config, words, tiny=False, smoke=False)
 
 
 def listed(ask, capsys, monkeypatch):

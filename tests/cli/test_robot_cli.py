@@ -20,7 +20,8 @@ from learner import Sink, Twitch, serve
 from point_robot import Hand, PointRobot
 from rich.console import Console
 
-from poco_vla.cli.commands import _devices, main
+from poco_vla.cli import main
+from poco_vla.cli.robot import split_devices
 from poco_vla.errors import ConfigError, UnknownNameError
 from poco_vla.robots import KeySignals, RobotSuccess, Signal, SimulatedArm, SimulatedArmConfig, devices
 from poco_vla.robots.devices import make_devices
@@ -346,7 +347,7 @@ def test_help_needs_no_robot_and_says_each_option(capsys):
 
 def test_words_for_the_devices_are_lerobots_in_either_form():
     words = ["robot", "--url", "u", "--robot.type", "a", "--lead=2", "--teleop.port=p", "--robot.x=-1", "--low", "-1"]
-    rest, devices = _devices(words)
+    rest, devices = split_devices(words)
     assert rest == ["robot", "--url", "u", "--lead=2", "--low", "-1"]
     assert devices == ["--robot.type", "a", "--teleop.port=p", "--robot.x=-1"]
 
