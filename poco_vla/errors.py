@@ -84,3 +84,15 @@ class NonFiniteError(PocoError):
 
 class SimulatorError(PocoError):
     """A simulator that fails again and again: it raises, hangs, dies, or returns numbers that are not finite."""
+
+
+class OtherProcessError(PocoError):
+    """Another process of this run has failed.
+
+    Attributes:
+        summary: that process's error (:func:`poco_vla.bugs.summary_of`), None where it could not say.
+    """
+
+    def __init__(self, message: str, summary: str | None = None) -> None:
+        super().__init__(message)
+        self.summary = summary

@@ -228,7 +228,7 @@ def wait_for_space[T](
             if not is_out_of_space(error):
                 raise
             if give_up():
-                raise PocoError(f"{_full(what, where)}, and the run ends: it is lost. Make room first.") from error
+                raise PocoError(f"{_full(what, where)}, and the run ends: it is lost. Make room first.") from None
         if not told:
             tell(f"{_full(what, where)}. It is tried again every {every:g} s until there is room.")
             told = True

@@ -15,19 +15,19 @@ import pickle
 import signal
 import threading
 import time
-import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
 from gymnasium.vector.utils import CloudpickleWrapper
 
+from poco_vla.bugs import RemoteBugError, bug_behind, place_of, traceback_of
 from poco_vla.errors import ConfigError, DataError, NonFiniteError, PocoError
 from poco_vla.rollout.shield import ignore_signals_to_the_group
 
@@ -53,7 +53,7 @@ class Failure:
         kind: "contract": it broke a rule of this library, which its text names; "raised" any other error; "died" the
             process ended; "timeout" it was ended for taking too long; "stopped" because the run stops.
         words: a clause for a message, with file and line where an error was raised.
-        details: the traceback, "" where there is none.
+        details: the traceback of a bug, "" where the user can mend what the words say.
     """
 
     kind: Kind
@@ -63,34 +63,17 @@ class Failure:
     @classmethod
     def of(cls, error: Exception) -> "Failure":
         """Describe an exception, naming the file and line that raised it unless its text is this library's own."""
-        details = "".join(traceback.format_exception(error))
-        if isinstance(error, NonFiniteError | DataError):
-            return cls("raised", str(error), details)
+        bug = bug_behind(error)
+        details = traceback_of(bug) if bug is not None else ""
         if isinstance(error, PocoError):
-            return cls("contract", str(error), details)
-        return cls("raised", f"{type(error).__name__}: {error}{_where(error)}{graphics_advice(details)}", details)
+            return cls("raised" if isinstance(error, NonFiniteError | DataError) else "contract", str(error), details)
+        advice = graphics_advice(details)
+        words = f"{type(error).__name__}: {error}{place_of(error)}{advice}"
+        return cls("raised", words, "" if advice else details)
 
     def cause(self) -> Exception | None:
-        """Give the worker's traceback as an exception to chain to, None where there is none."""
-        return WorkerTracebackError(self.details) if self.details else None
-
-
-class WorkerTracebackError(Exception):
-    """The traceback of an error in another process, for the end of a `raise ... from`."""
-
-    def __str__(self) -> str:
-        return f"\n\n{self.args[0]}"
-
-
-def _where(error: Exception) -> str:
-    """Name the innermost line of code outside of installed packages, else the innermost line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and f.filename not in (__file__, *_LIBRARY)]
-    frame = (own or frames or [None])[-1]
-    return f" ({frame.filename}, line {frame.lineno}, in {frame.name})" if frame is not None else ""
-
-
-_LIBRARY = tuple(str(Path(__file__).with_name(name)) for name in ("chunk_env.py", "pool.py", "demonstrations.py"))
+        """Return the bug's traceback as an exception to chain to, None where there is none."""
+        return RemoteBugError(self.details) if self.details else None
 
 
 def graphics_advice(details: str) -> str:
@@ -175,7 +158,7 @@ def _send_all(connection: multiprocessing.connection.Connection, answers: "Simpl
 
 # -- in the parent ----------------------------------------------------------------------------------------------------
 
-_processes: "weakref.WeakSet[multiprocessing.process.BaseProcess]" = weakref.WeakSet()
+_processes: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
 
 
 @atexit.register  # after multiprocessing's own, and so called before it

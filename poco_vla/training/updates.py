@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from poco_vla.algorithm import Poco, Stage, parts
 from poco_vla.config import TrainConfig
 from poco_vla.data import BatchSource, Replay, chunk_batch
-from poco_vla.errors import ConfigError, NonFiniteError
+from poco_vla.errors import ConfigError, NonFiniteError, OtherProcessError
 from poco_vla.flow import Draws
 from poco_vla.progress import Bar
 from poco_vla.rollout.actor import Weights
 from poco_vla.training import checkpoint
 from poco_vla.training.backends import Learner
-from poco_vla.training.failures import OtherProcessError
 from poco_vla.training.finite_check import FiniteWatch
 from poco_vla.training.logbook import Logbook
 from poco_vla.training.memory import Budget
@@ -184,7 +183,7 @@ class Updater:
         assert isinstance(flags, Tensor)
         first = int(flags.int().argmax())  # the main process where only the gradient, which all share, is not finite
         if accelerator.process_index != first:
-            return OtherProcessError(f"{name}: not finite on process {first}; that one says what, and keeps the batch")
+            return OtherProcessError(f"{name}: not finite on process {first}")
         what = (
             f"the loss is {loss.item()}" if flags.any() else f"the loss is {loss.item():.4g}, its gradient not finite"
         )
