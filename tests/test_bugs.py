@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import pickle
 import sys
 from dataclasses import dataclass
 
@@ -14,8 +15,9 @@ from tiny_env import faulty_spec
 from poco_vla.bugs import RemoteBugError, bug_behind, place_of, traceback_of
 from poco_vla.cli.errors import guarded
 from poco_vla.config import EnvSpec
-from poco_vla.errors import ConfigError, DataError, OtherProcessError, PocoError
+from poco_vla.errors import ConfigError, DataError, OtherProcessError, PocoError, SimulatorError
 from poco_vla.rollout import EnvPool
+from poco_vla.rollout.cluster import _answer
 from poco_vla.simulators import environment
 from poco_vla.training.failures import Failures
 
@@ -198,6 +200,30 @@ def test_a_rule_that_a_simulator_breaks_is_one_line(capsys):
 
     (line,) = shown(play, capsys).splitlines()
     assert "ConfigError: " in line
+
+
+@pytest.mark.parametrize("far", [True, False], ids=["in the simulator's process", "in Ray's worker"])
+def test_a_bug_in_a_ray_worker_comes_as_its_traceback(far, theirs, capsys):
+    """What a worker answers is text, which Ray pickles; a mistake of the user stays one line."""
+
+    def act():
+        if far:
+            raise SimulatorError("it failed 5 times in a row") from RemoteBugError("Traceback ...\nTypeError: theirs")
+        theirs.adds()
+
+    def refuse():
+        raise ConfigError("poco-vla 0.1 is installed there")
+
+    def learn(answer):
+        raise answer.error(1)
+
+    *trace, sentence = shown(lambda: learn(pickle.loads(pickle.dumps(_answer(act)))), capsys).splitlines()
+    kind, clue = ("SimulatorError", "Traceback ...") if far else ("TypeError", "their_package.py")
+    assert sentence.startswith(f"SimulatorError: Ray worker 1 cannot act: {kind}: ")
+    assert clue in "\n".join(trace)
+    assert far or "their_package.py, line 5, in adds" in sentence
+    (line,) = shown(lambda: learn(_answer(refuse)), capsys).splitlines()
+    assert line == "SimulatorError: Ray worker 1 cannot act: ConfigError: poco-vla 0.1 is installed there"
 
 
 # -- several processes ------------------------------------------------------------------------------------------------

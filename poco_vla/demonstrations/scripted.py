@@ -76,15 +76,15 @@ def ensure_demonstrations(
         SimulatorError: the simulator fails `spec.max_failures` times in a row.
     """
     root = demonstrations_root(spec, config)
-    if (root / "meta" / "info.json").is_file():
+    if is_made(spec, config):
         logger.info("demonstrations: using %s", root)
         return root
     parts, lock = (root.with_name(f".{root.name}.{name}") for name in ("attempts", "lock"))
     env = environment(spec)
     limits = Limits(spec.step_timeout, spec.reset_timeout, spec.max_episode_steps)
     build = partial(Collector, env.package_name, env.gym_id, env.gym_kwargs, limits, name_of(spec))
-    workers = min(config.workers or _num_cores(), -(-config.episodes // 4))
-    attempts = Attempts(build, workers, getattr(env, "preload", ()), limits, local=spec.in_process and workers <= 1)
+    workers, local = _num_workers(config), not needs_processes(spec, config)
+    attempts = Attempts(build, workers, getattr(env, "preload", ()), limits, local=local)
     with closing(attempts):
         try:
             _refuse_without_expert(spec, config, attempts)
@@ -92,14 +92,28 @@ def ensure_demonstrations(
             lock.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(lock):
                 parts.mkdir(exist_ok=True)
-                if not (root / "meta" / "info.json").is_file():
+                if not is_made(spec, config):
                     kept = _collect(spec, config, attempts, parts, on_episode)
                     write_dataset(map(_read, kept), root, fps=env.fps, repo_id=f"local/{root.name}", video=config.video)
         finally:
             lock.unlink(missing_ok=True)
-            if (root / "meta" / "info.json").is_file():
+            if is_made(spec, config):
                 shutil.rmtree(parts, ignore_errors=True)
     return root
+
+
+def is_made(spec: EnvSpec, config: DemonstrationConfig) -> bool:
+    """Return True if the demonstrations are on disk."""
+    return (demonstrations_root(spec, config) / "meta" / "info.json").is_file()
+
+
+def needs_processes(spec: EnvSpec, config: DemonstrationConfig) -> bool:
+    """Return True if worker processes make the demonstrations, False if this process does."""
+    return not spec.in_process or _num_workers(config) > 1
+
+
+def _num_workers(config: DemonstrationConfig) -> int:
+    return min(config.workers or _num_cores(), -(-config.episodes // 4))
 
 
 def _collect(

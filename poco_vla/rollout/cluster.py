@@ -18,7 +18,6 @@ import signal
 import socket
 import threading
 import time
-import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -32,11 +31,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from poco_vla.bugs import RemoteBugError, bug_behind, place_of, traceback_of
 from poco_vla.config import EnvSpec, InteractionConfig
 from poco_vla.critic import ChunkCritic
 from poco_vla.data import Episode
 from poco_vla.data.batches import pipeline_of
-from poco_vla.errors import ConfigError, SimulatorError
+from poco_vla.errors import ConfigError, PocoError, SimulatorError
 from poco_vla.policy import FlowPolicy
 from poco_vla.recording.recorder import EpisodeRecorder
 from poco_vla.rollout.actor import Actor, Weights
@@ -117,10 +117,29 @@ class Played:
 
 @dataclass(frozen=True)
 class Failed:
-    """What went wrong in a worker, in words: an exception would not come through in one piece."""
+    """Say what went wrong in a worker, as text: an exception would not come through in one piece.
+
+    Attributes:
+        words: kind and text of the error, and where it was raised unless the user can mend it by what it says.
+        details: the traceback of a bug, else "".
+    """
 
     words: str
-    details: str
+    details: str = ""
+
+    @classmethod
+    def of(cls, error: Exception) -> "Failed":
+        """Describe an exception."""
+        words, bug = f"{type(error).__name__}: {error}", bug_behind(error)
+        if bug is None:
+            return cls(words)
+        return cls(words if isinstance(error, PocoError) else f"{words}{place_of(error)}", traceback_of(bug))
+
+    def error(self, worker: int) -> SimulatorError:
+        """Return the error that ends the run."""
+        error = SimulatorError(f"Ray worker {worker} cannot act: {self.words}")
+        error.__cause__ = RemoteBugError(self.details) if self.details else None
+        return error
 
 
 class Worker:
@@ -192,7 +211,7 @@ def _answer(act: Callable[[], Played]) -> Played | Failed:
     try:
         return act()
     except Exception as error:  # whatever it is, its words are for the learner
-        return Failed(f"{type(error).__name__}: {error}", traceback.format_exc())
+        return Failed.of(error)
 
 
 def _move(policy: FlowPolicy, device: str) -> str:
@@ -440,8 +459,7 @@ class ClusterInteraction(BackgroundInteraction):
             self._replace(hired, death)
             return
         if isinstance(answer, Failed):
-            logger.error("worker %d:\n%s", hired.index, answer.details)
-            raise SimulatorError(f"Ray worker {hired.index} cannot act: {answer.words}")
+            raise answer.error(hired.index)
         for line in answer.said:
             self._say(f"Ray worker {hired.index}: {line}")
         for episode in answer.episodes:

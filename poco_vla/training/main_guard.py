@@ -5,6 +5,7 @@ import inspect
 from pathlib import Path
 
 from poco_vla.config import TrainConfig
+from poco_vla.demonstrations.scripted import is_made, needs_processes
 from poco_vla.errors import ConfigError
 
 
@@ -13,7 +14,7 @@ def check_main_guard(config: TrainConfig) -> None:
 
     Worker processes import that script. Python's own error for it comes from every worker, and is a long one.
     """
-    if config.env is None or config.env.in_process:
+    if not _starts_processes(config):
         return
     for frame in inspect.stack(context=0):
         if frame.frame.f_globals.get("__name__") == "__main__" and frame.function == "<module>":
@@ -23,6 +24,14 @@ def check_main_guard(config: TrainConfig) -> None:
                     f"{script}, line {frame.lineno}, trains whenever it is imported, and worker processes import it: "
                     'put that line below `if __name__ == "__main__":`'
                 )
+
+
+def _starts_processes(config: TrainConfig) -> bool:
+    """Return True if a run simulates in worker processes, or makes its demonstrations there."""
+    if config.env is None or not config.env.in_process:
+        return config.env is not None
+    made = config.demonstrations
+    return made is not None and needs_processes(config.env, made) and not is_made(config.env, made)
 
 
 def _is_guarded(script: Path, line: int) -> bool:

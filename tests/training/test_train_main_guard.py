@@ -5,15 +5,18 @@ import runpy
 import pytest
 
 from poco_vla import EnvSpec, TrainConfig
+from poco_vla.config import DemonstrationConfig
+from poco_vla.demonstrations.scripted import demonstrations_root
 from poco_vla.errors import ConfigError
 
 CALL = "from poco_vla.training.main_guard import check_main_guard as check\n"
 
 
-def run(tmp_path, text, name="__main__", **env):
+def run(tmp_path, text, name="__main__", demonstrations=None, **env):
     path = tmp_path / "script.py"
     path.write_text(CALL + text)
-    runpy.run_path(str(path), {"config": TrainConfig(env=EnvSpec(**env))}, run_name=name)
+    config = TrainConfig(env=EnvSpec(**env), demonstrations=demonstrations)
+    runpy.run_path(str(path), {"config": config}, run_name=name)
 
 
 @pytest.mark.parametrize(
@@ -29,3 +32,15 @@ def test_what_workers_do_not_run_again_is_not_refused(tmp_path):
     run(tmp_path, 'if __name__ == "__main__":\n    check(config)')
     run(tmp_path, "check(config)", name="module")
     run(tmp_path, "check(config)", in_process=True)
+
+
+def test_workers_that_make_the_demonstrations_of_an_environment_in_this_process_count(tmp_path):
+    """Two of them are worth their start for eight episodes, one alone makes four here."""
+    many, few = (DemonstrationConfig(workers=2, episodes=n, root=tmp_path / "made") for n in (8, 4))
+    with pytest.raises(ConfigError, match="trains whenever it is imported"):
+        run(tmp_path, "check(config)", demonstrations=many, in_process=True)
+    run(tmp_path, "check(config)", demonstrations=few, in_process=True)
+    info = demonstrations_root(EnvSpec(), many) / "meta" / "info.json"
+    info.parent.mkdir(parents=True)
+    info.touch()
+    run(tmp_path, "check(config)", demonstrations=many, in_process=True)
