@@ -1,10 +1,11 @@
-"""The pages in recipes/guides: every command of theirs runs, in the page's order and in one folder, in small.
+"""The guides of a whole task: every command runs, in the page's order and in one folder, in small.
 
 A page's command is read as the shell reads it. `PAGES` says for each what takes the place of hardware, sizes and
 addresses; all other words stay as they are, so that an option that was renamed breaks the test, and a command that has
-no entry here, too. Arms and cameras are `poco-vla`'s simulated arm, the leader arm a plug-in (guide_parts/guide_hand),
-the Hub is on this machine, base models are tiny ones under the real names. What a page says to an SO-101 goes through
-LeRobot's own parser as well: its options exist, though no driver is installed here that could connect one.
+no entry here, too. (What every page promises, these included, is in test_pages.py.) Arms and cameras are `poco-vla`'s
+simulated arm, the leader arm a plug-in (guide_parts/guide_hand), the Hub is on this machine, base models are tiny ones
+under the real names. What a page says to an SO-101 goes through LeRobot's own parser as well: its options exist, though
+no driver is installed here that could connect one.
 """
 
 import json
@@ -27,13 +28,11 @@ import lerobot_on_disk
 import numpy as np
 import pytest
 from hub_server import USER, HubServer
-from test_readme import ROOT, anchors, blocks, links, prose, resolve
+from pages import GUIDES, ROOT, RUN_WHOLE, blocks, commands
 
 from poco_vla import load_adapter
 
 HERE = Path(__file__).parent
-GUIDES = ROOT / "recipes" / "guides"
-NAMES = sorted(path.stem for path in GUIDES.glob("*.md"))
 PATIENCE = 400
 """Seconds that one command may take on a busy machine."""
 ARM = {
@@ -137,7 +136,7 @@ PAGES = {
         prepare=hil_serl_data,
         steps=(
             Step(
-                "accelerate launch push_cube.py",
+                "python push_cube.py",
                 add=f"{SMALL} {LEARN} --sft-steps 20 --interaction.port {{port}}",
                 beside="ends",
                 shows=("zeta = auto", "robots are served", "figures .*result.json"),
@@ -153,8 +152,8 @@ PAGES = {
     ),
     "reading_curves": Page(
         steps=(
-            Step("accelerate launch recipes/mlp_cube.py", add=QUICK, shows=("success after POCO", "learns/policy")),
-            Step("accelerate launch recipes/mlp_cube.py", add=QUICK, shows=("collapses/policy",)),
+            Step("python recipes/mlp_cube.py", add=QUICK, shows=("success after POCO", "learns/policy")),
+            Step("python recipes/mlp_cube.py", add=QUICK, shows=("collapses/policy",)),
             Step("python recipes/guides/draw_metrics.py"),
             Step("python recipes/guides/draw_metrics.py"),
         ),
@@ -163,7 +162,7 @@ PAGES = {
         steps=(
             Step("python recipes/guides/growth.py", shows=("prefix of a state",)),
             Step(
-                "accelerate launch recipes/mlp_cube.py",
+                "python recipes/mlp_cube.py",
                 change={"--interaction.workers": "1"},
                 add=QUICK,
                 shows=("success after POCO", "figures .*result.json"),
@@ -268,23 +267,6 @@ PAGES = {
 
 def text_of(name):
     return (GUIDES / f"{name}.md").read_text()
-
-
-def commands(code):
-    """The commands of a block, each with its continuation lines or its here-document; comments are left out."""
-    found, lines = [], iter(code.splitlines())
-    for line in lines:
-        command = line
-        while command.endswith("\\"):
-            command = command[:-1] + next(lines).strip()
-        if here := re.search(r"<<-?\s*['\"]?(\w+)", command):
-            for inner in lines:
-                command += f"\n{inner}"
-                if inner == here[1]:
-                    break
-        if command.strip() and not command.lstrip().startswith("#"):
-            found.append(command)
-    return found
 
 
 def parts(text):
@@ -414,7 +396,7 @@ def check(running, step, statuses=(0,)):
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in PAGES])
 def test_every_command_of_a_page_runs_in_its_order(name, tmp_path):
     """In one folder, with one Hub: a command leans on what those before it have left."""
     pytest.importorskip("ogbench")
@@ -518,11 +500,12 @@ def test_the_judged_arm_tells_success_once(judged_arm):
 # -- what needs no run ------------------------------------------------------------------------------------------------
 
 
-def test_each_page_has_its_steps():
-    assert set(PAGES) == set(NAMES)
+def test_the_guides_of_whole_tasks_are_run():
+    """A guide that hands files from one command to the next has its steps here."""
+    assert set(PAGES) == RUN_WHOLE
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAGES)
 def test_what_a_page_says_to_an_arm_is_understood_by_lerobot(name):
     """By its own parser of robots and teleoperators: no driver of an SO-101 is installed here."""
     from lerobot.robots import RobotConfig
@@ -540,41 +523,6 @@ def test_what_a_page_says_to_an_arm_is_understood_by_lerobot(name):
             assert teleop is None or teleop.port == "/dev/ttyACM1"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_links_of_a_page_lead_somewhere(name):
-    text = text_of(name)
-    for path, anchor in links(text):
-        target = GUIDES / path if path else GUIDES / f"{name}.md"
-        assert target.exists(), path
-        if anchor:
-            assert anchor in anchors(target.read_text()), f"{path}#{anchor}"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_what_a_page_names_exists(name):
-    """Files of this repository, dotted names of the library, options of training."""
-    text = prose(text_of(name))
-    tops = r"(?:poco_vla|adapters|recipes|tests)/[\w./-]+\.\w+"
-    lost = [path for path in re.findall(rf"`({tops})`", text) if not (ROOT / path).exists()]
-    lost += [dotted for dotted in re.findall(r"`(poco_vla(?:\.\w+)+)", text) if resolve(dotted) is None]
-    assert not lost
-
-
-def test_options_in_the_text_are_those_of_our_commands(capsys, monkeypatch):
-    """An option in backticks is one of training or of another `poco-vla` command, unless it is LeRobot's."""
-    from poco_vla.cli import main
-
-    monkeypatch.setenv("COLUMNS", "400")
-    for command in ("train", "robot", "push", "export", "report", "serve"):
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
-    known = set(re.findall(r"--[\w.-]+", capsys.readouterr().out))
-    open_ended = ("--robot.", "--teleop.", "--policy-options.", "--env.", "--dataset.no_stamp")
-    for name in NAMES:
-        shown = {flag for flag in re.findall(r"`(--[\w.-]+)", prose(text_of(name))) if not flag.startswith(open_ended)}
-        assert shown <= known, f"{name}: {shown - known}"
-
-
 def test_no_env_takes_the_environment_out_of_poco_vla_train_too(tmp_path, capsys):
     """Of a recipe, the pages show it."""
     from poco_vla.cli import main
@@ -583,14 +531,6 @@ def test_no_env_takes_the_environment_out_of_poco_vla_train_too(tmp_path, capsys
         main(["train", "--no-env", "--output-dir", str(tmp_path / "run")])
     assert stop.value.code == 1
     assert "there is no env to act in" in capsys.readouterr().err
-
-
-def test_pictures_of_the_pages_are_small():
-    assert all(path.stat().st_size < 100_000 for path in GUIDES.glob("*.png"))
-
-
-def test_pages_are_short():
-    assert all(len(text_of(name).splitlines()) <= 125 for name in NAMES)
 
 
 # -- the reading itself -----------------------------------------------------------------------------------------------

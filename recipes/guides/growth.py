@@ -15,7 +15,7 @@ import numpy as np
 HZ, HORIZON, EPISODE = 15, 10, 300
 """Control steps per second, per chunk and per episode."""
 PICTURE = 224 * 224 * 3
-"""Bytes of one camera's picture as the robot sends it and the pool keeps it."""
+"""Bytes of one camera's picture as the robot sends it and the replay buffer keeps it."""
 STATE = 4 * (14 + 7) + 4 * 4
 """Bytes of a step without pictures: state, action, reward, flags, version."""
 RECORDED = {"state alone": (403, 0.16), "2 cameras, PNG": (27_400, 8.1), "2 cameras, video": (8_560, 4.6)}
@@ -67,12 +67,13 @@ def size(count: float) -> str:
 
 
 def per_episode() -> str:
-    """An episode on its way, in the pool, on disk."""
+    """An episode on its way, in the replay buffer, on disk."""
     rows = []
     for kind, (each, milliseconds) in RECORDED.items():
         raw = STATE + (2 * PICTURE if "cameras" in kind else 0)
         rows.append([kind, size(raw * EPISODE), size(each * EPISODE), size(each * HZ * HOUR), f"{milliseconds:g} ms"])
-    return table(["", "sent, and in the pool", "on disk", "on disk, an hour of a robot", "to record, a step"], rows)
+    head = ["", "sent, and in the replay buffer", "on disk", "on disk, an hour of a robot", "to record, a step"]
+    return table(head, rows)
 
 
 def per_model() -> str:
