@@ -132,7 +132,6 @@ def _options(cls, prefix="--"):
 OPEN_ENDED = ("--robot.", "--teleop.", "--policy-options", "--env.options")
 OF_OURS = {
     *("--help", "--help-all", "--tiny", "--smoke", "--seeds", "--only", "--no-env", "--task", "--setting"),
-    *("--traceback", "--quiet"),
 }
 """Options that recipes and commands read before the parser of configurations does."""
 OF_OTHERS = {
