@@ -10,9 +10,9 @@ from poco_vla.errors import OtherProcessError, PocoError
 
 LIBRARIES = frozenset(
     {
-        *{"draccus", "httpcore", "httpx", "huggingface_hub", "lerobot", "pyarrow", "requests", "safetensors_rust"},
-        *{"torch", "tyro", "websockets", "yaml"},
-        *sys.stdlib_module_names,
+        *{"av", "datasets", "draccus", "httpcore", "httpx", "huggingface_hub", "lerobot", "msgpack", "pandas"},
+        *{"pyarrow", "requests", "safetensors_rust", "torch", "tyro", "websockets", "yaml"},
+        *{"_pickle", "json", "pickle", "struct", "tomllib", "zipfile", "zlib"},
     }
 )
 """Packages whose own exception classes speak of files, networks, options and memory."""

@@ -13,4 +13,4 @@ def check_device(name: str) -> None:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
-        raise ConfigError(f'the device "{name}" cannot be used here ({reason}); this machine has {here}') from error
+        raise ConfigError(f'the device "{name}" cannot be used here ({reason}); this machine has {here}') from None

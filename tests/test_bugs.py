@@ -4,8 +4,10 @@ import importlib
 import json
 import os
 import pickle
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -260,6 +262,41 @@ def test_the_error_of_one_process_is_shown_once_whoever_comes_first(tmp_path, la
         assert words in said.splitlines()[-1]
         assert ("Traceback" in said) == (kind is TypeError)
     assert shown(acts[1], capsys) == ""
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from accelerate import PartialState
+from poco_vla.cli.errors import guarded
+from poco_vla.training.failures import Failures
+
+def work():
+    state = PartialState(cpu=True)
+    with Failures(Path(sys.argv[1]), state.process_index, state.num_processes).watch():
+        if state.process_index == 1:
+            len(3)
+        state.wait_for_everyone()
+
+guarded(work)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("launched")
+def test_a_bug_in_one_of_two_launched_processes_is_shown_once(tmp_path):
+    """The launcher says in a traceback of its own that a process has failed, and not why."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    config = Path(__file__).parents[1] / "recipes" / "accelerate" / "ddp_cpu.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", config]
+    done = subprocess.run(
+        [*map(str, launch), tmp_path / "program.py", tmp_path], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 1
+    said = done.stdout + done.stderr
+    assert said.count("TypeError: object of type 'int' has no len()") == 1, said
+    assert said.count('program.py", line 12, in work') == 1, said
+    assert "gloo" not in said
 
 
 def test_a_process_that_knows_that_another_fails_waits_for_what_it_says(tmp_path):

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from poco_vla.bugs import place_of
 from poco_vla.conformance.interface import left_out, missing_parts
 from poco_vla.distill import flow_errors
 from poco_vla.errors import PolicyError
@@ -115,7 +116,7 @@ def _broken_points(policy: FlowPolicy, obs: Mapping[str, Any] | None, atol: floa
             return False
         # Whatever a stranger's adapter raises is a finding; the remaining points are still worth knowing.
         except Exception as error:
-            broken.append(f"{title}: raised {type(error).__name__}: {error}")
+            broken.append(f"{title}: raised {type(error).__name__}: {error}{place_of(error)}")
             return False
         return True
 

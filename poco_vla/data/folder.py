@@ -38,7 +38,7 @@ def read_info(root: Path) -> Any:
         _ = [int(size) for feature in info.features.values() for size in feature["shape"]]
         _ = [int(number) for number in (info.total_episodes, info.total_frames, info.total_tasks)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _unreadable(root, f"it does not describe a LeRobot dataset ({type(error).__name__}: {error})") from error
+        raise _unreadable(root, f"it does not describe a LeRobot dataset ({type(error).__name__}: {error})") from None
     data_path(root, info, chunk_index=0, file_index=0)
     for key, dtype in dtypes.items():
         if dtype == "video":

@@ -120,7 +120,7 @@ class _Column(_Camera):
             mode = "none" if picture is None else picture.mode
             pixels = None if picture is None or mode.startswith(DEEP) else np.asarray(picture.convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:  # PIL's own for damaged files
-            raise self._error(step, f"the picture of step {step} cannot be read ({_first_line(error)})") from error
+            raise self._error(step, f"the picture of step {step} cannot be read ({_first_line(error)})") from None
         if pixels is None:
             raise self._error(
                 step,
@@ -188,7 +188,7 @@ class _Video(_Camera):
                 f"the video cannot be decoded ({_first_line(error)}): copy or download the file again, or leave the "
                 "episode out with dataset.episodes",
                 path,
-            ) from error
+            ) from None
         return frames.permute(0, 2, 3, 1).numpy()
 
     def _late(self, said: str) -> str:

@@ -416,7 +416,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise DataError(
             f"{path} cannot be read ({type(error).__name__}: {error}): it is truncated, damaged or something else. "
             "Download it again."
-        ) from error
+        ) from None
 
 
 def refuse_existing(root: Path) -> None:

@@ -27,6 +27,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+from poco_vla.bugs import bug_behind
 from poco_vla.data.episode import Episode
 from poco_vla.errors import ConfigError, DataError, PocoError
 from poco_vla.policy import FlowPolicy
@@ -129,7 +130,11 @@ def observations_of(policy: str, keys: Iterable[str]) -> dict[str, Feature]:
 
 
 class _NotTakenError(Exception):
-    """An episode that is as it should be, but could not be kept now."""
+    """An episode that is as it should be, but could not be kept now; `cause` says why."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
 
 
 @dataclass(frozen=True)
@@ -371,7 +376,8 @@ class PolicyServer:
                 await connection.close(1013, f"try again later: {error}")
                 return
             except _NotTakenError as error:
-                logger.error("an episode could not be kept now, its sender keeps it: %s", error.__cause__)  # noqa: TRY400
+                words = "an episode could not be kept now, its sender keeps it: %s"
+                logger.error(words, error, exc_info=bug_behind(error.cause))  # noqa: TRY400
                 await connection.close(1011, "the episode could not be kept")
                 return
             except Exception as error:  # whatever the model raises: the other clients are still served
@@ -420,7 +426,7 @@ class PolicyServer:
         except DataError:
             raise
         except Exception as error:
-            raise _NotTakenError from error
+            raise _NotTakenError(error) from error
         finally:
             self._uploads.release(inbox)
         return {"episode": message["episode"], "recorded": True}

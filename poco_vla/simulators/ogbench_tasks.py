@@ -61,8 +61,8 @@ def make_simulator(task: str, success_timing: Literal["pre", "post"]) -> Any:
         raise UnknownNameError("OGBench single task", task, known)
     try:
         return gym.make(task, success_timing=success_timing, disable_env_checker=True).unwrapped
-    except TypeError as error:
+    except TypeError:
         raise ConfigError(
             f"OGBench {version('ogbench')} has no success_timing: before 1.2.0 success was always computed after the "
             "step. Rewards would not mean what they should; install ogbench==1.2.2."
-        ) from error
+        ) from None

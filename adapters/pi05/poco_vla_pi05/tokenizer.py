@@ -57,7 +57,7 @@ def _from_sentencepiece(path: Path) -> Any:
             str(path.parent), vocab_file=str(path), **{f"{name}_token": piece for name, piece in special.items()}
         )
     except Exception as error:  # sentencepiece and tokenizers raise RuntimeError, ValueError, OSError ...
-        raise PolicyError(f"{path} is no sentencepiece model: {type(error).__name__}: {error}") from error
+        raise PolicyError(f"{path} is no sentencepiece model: {type(error).__name__}: {error}") from None
     tokenizer.add_bos_token = True  # as openpi encodes its prompts
     return tokenizer
 
