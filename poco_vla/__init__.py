@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from poco_vla.distill import clipped_distillation, flow_errors
     from poco_vla.errors import DataError, PocoError, PolicyError
     from poco_vla.evaluation import evaluate
-    from poco_vla.files import whole_folder
+    from poco_vla.files import atomic_folder
     from poco_vla.flow import Draws, integrate, interpolate, target_velocity
     from poco_vla.hub import export_policy, load_critic, load_head, push_head
     from poco_vla.policy import FlowPolicy, Prefix, propose
@@ -63,7 +63,7 @@ __getattr__, __dir__ = load_on_demand(
         "distill": ["clipped_distillation", "flow_errors"],
         "errors": ["DataError", "PocoError", "PolicyError"],
         "evaluation": ["evaluate"],
-        "files": ["whole_folder"],
+        "files": ["atomic_folder"],
         "flow": ["Draws", "integrate", "interpolate", "target_velocity"],
         "hub": ["export_policy", "load_critic", "load_head", "push_head"],
         "adapting.lora": ["Lora", "inject_lora", "merge_lora"],
@@ -103,6 +103,7 @@ __all__ = [
     "ReplayConfig",
     "RewardConfig",
     "TrainConfig",
+    "atomic_folder",
     "available_adapters",
     "check_policy",
     "clipped_distillation",
@@ -125,5 +126,4 @@ __all__ = [
     "target_velocity",
     "td_target",
     "train",
-    "whole_folder",
 ]

@@ -1,4 +1,4 @@
-"""Old names of modules, each with a warning, for one release."""
+"""Old names, each with a warning, for one release."""
 
 import sys
 import warnings
@@ -26,6 +26,8 @@ MOVED = {
     "weights": "adapting.weights",
 }
 """Module of version 0.1 -> where it is now, both below `poco_vla`."""
+RENAMED = {"whole_folder": "atomic_folder"}
+"""Public name of version 0.1 -> its name now."""
 
 
 class MovedModules:
@@ -63,6 +65,14 @@ class _Package(ModuleType):
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in ("train", "evaluate") and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> object:
+        """Return a renamed object by its old name; called only if the module has no attribute of that name."""
+        if name not in RENAMED:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        new = RENAMED[name]
+        warnings.warn(f"{self.__name__}.{name} is {new} now; the old name goes with the next release", FutureWarning, 2)
+        return getattr(self, new)
 
 
 def install() -> None:

@@ -19,7 +19,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary name to write to; it takes `path`'s place when the block ends well."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -31,7 +31,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, values: Any) -> None:
     """JSON, whole or not at all."""
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(json.dumps(values, indent=2, default=str) + "\n")
 
 
@@ -140,7 +140,7 @@ def _old(final: Path) -> Path:
 
 
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Iterator[Path]:
     """An empty folder to fill; it takes `path`'s place when the block ends well, and goes away when it does not.
 
     Raises:

@@ -3,6 +3,7 @@
 An adapter subclasses :class:`FlowPolicy`; :func:`poco_vla.check_policy` tells if it keeps the contract.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -75,6 +76,16 @@ class FlowPolicy(nn.Module):
     lerobot_arguments: tuple[str, ...] = ()
     names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if old := cls.__dict__.get("shrink_images"):
+            warnings.warn(
+                f"{cls.__name__}.shrink_images is resize_images now; the old name goes with the next release",
+                FutureWarning,
+                2,
+            )
+            cls.resize_images = old
+
     @classmethod
     def option_names(cls, *, pretrained: bool) -> frozenset[str] | None:
         """Return the names of arguments that `from_pretrained` or `from_dataset` takes; None if only loading can tell.
@@ -85,11 +96,12 @@ class FlowPolicy(nn.Module):
         """
         return None
 
-    def shrink_images(self, images: Any) -> Any:
-        """Camera pictures as the pool keeps them: uint8 [T, height, width, 3] to what the network can still tell apart.
+    def resize_images(self, images: Any) -> Any:
+        """Return camera pictures, uint8 [T, height, width, 3], at the size at which the replay buffer keeps them: no
+        larger than the network can use.
 
-        Dataset and environment may have cameras of different resolution; after this they must not. As they come by
-        default.
+        The pictures of dataset and environment, which may differ in resolution, must agree after this. The default
+        returns them unchanged.
         """
         return images
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from poco_vla.errors import PocoError
 from poco_vla.files import (
+    atomic_folder,
     discard_partial,
     discard_partial_of_dead,
     host,
@@ -24,7 +25,6 @@ from poco_vla.files import (
     recover_folders,
     sync,
     wait_for_space,
-    whole_folder,
     write_json,
 )
 
@@ -164,10 +164,10 @@ def test_a_folder_whose_replacement_was_cut_short_comes_back(tmp_path):
 
 def test_the_next_writer_keeps_the_older_folder_until_its_own_is_whole(tmp_path):
     final = killed_between_the_renames(tmp_path / "policy")
-    with pytest.raises(OSError, match="no room"), whole_folder(final):
+    with pytest.raises(OSError, match="no room"), atomic_folder(final):
         raise OSError("no room")
     assert (final / "config.json").read_text() == "older"
-    with whole_folder(final) as partial:
+    with atomic_folder(final) as partial:
         (partial / "config.json").write_text("newest")
     assert (final / "config.json").read_text() == "newest"
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
@@ -205,7 +205,7 @@ def test_json_that_is_damaged_is_named(content, tmp_path):
 def test_a_written_folder_can_be_read_by_whom_the_umask_allows(tmp_path):
     old = os.umask(0o022)
     try:
-        with whole_folder(tmp_path / "policy") as partial:
+        with atomic_folder(tmp_path / "policy") as partial:
             save_file({"a": torch.zeros(2)}, partial / "model.safetensors")
             (partial / "config.json").write_text("{}")
     finally:

@@ -37,6 +37,7 @@ PUBLIC = [
     "ReplayConfig",
     "RewardConfig",
     "TrainConfig",
+    "atomic_folder",
     "available_adapters",
     "check_policy",
     "clipped_distillation",
@@ -59,7 +60,6 @@ PUBLIC = [
     "target_velocity",
     "td_target",
     "train",
-    "whole_folder",
 ]
 
 
@@ -298,3 +298,20 @@ def test_lerobot_finds_the_environments_by_their_old_name():
         "from lerobot.envs.configs import EnvConfig; assert 'ogbench' in EnvConfig.get_known_choices()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_renamed_function_is_importable_by_its_old_name_with_a_warning():
+    with pytest.warns(FutureWarning, match="poco_vla.whole_folder is atomic_folder now"):
+        from poco_vla import whole_folder
+    assert whole_folder is poco_vla.atomic_folder
+    assert "whole_folder" not in dir(poco_vla)
+
+
+def test_an_adapter_that_overrides_shrink_images_still_resizes_with_a_warning():
+    with pytest.warns(FutureWarning, match="shrink_images is resize_images now"):
+
+        class Policy(poco_vla.FlowPolicy):
+            def shrink_images(self, images):
+                return images[:, ::2, ::2]
+
+    assert Policy.resize_images is Policy.shrink_images

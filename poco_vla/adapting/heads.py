@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from poco_vla.adapting.lora import Lora
 from poco_vla.adapting.sources import REVISION, Source, check_file, locate, on_hub, read_object
 from poco_vla.errors import PolicyError
-from poco_vla.files import whole_folder, write_json
+from poco_vla.files import atomic_folder, write_json
 
 ABOUT = "poco.json"
 FORMAT = 1
@@ -236,7 +236,7 @@ def head_folder(path: str | Path) -> Iterator[Path]:
     """
     if (Path(path) / POLICY_WEIGHTS).exists():
         raise PolicyError(f"{path} holds a whole policy, which a head is not to replace; choose another folder")
-    with whole_folder(path) as partial:
+    with atomic_folder(path) as partial:
         yield partial
 
 

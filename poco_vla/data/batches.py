@@ -70,7 +70,7 @@ def _with_actions(raw: Transitions) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Ahead:
+class _Prefetched:
     """Transitions that were drawn before they are due, as they would be drawn then if nothing has changed by that time.
 
     Attributes:
@@ -128,7 +128,7 @@ class BatchSource(Iterator[ChunkBatch]):
         self.rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.rng = np.random.default_rng(seed)
         self.prefixes = prefixes
-        self._ahead: _Ahead | None = None
+        self._ahead: _Prefetched | None = None
 
     def __next__(self) -> ChunkBatch:
         return self.draw()
@@ -137,9 +137,9 @@ class BatchSource(Iterator[ChunkBatch]):
         """The next batch; imitation needs none of the bootstrap states."""
         if self.prefixes is None or not self.prefixes.is_used:
             return chunk_batch(self.policy, self._sample(self.rng, pictures=True), bootstrap=bootstrap)
-        raw, loading = self._drawn_ahead(bootstrap=bootstrap) or (self._sample(self.rng, pictures=False), None)
+        raw, loading = self._take_prefetched(bootstrap=bootstrap) or (self._sample(self.rng, pictures=False), None)
         batch = encoded_batch(self.policy, raw, self.prefixes, loading, bootstrap=bootstrap)
-        self._draw_ahead(self.prefixes, bootstrap=bootstrap)
+        self._prefetch(self.prefixes, bootstrap=bootstrap)
         return batch
 
     def state(self) -> Mapping[str, Any]:
@@ -153,16 +153,16 @@ class BatchSource(Iterator[ChunkBatch]):
     def _sample(self, rng: np.random.Generator, *, pictures: bool) -> Transitions:
         return self.replay.sample(self.batch_size, rng, pictures=pictures).rows(self.rows)
 
-    def _draw_ahead(self, prefixes: "PrefixSource", *, bootstrap: bool) -> None:
+    def _prefetch(self, prefixes: "PrefixSource", *, bootstrap: bool) -> None:
         """Draw the next batch, and let its prefixes be loaded while this one is learned from. `rng` stays where it
         is."""
         rng, before = np.random.Generator(type(self.rng.bit_generator)()), self.rng.bit_generator.state
         rng.bit_generator.state = before
         raw = self._sample(rng, pictures=False)
-        loading = prefixes.read_ahead(raw, bootstrap=bootstrap)
-        self._ahead = _Ahead(before, rng.bit_generator.state, self.replay.version, bootstrap, raw, loading)
+        loading = prefixes.prefetch(raw, bootstrap=bootstrap)
+        self._ahead = _Prefetched(before, rng.bit_generator.state, self.replay.version, bootstrap, raw, loading)
 
-    def _drawn_ahead(self, *, bootstrap: bool) -> "tuple[Transitions, Future[dict[int, Entry]] | None] | None":
+    def _take_prefetched(self, *, bootstrap: bool) -> "tuple[Transitions, Future[dict[int, Entry]] | None] | None":
         """What was drawn ahead, if it is what would be drawn now: not after an episode has come, nor after a resume."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or (ahead.before, ahead.version) != (self.rng.bit_generator.state, self.replay.version):

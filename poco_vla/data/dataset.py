@@ -172,7 +172,7 @@ def read_episodes(
     *,
     horizon: int = 1,
     fps: int | None = None,
-    shrink: Callable[[np.ndarray], np.ndarray] = lambda images: images,
+    resize_images: Callable[[np.ndarray], np.ndarray] = lambda images: images,
     say: Callable[[str], None] = logger.info,
 ) -> list[Episode]:
     """Read all episodes of an open LeRobotDataset.
@@ -183,7 +183,7 @@ def read_episodes(
         obs_keys: observation columns to read; images are decoded to uint8.
         horizon: H; a dataset without one episode of that length is refused.
         fps: control rate that the data must have; None accepts any.
-        shrink: what is kept of pictures [T, height, width, 3], applied while they are decoded.
+        resize_images: maps pictures [T, height, width, 3] to the size that is kept, applied while they are decoded.
         say: is told how success is told, and how many episodes succeed.
 
     Raises:
@@ -206,7 +206,7 @@ def read_episodes(
     tasks = _tasks_of(dataset, columns, name)
     last = np.isin(np.arange(len(columns["action"])), bounds[1:] - 1)
     signals = signals_of(columns, last, config, name, _whole_reward(dataset))
-    columns |= read_pictures(dataset, image_keys, columns, config.max_image_bytes, name, shrink, FRAMES_PER_CALL)
+    columns |= read_pictures(dataset, image_keys, columns, config.max_image_bytes, name, resize_images, FRAMES_PER_CALL)
 
     episodes = []
     for begin, end in pairwise(bounds.tolist()):

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 DEEP = ("I", "F")
 """First letters of PIL's modes of more than 8 bits per pixel: depth, not colour."""
 
-type Shrink = Callable[[np.ndarray], np.ndarray]
+type ResizeImages = Callable[[np.ndarray], np.ndarray]
 
 
 def read_pictures(
@@ -29,7 +29,7 @@ def read_pictures(
     columns: Mapping[str, np.ndarray],
     budget: int,
     name: str,
-    shrink: Shrink,
+    resize_images: ResizeImages,
     per_call: int,
 ) -> dict[str, np.ndarray]:
     """Return each camera's pictures.
@@ -40,7 +40,7 @@ def read_pictures(
         columns: its episode_index and timestamp, [S] each.
         budget: most bytes of all pictures together.
         name: of the dataset, for messages.
-        shrink: what is kept of pictures [T, height, width, 3].
+        resize_images: maps pictures [T, height, width, 3] to the size that is kept.
         per_call: video frames decoded at once.
 
     Raises:
@@ -56,7 +56,7 @@ def read_pictures(
         for key in keys
     }
     num_frames = len(dataset)
-    shapes = {key: shrink(camera.frames(0, 1)).shape[1:] for key, camera in cameras.items()}
+    shapes = {key: resize_images(camera.frames(0, 1)).shape[1:] for key, camera in cameras.items()}
     needed = num_frames * sum(int(np.prod(shape)) for shape in shapes.values())
     if needed > budget:
         raise DataError(
@@ -66,7 +66,7 @@ def read_pictures(
     logger.info("decoding %d frames of %s", num_frames, ", ".join(keys))
     out = {key: np.empty((num_frames, *shape), dtype=np.uint8) for key, shape in shapes.items()}
     with ThreadPoolExecutor() as pool:  # a camera each: they share no file, and decoders leave Python's lock
-        list(pool.map(lambda key: cameras[key].fill(out[key], shrink), keys))
+        list(pool.map(lambda key: cameras[key].fill(out[key], resize_images), keys))
     return out
 
 
@@ -77,10 +77,10 @@ class _Camera:
         self.dataset, self.key, self.name, self.per_call = dataset, key, name, per_call
         self.episodes, self.stamps = columns["episode_index"], columns["timestamp"]
 
-    def fill(self, out: np.ndarray, shrink: Shrink) -> None:
+    def fill(self, out: np.ndarray, resize_images: ResizeImages) -> None:
         """Decode all pictures into `out`."""
         for begin, end in self.pieces():
-            frames = shrink(self.frames(begin, end))
+            frames = resize_images(self.frames(begin, end))
             if frames.shape[1:] != out.shape[1:]:
                 raise self._error(
                     begin, f"its pictures are {frames.shape[1]}x{frames.shape[2]}, others {out.shape[1]}x{out.shape[2]}"

@@ -125,7 +125,7 @@ class Replay:
             raise DataError("an episode without a single step cannot enter the pool")
         # Environments that go on after success mark no end there: the rule is the same as for datasets.
         terminal = episode.terminal | episode.success
-        columns = self._fitting(
+        columns = self._match_columns(
             {
                 **episode.obs,
                 "action": episode.action,
@@ -173,7 +173,7 @@ class Replay:
                 rings.append(ring)
                 tasks += task.tolist()
         back = np.argsort(np.concatenate(order))
-        obs = {key: _gathered([ring[key] for ring in rings], indices)[back] for key in self._obs_keys(pictures=True)}
+        obs = {key: _gather([ring[key] for ring in rings], indices)[back] for key in self._obs_keys(pictures=True)}
         return obs, [self._tasks[tasks[i]] for i in back.tolist()]
 
     def demo_transitions(self, limit: int, rng: np.random.Generator) -> Transitions:
@@ -213,7 +213,7 @@ class Replay:
 
     def _join(self, parts: list["_Part"], *, pictures: bool = True) -> Transitions:
         def column(name: str, indices: list[np.ndarray]) -> np.ndarray:
-            return _gathered([part.ring[name] for part in parts], indices)
+            return _gather([part.ring[name] for part in parts], indices)
 
         start, bootstrap = [part.starts.step for part in parts], [part.bootstrap for part in parts]
         keys = self._obs_keys(pictures=pictures)
@@ -236,7 +236,7 @@ class Replay:
         names = [name for name in self._rows if name.startswith("observation.")]
         return [name for name in names if pictures or not _is_picture(self._rows[name])]
 
-    def _fitting(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _match_columns(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The pool's columns of an episode: demonstrations and online episodes meet in one batch."""
         self._rows = self._rows or {name: column[:0].copy() for name, column in columns.items()}
         for name, rows in self._rows.items():
@@ -278,7 +278,7 @@ def _folder_of(config: ReplayConfig, folder: Path | None) -> Path | None:
     return folder
 
 
-def _gathered(columns: list[np.ndarray], indices: list[np.ndarray]) -> np.ndarray:
+def _gather(columns: list[np.ndarray], indices: list[np.ndarray]) -> np.ndarray:
     """Rows of several columns, one behind the other, each copied once."""
     out = np.empty((sum(map(len, indices)), *indices[0].shape[1:], *columns[0].shape[1:]), dtype=columns[0].dtype)
     end = 0

@@ -14,14 +14,14 @@ from poco_vla.prefix_cache.entries import Entry
 from poco_vla.prefix_cache.store import MemoryTier
 
 
-class ActedPrefixes:
+class ActorPrefixBuffer:
     """What an acting policy made of the states it saw, found again by the very bytes of their observations and task:
     a state that differs in a single bit is not found. What is not asked for goes once there is too much.
 
-    `note` may be called from another thread than `take`.
+    `add` may be called from another thread than `take`.
 
     Args:
-        policy: packs; what its `shrink_images` leaves of a picture is what the pool has of it.
+        policy: packs; what its `resize_images` leaves of a picture is what the pool has of it.
         to_ram: moves an entry there.
         budget: most bytes of all entries.
         dtype: of what is kept.
@@ -44,12 +44,12 @@ class ActedPrefixes:
         self._lock = threading.Lock()
 
     @torch.no_grad()
-    def note(self, obs: Mapping[str, np.ndarray], tasks: Sequence[str], prefix: Prefix) -> None:
+    def add(self, obs: Mapping[str, np.ndarray], tasks: Sequence[str], prefix: Prefix) -> None:
         """Keep the prefixes of B raw observations."""
         if self._entries.budget == 0:
             return
         seen = {key: obs[key] for key in self._policy.input_keys}
-        shrunk = {key: self._policy.shrink_images(x) if x.dtype == np.uint8 else x for key, x in seen.items()}
+        shrunk = {key: self._policy.resize_images(x) if x.dtype == np.uint8 else x for key, x in seen.items()}
         packed = self._policy.pack(prefix)
         for i, (task, tensors) in enumerate(zip(tasks, packed, strict=True)):
             entry = self._to_ram(Entry.of(tensors, dtype=self._dtype))

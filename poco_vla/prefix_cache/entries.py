@@ -32,7 +32,7 @@ class Entry:
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], *, dtype: Literal["exact", "fp8"] = "exact") -> "Entry":
         """A copy of these tensors, on their device."""
-        tensors = quantized(tensors) if dtype == "fp8" else tensors
+        tensors = quantize(tensors) if dtype == "fp8" else tensors
         layout = tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
         size = sum(_padded(tensor.nbytes) for tensor in tensors.values())
         data = torch.empty(size, dtype=torch.uint8, device=next(iter(tensors.values())).device)
@@ -43,7 +43,7 @@ class Entry:
 
     def tensors(self) -> dict[str, Tensor]:
         """As they were packed: views of the bytes, or, of 8-bit floats, what they stand for."""
-        return restored(self._views())
+        return dequantize(self._views())
 
     def to(self, device: torch.device) -> "Entry":
         """The same on another device; from page-locked memory without waiting."""
@@ -74,11 +74,11 @@ def _padded(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
 
 
-def quantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def quantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Matrices of floats as 8-bit ones (4 bits exponent, 3 mantissa) with a scale per row; vectors stay as they are.
 
     A number is off by at most a 16th of itself, or by a 2^-10th of the scale where it is tiny beside its row's largest;
-    that is the rounding of 3 bits. The scale has the tensor's own dtype, by which `restored` knows it again.
+    that is the rounding of 3 bits. The scale has the tensor's own dtype, by which `dequantize` knows it again.
     """
     out = {}
     for name, tensor in tensors.items():
@@ -94,8 +94,8 @@ def quantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def restored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `quantized` was given, but for rounding."""
+def dequantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `quantize` was given, but for rounding."""
     return {
         name: (tensor.float() * tensors[f"{name}{SCALE}"].float()).to(tensors[f"{name}{SCALE}"].dtype)
         if tensor.dtype == FP8

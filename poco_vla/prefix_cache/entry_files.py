@@ -30,16 +30,16 @@ class DiskFullError(Exception):
 
 
 @dataclass
-class Room:
+class DiskBudget:
     """Bytes that all files together may take."""
 
-    budget: int
+    limit: int
     taken: int = 0
     is_full: bool = False
 
     def take(self, size: int) -> None:
         """Raises DiskFullError where they do not fit."""
-        if self.is_full or self.taken + size > self.budget:
+        if self.is_full or self.taken + size > self.limit:
             raise DiskFullError
         self.taken += size
 
@@ -84,7 +84,7 @@ def read_at(file: int, size: int, offset: int) -> bytearray:
     return blob
 
 
-class Shelf:
+class PersistentFiles:
     """Entries that stay for later runs: files that only ever grow. Of several processes each writes files of its own,
     and reads those that were there before.
 
@@ -97,8 +97,8 @@ class Shelf:
         room: for this process's file, and what is there already.
     """
 
-    def __init__(self, folder: Path, room: Room) -> None:
-        self.folder, self.room = folder, room
+    def __init__(self, folder: Path, budget: DiskBudget) -> None:
+        self.folder, self.budget = folder, budget
         self.num_damaged = 0
         self._places: dict[int, tuple[int, int, int, int]] = {}  # id -> file, offset, size, checksum
         self._unseen: set[int] = set()
@@ -147,12 +147,12 @@ class Shelf:
         if key in self._places:
             return
         blob = to_blob(entry)
-        self.room.take(len(blob) + _LINE)
+        self.budget.take(len(blob) + _LINE)
         checksum = _checksum(key, blob)
-        self.room.write(self._data, blob, self._end)
+        self.budget.write(self._data, blob, self._end)
         record = RECORD.pack(key, self._end, len(blob), checksum)
         try:
-            self.room.write(self._index, record + HEAD.pack(zlib.crc32(record)), self._index_end)
+            self.budget.write(self._index, record + HEAD.pack(zlib.crc32(record)), self._index_end)
         except DiskFullError:
             os.ftruncate(self._index, self._index_end)
             raise
@@ -181,7 +181,7 @@ class Shelf:
         self._files[number] = data
         size = os.fstat(data).st_size
         text = index.read_bytes()
-        self.room.taken += size + len(text)
+        self.budget.taken += size + len(text)
         for begin in range(0, len(text) // _LINE * _LINE, _LINE):
             record, (check,) = text[begin : begin + RECORD.size], HEAD.unpack_from(text, begin + RECORD.size)
             key, offset, length, checksum = RECORD.unpack(record)
@@ -197,7 +197,7 @@ def _checksum(key: int, blob: bytes | bytearray) -> int:
     return zlib.crc32(blob, zlib.crc32(struct.pack("<q", key)))
 
 
-class NamelessFile:
+class RingFile:
     """Entries that go with the process: a ring in a file without a name, in which new ones take the place of the
     oldest, as in the pool itself.
 
@@ -206,8 +206,8 @@ class NamelessFile:
         room: that it may take; where there is no more, the ring begins anew.
     """
 
-    def __init__(self, folder: Path, room: Room) -> None:
-        self.room = room
+    def __init__(self, folder: Path, budget: DiskBudget) -> None:
+        self.budget = budget
         folder.mkdir(parents=True, exist_ok=True)
         self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as this lives)
         self._places: OrderedDict[int, tuple[int, int]] = OrderedDict()  # oldest first
@@ -236,7 +236,7 @@ class NamelessFile:
             self._evict(self._pointer, self._size)
         self._evict(begin, begin + len(blob))
         try:
-            self.room.write(self._file.fileno(), blob, begin)
+            self.budget.write(self._file.fileno(), blob, begin)
         except DiskFullError:
             self._size, self._pointer = begin, 0
             raise
@@ -252,7 +252,7 @@ class NamelessFile:
         end = self._pointer + size
         if end > self._size:
             try:
-                self.room.take(end - self._size)
+                self.budget.take(end - self._size)
                 self._size = end
             except DiskFullError:
                 if size > self._size:

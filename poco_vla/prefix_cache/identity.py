@@ -38,10 +38,10 @@ def identity(policy: FlowPolicy, demos: Sequence[Episode], **settings: Any) -> d
         "format": FORMAT,
         "policy": f"{kind.__module__}.{kind.__qualname__}",
         "base": policy.base_version,
-        "frozen": _of_frozen(policy),
-        "processors": _of_processors(policy),
-        "processed": _of_processed(policy, demos),
-        "demonstrations": _of_episodes(demos),
+        "frozen": _hash_frozen(policy),
+        "processors": _hash_processors(policy),
+        "processed": _hash_processed(policy, demos),
+        "demonstrations": _hash_episodes(demos),
         "steps": sum(map(len, demos)),
         "versions": installed_versions(("poco-vla", "torch", "transformers", "lerobot")),
         **settings,
@@ -53,7 +53,7 @@ def digest_of(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def shelf_folder(root: Path, about: Mapping[str, Any]) -> Path:
+def cache_folder(root: Path, about: Mapping[str, Any]) -> Path:
     """The folder of an identity below `root`; what it is of lies in it, to be read by people."""
     folder = root / digest_of(about)
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,23 +63,23 @@ def shelf_folder(root: Path, about: Mapping[str, Any]) -> Path:
     return folder
 
 
-def _of_frozen(policy: FlowPolicy) -> str:
+def _hash_frozen(policy: FlowPolicy) -> str:
     """All that does not train: parameters, buffers."""
     named = {name: p for name, p in policy.named_parameters() if not p.requires_grad} | dict(policy.named_buffers())
-    return _hashed(part for name in sorted(named) for part in (name, named[name]))
+    return _hash(part for name in sorted(named) for part in (name, named[name]))
 
 
-def _of_processors(policy: FlowPolicy) -> str:
+def _hash_processors(policy: FlowPolicy) -> str:
     """Configuration and state of each step, of pipelines that have steps."""
     parts: list[Any] = []
     for step in getattr(pipeline_of(policy), "steps", ()):
         parts += [type(step).__name__, json.dumps(step.get_config(), sort_keys=True, default=str)]
         state = step.state_dict()
         parts += [part for name in sorted(state) for part in (name, state[name])]
-    return _hashed(parts)
+    return _hash(parts)
 
 
-def _of_processed(policy: FlowPolicy, demos: Sequence[Episode]) -> str:
+def _hash_processed(policy: FlowPolicy, demos: Sequence[Episode]) -> str:
     """Observations as the network gets them: some, and one of each instruction."""
     ends = np.cumsum([len(episode) for episode in demos])
     chosen = {int(step) for step in np.linspace(0, ends[-1] - 1, PROBES)}
@@ -95,11 +95,11 @@ def _of_processed(policy: FlowPolicy, demos: Sequence[Episode]) -> str:
         obs = {key: column[row : row + 1].copy() for key, column in episode.obs.items()}
         processed = network_obs(policy, obs, [episode.task_at(row)])
         parts += [part for name in sorted(processed) for part in (name, processed[name])]
-    return _hashed(parts)
+    return _hash(parts)
 
 
-def _of_episodes(demos: Sequence[Episode]) -> str:
-    return _hashed(
+def _hash_episodes(demos: Sequence[Episode]) -> str:
+    return _hash(
         part
         for episode in demos
         for part in (
@@ -110,7 +110,7 @@ def _of_episodes(demos: Sequence[Episode]) -> str:
     )
 
 
-def _hashed(parts: Iterable[Any]) -> str:
+def _hash(parts: Iterable[Any]) -> str:
     """SHA-256 of texts, arrays and tensors, their kinds and shapes included."""
     digest = hashlib.sha256()
     for part in parts:

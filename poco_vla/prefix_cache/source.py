@@ -15,7 +15,7 @@ from poco_vla.data.batches import network_obs
 from poco_vla.data.episode import Episode
 from poco_vla.data.replay import Replay, Transitions
 from poco_vla.policy import FlowPolicy, Prefix
-from poco_vla.prefix_cache.actor_buffer import ActedPrefixes
+from poco_vla.prefix_cache.actor_buffer import ActorPrefixBuffer
 from poco_vla.prefix_cache.entries import Entry
 from poco_vla.prefix_cache.store import PrefixStore
 
@@ -78,7 +78,7 @@ class Demand:
         return max(0.0, 1 - self.memory / max(1.0, kept))
 
 
-def pays(costs: Costs, demand: Demand) -> bool:
+def saves_time(costs: Costs, demand: Demand) -> bool:
     """Whether a store saves at least a tenth of the time that encoding takes."""
     rate = demand.hit_rate(costs.num_bytes)
     load = costs.load + demand.from_disk(costs.num_bytes) * costs.read
@@ -92,7 +92,7 @@ class PrefixSource:
         policy: encodes; it can pack.
         replay: has the observations of states that were not found.
         store: None encodes each distinct state of a batch, and keeps nothing.
-        acted: what acting has encoded goes into the store with the episodes that come of it.
+        actor_buffer: what acting has encoded goes into the store with the episodes that come of it.
         demand: given, `store` is closed after the first batches if it does not pay; None keeps it whatever it costs.
         shares: encode each distinct state of a batch once even without a store.
         dtype: of what is stored.
@@ -111,14 +111,14 @@ class PrefixSource:
         replay: Replay,
         store: PrefixStore | None,
         *,
-        acted: ActedPrefixes | None = None,
+        actor_buffer: ActorPrefixBuffer | None = None,
         demand: Demand | None = None,
         shares: bool = False,
         dtype: Literal["exact", "fp8"] = "exact",
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.policy, self.replay, self.store, self.acted = policy, replay, store, acted
+        self.policy, self.replay, self.store, self.actor_buffer = policy, replay, store, actor_buffer
         self.costs: Costs | None = None
         self.shares, self.hits, self.encoded, self.batch_bytes = shares, 0, 0, 0
         self._demand, self._autocast, self._say = demand, autocast, say
@@ -141,7 +141,7 @@ class PrefixSource:
 
         Args:
             raw: the transitions.
-            ahead: from `read_ahead` of the same ones.
+            ahead: from `prefetch` of the same ones.
             bootstrap: whether the second are wanted.
         """
         wanted = _wanted(raw, bootstrap=bootstrap)
@@ -164,21 +164,21 @@ class PrefixSource:
         first, *second = (self.policy.unpack([found[key].tensors() for key in keys.tolist()]) for keys in wanted)
         return first, second[0] if second else None
 
-    def read_ahead(self, raw: Transitions, *, bootstrap: bool = True) -> "Future[dict[int, Entry]] | None":
+    def prefetch(self, raw: Transitions, *, bootstrap: bool = True) -> "Future[dict[int, Entry]] | None":
         """Begin to load what `prefixes` will be asked for; None where there is nothing to load from."""
         if self.store is None:
             return None
         return self._thread.submit(self._fetch, np.unique(np.concatenate(_wanted(raw, bootstrap=bootstrap))))
 
-    def adopt(self, episode: Episode, first: int) -> None:
+    def add_from_actor(self, episode: Episode, first: int) -> None:
         """Keep what acting has encoded of an episode that has entered the pool.
 
         Args:
             episode: as the pool has it.
             first: id of its first step.
         """
-        if self.acted is not None and self.store is not None:
-            self.store.put_in_ram({first + step: entry for step, entry in self.acted.take(episode).items()})
+        if self.actor_buffer is not None and self.store is not None:
+            self.store.put_in_ram({first + step: entry for step, entry in self.actor_buffer.take(episode).items()})
 
     def rates(self) -> dict[str, float]:
         """Since the last call: share of states found, megabytes loaded per second, seconds saved per second."""
@@ -202,7 +202,7 @@ class PrefixSource:
             "on": True,
             "hits": self.hits,
             "encoded": self.encoded,
-            "acted": 0 if self.acted is None else self.acted.num_taken,
+            "acted": 0 if self.actor_buffer is None else self.actor_buffer.num_taken,
             "hit_rate": self.hits / max(1, self.hits + self.encoded),
             "seconds_saved": self._saved(self.costs, self.hits, self.encoded),
             "bytes_per_state": self.costs.num_bytes,
@@ -268,7 +268,7 @@ class PrefixSource:
                 f"{len(stale)} of {len(again)} stored prefixes are not what this policy makes of their states now: "
                 "what the store has kept is not used"
             )
-            store.forget()
+            store.discard_persistent()
             made |= self._encode([key for key in found if key not in again]) | again
         if len(self._trials) > TRIALS:
             # The first one pays for what is made once.
@@ -284,7 +284,7 @@ class PrefixSource:
         return time.perf_counter()
 
     def _decide(self, store: PrefixStore, costs: Costs, demand: Demand) -> None:
-        on = pays(costs, demand)
+        on = saves_time(costs, demand)
         self._say(
             f"prefix store {'on' if on else 'off: it does not pay'}: a state takes {costs.num_bytes / 1e6:.2f} MB, "
             f"{costs.encode * 1e3:.1f} ms to encode and {costs.load * 1e3:.1f} ms to load; of {demand.draws:,} draws "
@@ -293,8 +293,8 @@ class PrefixSource:
         if not on:
             store.close()
             self.store = None
-            if self.acted is not None:
-                self.acted.close()
+            if self.actor_buffer is not None:
+                self.actor_buffer.close()
 
 
 def _alike(entry: Entry, other: Entry) -> bool:

@@ -16,7 +16,7 @@ import torch
 from poco_vla.config import PrefixConfig
 from poco_vla.data.replay import ONLINE
 from poco_vla.prefix_cache.entries import Entry
-from poco_vla.prefix_cache.entry_files import DiskFullError, NamelessFile, Room, Shelf
+from poco_vla.prefix_cache.entry_files import DiskBudget, DiskFullError, PersistentFiles, RingFile
 
 LOCKED_FROM = 1024**2
 """Bytes from which on an entry's memory is page-locked, where there is a GPU: smaller ones share pages."""
@@ -107,10 +107,10 @@ class PrefixStore:
         on_gpu = device.type == "cuda"
         self._fast = MemoryTier(config.device_bytes if on_gpu else 0)
         self._ram = MemoryTier(config.ram_bytes)
-        self._room = Room(config.disk_bytes)
-        self._shelf = self._file = None
+        self._disk = DiskBudget(config.disk_bytes)
+        self._persistent = self._file = None
         if folder is not None and config.disk_bytes:
-            self._shelf, self._file = Shelf(folder, self._room), NamelessFile(folder, self._room)
+            self._persistent, self._file = PersistentFiles(folder, self._disk), RingFile(folder, self._disk)
         self._copying = torch.cuda.Stream(device) if on_gpu else None
         self._lock = threading.RLock()
 
@@ -141,9 +141,9 @@ class PrefixStore:
                 torch.cuda.current_stream(self.device).wait_stream(self._copying)
             for key, entry in entries.items():
                 cpu = None
-                if key < ONLINE and self._shelf is not None:
+                if key < ONLINE and self._persistent is not None:
                     cpu = self.to_ram(entry)
-                    self._write(self._shelf, key, cpu)
+                    self._write(self._persistent, key, cpu)
                 for old, its in self._fast.put(key, entry):
                     self._demote(old, cpu if cpu is not None and old == key else self.to_ram(its))
 
@@ -156,44 +156,44 @@ class PrefixStore:
     def from_disk(self, keys: Sequence[int]) -> dict[int, Entry]:
         """Those that lie on disk, read from there wherever else they lie, in RAM."""
         with self._lock:
-            found = {key: self._of_disk(key) for key in keys}
+            found = {key: self._read_disk(key) for key in keys}
         return {key: entry for key, entry in found.items() if entry is not None}
 
-    def forget(self) -> None:
+    def discard_persistent(self) -> None:
         """Do not use what was on disk before, nor write there."""
         with self._lock:
-            if self._shelf is not None:
-                self._shelf.close()
-            self._shelf = None
+            if self._persistent is not None:
+                self._persistent.close()
+            self._persistent = None
             self._fast, self._ram = MemoryTier(self._fast.budget), MemoryTier(self._ram.budget)
 
     def close(self) -> None:
         with self._lock:
-            for file in (self._shelf, self._file):
+            for file in (self._persistent, self._file):
                 if file is not None:
                     file.close()
-            self._shelf = self._file = None
+            self._persistent = self._file = None
             self._fast, self._ram = MemoryTier(0), MemoryTier(0)
 
     def __len__(self) -> int:
         """Entries in memory and on disk, those in several tiers once for each."""
-        files = [file for file in (self._shelf, self._file) if file is not None]
+        files = [file for file in (self._persistent, self._file) if file is not None]
         return sum(map(len, (self._fast, self._ram, *files)))
 
     @property
     def num_damaged(self) -> int:
         """Entries on disk that were not what had been written."""
-        return 0 if self._shelf is None else self._shelf.num_damaged
+        return 0 if self._persistent is None else self._persistent.num_damaged
 
     @property
     def num_kept(self) -> int:
         """Entries on disk that stay for later runs."""
-        return 0 if self._shelf is None else len(self._shelf)
+        return 0 if self._persistent is None else len(self._persistent)
 
     @property
     def num_bytes(self) -> dict[str, int]:
         """What each tier takes."""
-        return {"device": self._fast.taken, "ram": self._ram.taken, "disk": self._room.taken}
+        return {"device": self._fast.taken, "ram": self._ram.taken, "disk": self._disk.taken}
 
     def _get(self, key: int, sources: list[Entry]) -> Entry | None:
         entry = self._fast.get(key)
@@ -204,7 +204,7 @@ class PrefixStore:
         if entry is not None:
             self.loads.from_ram += 1
         else:
-            entry = self._of_disk(key)
+            entry = self._read_disk(key)
             if entry is None:
                 return None
             self.loads.from_disk += 1
@@ -218,28 +218,28 @@ class PrefixStore:
                 self._fast.put(key, entry)
         return entry
 
-    def _of_disk(self, key: int) -> Entry | None:
-        file = self._shelf if key < ONLINE else self._file
+    def _read_disk(self, key: int) -> Entry | None:
+        file = self._persistent if key < ONLINE else self._file
         entry = None if file is None else file.get(key)
         # Of demonstrations the shelf had no room for, some may have left RAM later.
         return self._file.get(key) if entry is None and self._file is not None else entry
 
     def _demote(self, key: int, entry: Entry) -> None:
         for old, its in self._ram.put(key, entry):
-            if self._file is not None and not (self._shelf is not None and old in self._shelf):
+            if self._file is not None and not (self._persistent is not None and old in self._persistent):
                 self._write(self._file, old, its)
 
     def _write(self, file: Any, key: int, entry: Entry) -> None:
         try:
             file.put(key, entry)
         except DiskFullError:
-            self.disk_is_full = self._room.is_full
+            self.disk_is_full = self._disk.is_full
 
     def to_ram(self, entry: Entry) -> Entry:
         """In RAM, page-locked where there is a GPU to copy from it."""
         if self._copying is None or entry.num_bytes < LOCKED_FROM:
             return Entry(entry.layout, entry.data.cpu())
-        data = torch.from_numpy(page_locked(entry.num_bytes))
+        data = torch.from_numpy(allocate_page_locked(entry.num_bytes))
         return Entry(entry.layout, data.copy_(entry.data))
 
     @contextmanager
@@ -248,7 +248,7 @@ class PrefixStore:
             yield
 
 
-def page_locked(size: int) -> np.ndarray:
+def allocate_page_locked(size: int) -> np.ndarray:
     """uint8 [size] that a GPU reads without the CPU's help. torch's own pinned memory comes in powers of two: up to
     twice what a budget counts."""
     memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)  # pages of its own: none is registered twice

@@ -148,7 +148,7 @@ class Admission:
         for key in self.policy.input_keys:
             column = episode.obs[key]
             picture = column.dtype == np.uint8
-            raw[key] = self.policy.shrink_images(column[:1]).repeat(len(rows), 0) if picture else column[rows]
+            raw[key] = self.policy.resize_images(column[:1]).repeat(len(rows), 0) if picture else column[rows]
         tasks = [episode.task_at(row) for row in rows.tolist()]
         steps = np.minimum(rows[:, None] + np.arange(self.horizon), len(episode) - 1)
         numbers = {key: torch.from_numpy(column) for key, column in raw.items() if column.dtype != np.uint8}

@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Lock
 
 from poco_vla.data import Episode
-from poco_vla.files import sync, wait_for_space, whole_file
+from poco_vla.files import atomic_file, sync, wait_for_space
 from poco_vla.recording.episode_file import encoded
 
 logger = logging.getLogger(__name__)
@@ -78,10 +78,10 @@ class SetAside:
             "at": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         }
         if len(self._names) < MOST_KEPT:
-            with whole_file(self.folder / f"{name}.safetensors") as partial:
+            with atomic_file(self.folder / f"{name}.safetensors") as partial:
                 partial.write_bytes(data)
                 sync(partial)
-            with whole_file(self.folder / f"{name}.txt") as partial:
+            with atomic_file(self.folder / f"{name}.txt") as partial:
                 partial.write_text("".join(f"{what}: {_plain(value)}\n" for what, value in facts.items()))
         with (self.folder / INDEX).open("a") as file:
             file.write(json.dumps(facts) + "\n")

@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from poco_vla.evaluation import wilson_interval
-from poco_vla.files import whole_file
+from poco_vla.files import atomic_file
 from poco_vla.report.runs import Group, read_lines, read_run
 
 WINDOW = 20
@@ -48,7 +48,7 @@ class Curve:
 
 def write_curve(run: Path) -> Path:
     """Write a run's ``curve.parquet``, whole or not at all."""
-    with whole_file(run / "curve.parquet") as partial:
+    with atomic_file(run / "curve.parquet") as partial:
         _build(run).to_parquet(partial, index=False)
     return run / "curve.parquet"
 

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from poco_vla.files import whole_file
+from poco_vla.files import atomic_file
 from poco_vla.report.commands import shown
 from poco_vla.report.curves import WINDOW, curve_of, rate_of
 from poco_vla.report.plots import COLOURS, METRICS, NAMED, UNFINISHED, curve_svg, metric_svg, short
@@ -55,7 +55,7 @@ def write_page(
     groups = group_runs(runs)
     text = _document(groups, title or _title(groups), _chosen_videos(groups, max_video_bytes))
     output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as partial:
+    with atomic_file(output) as partial:
         partial.write_text(text, encoding="utf-8")
     return output
 

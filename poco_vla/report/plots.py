@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import blended_transform_factory
 
-from poco_vla.files import whole_file
+from poco_vla.files import atomic_file
 from poco_vla.report.curves import WINDOW, Curve, Floats, curve_of, points
 from poco_vla.report.published import published
 from poco_vla.report.runs import Group, Run, group_runs
@@ -76,7 +76,7 @@ def draw_curves(runs: Sequence[Path], path: Path) -> Path:
     gap = (axis + names) / (1 - axis - names)
     sides = {"left": axis / columns, "right": 1 - names / columns}
     figure.subplots_adjust(**sides, bottom=edge, top=1 - edge, hspace=0.35, wspace=gap)
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         figure.savefig(partial, dpi=150, format=path.suffix.removeprefix(".").lower())
     return path
 

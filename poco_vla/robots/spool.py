@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from poco_vla.data.episode import Episode
 from poco_vla.errors import ConfigError, DataError, PocoError
-from poco_vla.files import sync, whole_file
+from poco_vla.files import atomic_file, sync
 from poco_vla.recording.episode_file import decoded, encoded
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Spool:
             PocoError: the folder takes no files any more; the episode is lost.
         """
         try:
-            with whole_file(self._path(key)) as partial, partial.open("wb") as file:
+            with atomic_file(self._path(key)) as partial, partial.open("wb") as file:
                 file.write(encoded(episode))
                 file.flush()
                 os.fsync(file.fileno())  # robots lose their power, too

@@ -78,7 +78,7 @@ class Actor:
 
 
 @dataclass
-class Weights:
+class WeightsVersion:
     """When a learner's weights may be read by another thread: between two updates, never inside one.
 
     Attributes:
@@ -111,7 +111,7 @@ class ActingCopy(Actor):
         seed: of the copy's own noise.
     """
 
-    def __init__(self, actor: Actor, weights: Weights, seed: int) -> None:
+    def __init__(self, actor: Actor, weights: WeightsVersion, seed: int) -> None:
         shared = _frozen(actor.policy)
         policy, critic = copy.deepcopy((actor.policy, actor.critic), shared)
         super().__init__(policy, seed, actor.best_of_n, critic, actor.aggregation)

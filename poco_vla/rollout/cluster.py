@@ -39,7 +39,7 @@ from poco_vla.data.batches import pipeline_of
 from poco_vla.errors import ConfigError, PocoError, SimulatorError
 from poco_vla.policy import FlowPolicy
 from poco_vla.recording.recorder import EpisodeRecorder
-from poco_vla.rollout.actor import Actor, Weights
+from poco_vla.rollout.actor import Actor, WeightsVersion
 from poco_vla.rollout.interaction import BackgroundInteraction
 from poco_vla.rollout.pool import EnvPool
 from poco_vla.simulators import environment
@@ -64,7 +64,7 @@ PUBLISHING = 0.1
 
 
 @dataclass(frozen=True)
-class Plan:
+class WorkerSpec:
     """What a worker is to do.
 
     Attributes:
@@ -150,9 +150,9 @@ class Worker:
 
     _envs: EnvPool | None = None
 
-    def begin(self, plan: Plan) -> Played | Failed:
+    def begin(self, spec: WorkerSpec) -> Played | Failed:
         """Build everything, and begin the episodes."""
-        return _answer(lambda: self._begin(plan))
+        return _answer(lambda: self._begin(spec))
 
     def play(self, published: Published, best_of_n: int) -> Played | Failed:
         """One chunk in each environment, by the newest weights."""
@@ -162,25 +162,25 @@ class Worker:
         if self._envs is not None:
             self._envs.close()
 
-    def _begin(self, plan: Plan) -> Played:
+    def _begin(self, spec: WorkerSpec) -> Played:
         import ray
 
-        if (found := version_of("poco-vla")) != plan.version:
-            raise ConfigError(f"poco-vla {found} is installed there, and {plan.version} where the learner runs")
-        import_module(plan.plugin)
+        if (found := version_of("poco-vla")) != spec.version:
+            raise ConfigError(f"poco-vla {found} is installed there, and {spec.version} where the learner runs")
+        import_module(spec.plugin)
         with _read_only_tensors():
-            policy, critic, aggregation = ray.get(plan.policy[0])
+            policy, critic, aggregation = ray.get(spec.policy[0])
         for parameter in critic.parameters() if critic is not None else ():
             parameter.data = parameter.data.clone()  # a target critic has no gradient, but it changes
         self._tensors = trained(policy, critic)
         for module in filter(None, (policy, critic)):
             module.requires_grad_(False)
-            module.to(_move(policy, "cuda" if plan.gpu else "cpu"))
-        self._actor = Actor(policy, plan.seed, critic=critic, aggregation=aggregation)
+            module.to(_move(policy, "cuda" if spec.gpu else "cpu"))
+        self._actor = Actor(policy, spec.seed, critic=critic, aggregation=aggregation)
         self._number = -1
         self._said: list[str] = []
-        self._envs = EnvPool(plan.env, plan.horizon, plan.stride, say=self._said.append)
-        self._envs.reset(plan.first_seeds)
+        self._envs = EnvPool(spec.env, spec.horizon, spec.stride, say=self._said.append)
+        self._envs.reset(spec.first_seeds)
         return Played([], 0, 0, self._told())
 
     def _play(self, published: Published, best_of_n: int) -> Played:
@@ -285,7 +285,7 @@ def _read_only_tensors() -> Iterator[None]:
 
 
 @dataclass
-class _Hired:
+class _WorkerSlot:
     """A worker's place.
 
     Attributes:
@@ -332,7 +332,7 @@ class ClusterInteraction(BackgroundInteraction):
         env: EnvSpec,
         horizon: int,
         actor: Actor,
-        weights: Weights,
+        weights: WeightsVersion,
         recorder: EpisodeRecorder,
         first_seed: int,
         *,
@@ -346,16 +346,16 @@ class ClusterInteraction(BackgroundInteraction):
         self._first_seed, self._seed, self._say = first_seed, seed, say
         self._trained = trained(actor.policy, actor.critic)
         self._published, self._seen, self._publish_after = Published(-1, 0, []), -1, 0.0
-        self._running: dict[Any, _Hired] = {}
-        self._idle: deque[_Hired] = deque()
-        self._hired: list[_Hired] = []
+        self._running: dict[Any, _WorkerSlot] = {}
+        self._idle: deque[_WorkerSlot] = deque()
+        self._slots: list[_WorkerSlot] = []
         self._ours = connect(settings)
         try:
             self._policy = self._put_policy(actor)
             for index in range(settings.workers):
                 first = first_seed + index * env.num_envs
-                self._hired.append(_Hired(index, list(range(first, first + env.num_envs))))
-                self._hire(self._hired[-1])
+                self._slots.append(_WorkerSlot(index, list(range(first, first + env.num_envs))))
+                self._spawn_worker(self._slots[-1])
         except BaseException:
             self.close()
             raise
@@ -371,8 +371,8 @@ class ClusterInteraction(BackgroundInteraction):
         super().close()
         if not ray.is_initialized():
             return
-        actors = [hired.actor for hired in self._hired if hired.actor is not None]
-        self._hired, self._running = [], {}
+        actors = [slot.actor for slot in self._slots if slot.actor is not None]
+        self._slots, self._running = [], {}
         if actors:
             ray.wait([actor.close.remote() for actor in actors], num_returns=len(actors), timeout=GRACE)
         for actor in actors:
@@ -390,28 +390,28 @@ class ClusterInteraction(BackgroundInteraction):
             except (TypeError, AttributeError) as error:
                 raise ConfigError(f"this policy cannot be sent to Ray's workers: {error}") from error
 
-    def _hire(self, hired: _Hired) -> None:
+    def _spawn_worker(self, slot: _WorkerSlot) -> None:
         """Put a new worker in a place and let it begin."""
         import ray
 
         settings = self.settings
-        noise = np.random.SeedSequence((self._seed, self._first_seed, hired.index, hired.lives)).generate_state(1)
-        plan = Plan(
+        noise = np.random.SeedSequence((self._seed, self._first_seed, slot.index, slot.lives)).generate_state(1)
+        spec = WorkerSpec(
             policy=[self._policy],
             env=self.env,
             plugin=type(environment(self.env)).__module__,
             horizon=self.horizon,
-            first_seeds=list(hired.seeds),
+            first_seeds=list(slot.seeds),
             stride=self.stride,
             seed=int(noise[0]),
             gpu=settings.worker_gpus > 0,
             version=version_of("poco-vla"),
         )
         remote = ray.remote(num_cpus=settings.worker_cpus, num_gpus=settings.worker_gpus)(Worker)
-        hired.actor = remote.options(max_restarts=0, scheduling_strategy="SPREAD").remote()
-        hired.lives += 1
-        hired.promised = 0
-        self._running[hired.actor.begin.remote(plan)] = hired
+        slot.actor = remote.options(max_restarts=0, scheduling_strategy="SPREAD").remote()
+        slot.lives += 1
+        slot.promised = 0
+        self._running[slot.actor.begin.remote(spec)] = slot
 
     # -- in the thread ------------------------------------------------------------------------------------------------
 
@@ -424,15 +424,15 @@ class ClusterInteraction(BackgroundInteraction):
     def _send_out(self) -> None:
         """A round for every idle worker, as long as acting may go on even if all rounds bring what they can."""
         while self._idle:
-            promised = sum(hired.promised for hired in self._running.values())
+            promised = sum(slot.promised for slot in self._running.values())
             with self._changed:
                 if self._stop or self._taken + promised >= self._until:
                     return
                 best_of_n = self._best_of_n
-            hired = self._idle.popleft()
+            slot = self._idle.popleft()
             self._publish()
-            hired.promised = self.env.num_envs * self.horizon
-            self._running[hired.actor.play.remote(self._published, best_of_n)] = hired
+            slot.promised = self.env.num_envs * self.horizon
+            self._running[slot.actor.play.remote(self._published, best_of_n)] = slot
 
     def _take_in(self) -> None:
         import ray
@@ -447,7 +447,7 @@ class ClusterInteraction(BackgroundInteraction):
             self._hear(self._running.pop(reference), reference)
         self._tell_of_silence()
 
-    def _hear(self, hired: _Hired, reference: Any) -> None:
+    def _hear(self, slot: _WorkerSlot, reference: Any) -> None:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -456,41 +456,41 @@ class ClusterInteraction(BackgroundInteraction):
         except RayTaskError as error:
             answer = Failed(str(error.cause), str(error))
         except RayError as death:
-            self._replace(hired, death)
+            self._replace(slot, death)
             return
         if isinstance(answer, Failed):
-            raise answer.error(hired.index)
+            raise answer.error(slot.index)
         for line in answer.said:
-            self._say(f"Ray worker {hired.index}: {line}")
+            self._say(f"Ray worker {slot.index}: {line}")
         for episode in answer.episodes:
             assert episode.seed is not None
-            hired.seeds[self._place_of(episode, hired)] = episode.seed + self.stride  # seeds that failed are left out
-            hired.deaths = 0
+            slot.seeds[self._place_of(episode, slot)] = episode.seed + self.stride  # seeds that failed are left out
+            slot.deaths = 0
         self._heard = time.monotonic()
         self._brought(answer.episodes, answer.steps, answer.version)
-        self._idle.append(hired)
+        self._idle.append(slot)
 
-    def _place_of(self, episode: Episode, hired: _Hired) -> int:
+    def _place_of(self, episode: Episode, slot: _WorkerSlot) -> int:
         """Which of a worker's environments an episode is of."""
         assert episode.seed is not None
-        return (episode.seed - self._first_seed) % self.stride - hired.index * self.env.num_envs
+        return (episode.seed - self._first_seed) % self.stride - slot.index * self.env.num_envs
 
-    def _replace(self, hired: _Hired, death: Exception) -> None:
+    def _replace(self, slot: _WorkerSlot, death: Exception) -> None:
         import ray
 
         with suppress(Exception):  # it is dead, or cannot be reached and must not go on
-            ray.kill(hired.actor)
-        hired.deaths += 1
+            ray.kill(slot.actor)
+        slot.deaths += 1
         why = " ".join(str(death).split())
-        if hired.deaths > MOST_DEATHS:
+        if slot.deaths > MOST_DEATHS:
             raise SimulatorError(
-                f"Ray worker {hired.index} died {hired.deaths} times without finishing an episode in between; the last "
+                f"Ray worker {slot.index} died {slot.deaths} times without finishing an episode in between; the last "
                 f"time: {why}. Too little memory on its machine, or a simulator that crashes? Ray's logs are in "
                 "/tmp/ray/session_latest/logs there."
             )
-        self._say(f"Ray worker {hired.index} died and is replaced; its running episodes are dropped. {why[:200]}")
-        hired.seeds = [seed + self.stride for seed in hired.seeds]
-        self._hire(hired)
+        self._say(f"Ray worker {slot.index} died and is replaced; its running episodes are dropped. {why[:200]}")
+        slot.seeds = [seed + self.stride for seed in slot.seeds]
+        self._spawn_worker(slot)
 
     def _publish(self) -> None:
         """Put the newest weights into the object store, unless they are there or were published a moment ago."""

@@ -13,7 +13,7 @@ import numpy as np
 from poco_vla.data import Episode
 from poco_vla.recording.admission import SetAsideError
 from poco_vla.recording.recorder import EpisodeRecorder
-from poco_vla.rollout.actor import ActingCopy, Actor, Weights
+from poco_vla.rollout.actor import ActingCopy, Actor, WeightsVersion
 from poco_vla.rollout.pool import EnvPool
 
 
@@ -92,7 +92,7 @@ class SynchronousInteraction(Interaction):
     """
 
     def __init__(
-        self, envs: EnvPool, actor: Actor, weights: Weights, recorder: EpisodeRecorder | None, first_seed: int
+        self, envs: EnvPool, actor: Actor, weights: WeightsVersion, recorder: EpisodeRecorder | None, first_seed: int
     ) -> None:
         self.envs, self.actor, self.weights, self.recorder = envs, actor, weights, recorder
         self._first_seed: int | None = first_seed

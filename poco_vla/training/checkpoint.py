@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from poco_vla.config import TrainConfig, differences, from_json, to_json
 from poco_vla.errors import CheckpointError
-from poco_vla.files import discard_partial, recover_folders, replace_folder, whole_file, write_json
+from poco_vla.files import atomic_file, discard_partial, recover_folders, replace_folder, write_json
 from poco_vla.locks import FolderLock, HeldError
 from poco_vla.roles import role_of
 from poco_vla.types import ChunkBatch
@@ -293,7 +293,7 @@ def save_batch(folder: Path, batch: ChunkBatch, rank: int) -> Path:
             tensors[field.name] = value
         elif value is not None:
             tensors[f"{field.name}.features"] = value.features
-    with suppress(OSError, SafetensorError), whole_file(path) as partial:
+    with suppress(OSError, SafetensorError), atomic_file(path) as partial:
         save_file(_contiguous(tensors), partial)
     return path
 
@@ -306,7 +306,7 @@ def save_good_head(folder: Path, head: Mapping[str, Tensor]) -> None:
         CheckpointError: they cannot be written.
     """
     try:
-        with whole_file(folder / GOOD_HEAD) as partial:
+        with atomic_file(folder / GOOD_HEAD) as partial:
             save_file(_contiguous(head), partial)
     except OSError as error:
         raise CheckpointError(f"{folder / GOOD_HEAD} could not be written: {error}") from error

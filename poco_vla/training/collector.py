@@ -157,7 +157,7 @@ class Collector:
         interaction.tell(self.logbook.told() | told)
 
     def _shrunk(self, episode: Episode) -> Episode:
-        return episode.with_images(self.acting.actor.policy.shrink_images)
+        return episode.with_images(self.acting.actor.policy.resize_images)
 
 
 def _prefix(rank: int) -> str:

@@ -78,13 +78,13 @@ def check_pictures(policy: FlowPolicy, demos: Mapping[str, np.ndarray], env: Map
     """Raise DataError unless the environment's pictures, as the pool keeps them, have the demonstrations' size.
 
     Args:
-        policy: whose `shrink_images` is applied.
+        policy: whose `resize_images` is applied.
         demos: columns of a demonstration, as the pool keeps them.
         env: columns of an observation, as the environment gives it.
     """
     for key, column in demos.items():
         if column.dtype == np.uint8 and key in env:
-            kept = policy.shrink_images(env[key][:1])
+            kept = policy.resize_images(env[key][:1])
             if kept.shape[1:] != column.shape[1:]:
                 raise DataError(
                     f'"{key}" has {column.shape[1]}x{column.shape[2]} pixels in the dataset and {env[key].shape[1]}x'

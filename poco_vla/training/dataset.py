@@ -52,7 +52,7 @@ class RunData:
             self.config,
             policy.input_keys,
             horizon=config.horizon,
-            shrink=policy.shrink_images,
+            resize_images=policy.resize_images,
             say=display.say,
         )
         self.statistics.check(policy, demos)

@@ -139,7 +139,7 @@ class Experience:
             self.display.say(f"an episode stays out of the pool: {error}")
             return
         if self.prefixes is not None:
-            self.prefixes.adopt(episode, first)
+            self.prefixes.add_from_actor(episode, first)
 
     def _num_recorded(self) -> int:
         """Return the number of online episodes on disk."""
@@ -159,5 +159,5 @@ class Experience:
                 "local/episodes", self.folder.episodes, episodes=numbers, max_image_bytes=sys.maxsize
             )
             yield from read_episodes(
-                open_dataset(config), config, self.policy.input_keys, shrink=self.policy.shrink_images
+                open_dataset(config), config, self.policy.input_keys, resize_images=self.policy.resize_images
             )

@@ -14,12 +14,12 @@ from poco_vla.config import EnvSpec, TrainConfig
 from poco_vla.data import DatasetInfo, Episode
 from poco_vla.errors import ConfigError
 from poco_vla.policy import FlowPolicy
-from poco_vla.prefix_cache.actor_buffer import ActedPrefixes
+from poco_vla.prefix_cache.actor_buffer import ActorPrefixBuffer
 from poco_vla.recording.admission import Admission
 from poco_vla.recording.recorder import EpisodeRecorder, can_be_video
 from poco_vla.recording.set_aside import SetAside
 from poco_vla.rollout import Actor, EnvPool
-from poco_vla.rollout.actor import ActingCopy, Weights
+from poco_vla.rollout.actor import ActingCopy, WeightsVersion
 from poco_vla.rollout.interaction import AsynchronousInteraction, Interaction, SynchronousInteraction
 from poco_vla.serving.feature import observation_spec
 
@@ -101,12 +101,12 @@ class Acting:
 
     config: TrainConfig
     actor: Actor
-    weights: Weights
+    weights: WeightsVersion
     recorder: EpisodeRecorder | None
     info: DatasetInfo
     task: str
     say: Callable[[str], None]
-    acted: ActedPrefixes | None = None
+    acted: ActorPrefixBuffer | None = None
     rank: int = 0
     num_ranks: int = 1
     give_up: Callable[[], bool] = lambda: False
@@ -141,10 +141,10 @@ class Acting:
         # After an interruption seeds go on about where they were: one or another comes again.
         next_seed = first_seed + episodes
         if config.interaction.mode == "ray":
-            return self._hire(next_seed, taken)
+            return self._start_cluster(next_seed, taken)
         copy = ActingCopy(self.actor, self.weights, config.seed + 1 + RANK_SEED * self.rank)
         if self.acted is not None:
-            copy.on_encoded = self.acted.note
+            copy.on_encoded = self.acted.add
         if config.interaction.mode == "asynchronous":
             own = taken / self.num_ranks
             return AsynchronousInteraction(self._envs(), copy, recorder, next_seed, taken=own)
@@ -154,7 +154,7 @@ class Acting:
         assert isinstance(self.config.env, EnvSpec)
         return EnvPool(self.config.env, self.config.horizon, say=self.say, give_up=self.give_up)
 
-    def _hire(self, first_seed: int, taken: int) -> Interaction:
+    def _start_cluster(self, first_seed: int, taken: int) -> Interaction:
         from poco_vla.rollout.cluster import ClusterInteraction  # needs the extra "ray"
 
         config = self.config

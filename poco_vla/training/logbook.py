@@ -17,7 +17,7 @@ from torch import Tensor
 from poco_vla.algorithm import Stage
 from poco_vla.errors import UnknownNameError
 from poco_vla.evaluation import wilson_interval
-from poco_vla.files import whole_file
+from poco_vla.files import atomic_file
 from poco_vla.progress import Bar
 from poco_vla.training.progress import Progress
 
@@ -175,7 +175,7 @@ class Logbook:
 
     def _rewrite(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         def write() -> None:
-            with whole_file(self.folder / name) as partial:
+            with atomic_file(self.folder / name) as partial:
                 partial.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
         self.written(name, write)

@@ -11,7 +11,7 @@ from poco_vla.flow import Draws
 from poco_vla.joint_names import check_same_names
 from poco_vla.policy import FlowPolicy
 from poco_vla.progress import Display
-from poco_vla.rollout.actor import Weights
+from poco_vla.rollout.actor import WeightsVersion
 from poco_vla.training import checkpoint
 from poco_vla.training.backends import Learner
 from poco_vla.training.broadcast import shared
@@ -120,7 +120,7 @@ class WeightVersions:
         device: of the processes' communication.
     """
 
-    def __init__(self, bound: VersionBound, progress: Progress, weights: Weights, device: torch.device) -> None:
+    def __init__(self, bound: VersionBound, progress: Progress, weights: WeightsVersion, device: torch.device) -> None:
         self._bound, self._progress, self._weights, self._device = bound, progress, weights, device
 
     def state(self) -> dict[str, Any]:

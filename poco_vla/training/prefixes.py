@@ -10,8 +10,8 @@ from poco_vla.config import PrefixConfig, TrainConfig
 from poco_vla.data import Episode, Replay
 from poco_vla.errors import ConfigError
 from poco_vla.policy import FlowPolicy
-from poco_vla.prefix_cache.actor_buffer import ActedPrefixes
-from poco_vla.prefix_cache.identity import identity, shelf_folder
+from poco_vla.prefix_cache.actor_buffer import ActorPrefixBuffer
+from poco_vla.prefix_cache.identity import cache_folder, identity
 from poco_vla.prefix_cache.source import Demand, PrefixSource
 from poco_vla.prefix_cache.store import PrefixStore
 
@@ -56,7 +56,7 @@ def open_prefixes(
             about = identity(policy, demos, **settled)
             root = settings.folder or config.output_dir / FOLDER
             try:
-                folder = shelf_folder(root, about)
+                folder = cache_folder(root, about)
             except OSError as error:
                 raise ConfigError(f"prefixes cannot be kept in {root} (prefixes.folder): {error.strerror}") from error
         # Acting is never under autocast: with it, learning would be given something else.
@@ -65,7 +65,7 @@ def open_prefixes(
         settings = replace(settings, ram_bytes=settings.ram_bytes - apart)
         store = PrefixStore(settings, accelerator.device, folder)
         if beside:
-            acted = ActedPrefixes(policy, store.to_ram, apart, settings.dtype)
+            acted = ActorPrefixBuffer(policy, store.to_ram, apart, settings.dtype)
         if folder is not None and store.num_kept:
             say(f"prefix store: {store.num_kept:,} prefixes of earlier runs in {folder}")
     if settings.mode == "auto" and not off:
@@ -74,7 +74,7 @@ def open_prefixes(
         policy,
         replay,
         store,
-        acted=acted,
+        actor_buffer=acted,
         demand=demand,
         shares=shares,
         dtype=settings.dtype,

@@ -19,7 +19,7 @@ from poco_vla.recording.admission import Admission
 from poco_vla.recording.recorder import EpisodeRecorder
 from poco_vla.registry import check_options, load_adapter
 from poco_vla.rollout import Actor, EnvPool
-from poco_vla.rollout.actor import Weights
+from poco_vla.rollout.actor import WeightsVersion
 from poco_vla.training import checkpoint
 from poco_vla.training.backends import Learner, learner_of, open_accelerator
 from poco_vla.training.broadcast import Sharing
@@ -102,7 +102,7 @@ class Run:
     progress: Progress
     logbook: Logbook
     versions: VersionBound
-    weights: Weights
+    weights: WeightsVersion
     data: RunData
     policy: FlowPolicy
     replay: Replay
@@ -183,7 +183,7 @@ def _assemble(
     folder = RunFolder(config.output_dir, display, interruption.is_requested)
     logbook = Logbook(config.output_dir, accelerator, progress, config.log_every, folder.write)
     beside = config.interaction.mode != "synchronous"  # else a resumed run makes the same weights again
-    versions, weights = VersionBound(config.output_dir, folder.write, used=is_main and beside), Weights()
+    versions, weights = VersionBound(config.output_dir, folder.write, used=is_main and beside), WeightsVersion()
     outlook = Outlook(display.say)
 
     data = open_data(config, accelerator, display)
@@ -266,7 +266,7 @@ def _assemble(
         data.info,
         demos[0].task,
         display.say,
-        prefixes.acted if prefixes is not None else None,
+        prefixes.actor_buffer if prefixes is not None else None,
         *((rank, num_ranks) if each else (0, 1)),
         interruption.is_requested,
     )

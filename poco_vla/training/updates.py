@@ -17,7 +17,7 @@ from poco_vla.data import BatchSource, Replay, chunk_batch
 from poco_vla.errors import ConfigError, NonFiniteError, OtherProcessError
 from poco_vla.flow import Draws
 from poco_vla.progress import Bar
-from poco_vla.rollout.actor import Weights
+from poco_vla.rollout.actor import WeightsVersion
 from poco_vla.training import checkpoint
 from poco_vla.training.backends import Learner
 from poco_vla.training.finite_check import FiniteWatch
@@ -54,7 +54,7 @@ class Updater:
         finite: FiniteWatch,
         *,
         progress: Progress,
-        weights: Weights,
+        weights: WeightsVersion,
         versions: VersionBound,
         logbook: Logbook,
     ) -> None:

@@ -385,10 +385,10 @@ def test_pictures_are_kept_at_the_models_resolution():
     """As LeRobot's own letterbox leaves them: what the model makes of either differs by rounding to uint8 only."""
     policy = Pi05.tiny()
     images = torch.randint(0, 256, (2, 90, 120, 3), dtype=torch.uint8).numpy()
-    kept = policy.shrink_images(images)
+    kept = policy.resize_images(images)
     assert kept.shape == (2, 56, 56, 3)
     assert kept.dtype == images.dtype
-    assert policy.shrink_images(kept) is kept
+    assert policy.resize_images(kept) is kept
 
 
 def test_a_folder_can_be_saved_over_the_one_it_came_from(folder):

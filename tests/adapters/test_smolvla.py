@@ -282,9 +282,9 @@ def test_the_critic_sees_the_mean_of_valid_hidden_states_and_the_normalised_stat
 def test_pictures_are_kept_at_the_models_resolution(tiny):
     """As LeRobot's own letterbox leaves them: what the model makes of either differs by rounding to uint8 only."""
     images = np.random.default_rng(0).integers(0, 256, (2, 90, 120, 3), dtype=np.uint8)
-    kept = tiny.shrink_images(images)
+    kept = tiny.resize_images(images)
     assert (kept.shape, kept.dtype) == ((2, 32, 32, 3), np.uint8)
-    assert tiny.shrink_images(kept) is kept
+    assert tiny.resize_images(kept) is kept
     seen = [
         tiny.policy.prepare_images({FRONT: torch.from_numpy(p).permute(0, 3, 1, 2) / 255})[0][0] for p in (images, kept)
     ]

@@ -34,7 +34,7 @@ from pointmass import pointmass
 
 from poco_vla.config import EnvSpec, InteractionConfig
 from poco_vla.rollout import Actor, EnvPool, cluster
-from poco_vla.rollout.actor import ActingCopy, Weights
+from poco_vla.rollout.actor import ActingCopy, WeightsVersion
 from poco_vla.rollout.cluster import ClusterInteraction
 from poco_vla.rollout.interaction import AsynchronousInteraction, Interaction
 
@@ -109,7 +109,7 @@ def rows_of(name: str, env: EnvSpec, args: Args) -> Rows:
     rows: Rows = [{"environment": name, "through": "called directly", "envs": env.num_envs, "steps/s": 1 / direct}]
     for count in args.workers:
         many = EnvSpec(env.type, env.task, env.options, env.num_envs * count)
-        weights = Weights()
+        weights = WeightsVersion()
         pool = EnvPool(many, HORIZON)
         thread = AsynchronousInteraction(pool, ActingCopy(actor, weights, 1), Counter(), 0)  # type: ignore[arg-type]
         rows.append(

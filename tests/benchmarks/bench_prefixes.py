@@ -264,8 +264,8 @@ def bench_bytes(case: Case) -> Rows:
         "disk, which the system holds: fetch and join": lambda: joined(disk),
     }
     seconds = best_of(from_memory, case.args.rounds)
-    shelf = next((case.folder / "bytes").glob("*.data"))
-    drop_from_memory(cold, shelf)
+    persistent = next((case.folder / "bytes").glob("*.data"))
+    drop_from_memory(cold, persistent)
     began = time.perf_counter()
     cold.read_bytes()
     seconds["plain read of a file that the system does not hold"] = time.perf_counter() - began

@@ -9,7 +9,7 @@ from lerobot_policy_flow_mlp.adapter import FlowMlp
 from test_source import VLAS, H, episode, pool, short, store
 
 from poco_vla.data import BatchSource, Replay, network_obs
-from poco_vla.prefix_cache.actor_buffer import ActedPrefixes
+from poco_vla.prefix_cache.actor_buffer import ActorPrefixBuffer
 from poco_vla.prefix_cache.entries import Entry
 from poco_vla.prefix_cache.source import TRIALS, Demand, PrefixSource, _alike
 from poco_vla.rollout import Actor
@@ -17,9 +17,9 @@ from poco_vla.rollout import Actor
 
 def acting(policy, kept, budget=10**9, **options):
     """An actor whose prefixes are noted."""
-    acted = ActedPrefixes(policy, kept.to_ram, budget, **options)
+    acted = ActorPrefixBuffer(policy, kept.to_ram, budget, **options)
     actor = Actor(policy, seed=0)
-    actor.on_encoded = acted.note
+    actor.on_encoded = acted.add
     return acted, actor
 
 
@@ -30,7 +30,7 @@ def act_on(actor, played, steps):
 
 
 def shrunk(policy, played):
-    return played.with_images(policy.shrink_images)
+    return played.with_images(policy.resize_images)
 
 
 def transitions(replay, ids):
@@ -49,9 +49,9 @@ def test_learning_takes_over_what_acting_encoded(adapter):
     acted, actor = acting(policy, kept)
     played = shrunk(policy, episode(policy, 11, 21))
     act_on(actor, played, (0, 4, 8))
-    source = PrefixSource(policy, replay, kept, acted=acted)
+    source = PrefixSource(policy, replay, kept, actor_buffer=acted)
     first = replay.add(played, is_demo=False)
-    source.adopt(played, first)
+    source.add_from_actor(played, first)
     raw = transitions(replay, range(first, first + 11))
     found, _ = source.prefixes(raw, bootstrap=False)
     assert (source.hits, source.encoded) == (3, 8)
@@ -142,14 +142,14 @@ def test_once_a_store_does_not_pay_nothing_is_kept(monkeypatch):
     kept = store()
     acted, actor = acting(policy, kept)
     demand = Demand(states=10, draws=10, memory=10**6, disk=0)
-    source = PrefixSource(policy, replay, kept, acted=acted, demand=demand)
+    source = PrefixSource(policy, replay, kept, actor_buffer=acted, demand=demand)
     batches = BatchSource(replay, policy, 8, seed=0, prefixes=source)
     played = episode(policy, H, 5)
     act_on(actor, played, [0])
     for _ in range(TRIALS + 1):
         batches.draw()
     assert source.store is None
-    source.adopt(played, replay.add(played, is_demo=False))
+    source.add_from_actor(played, replay.add(played, is_demo=False))
     monkeypatch.setattr(type(policy), "pack", lambda *_: pytest.fail("packed for nothing"))
     act_on(actor, played, [0])
     assert acted.take(played) == {}

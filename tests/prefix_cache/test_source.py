@@ -21,8 +21,8 @@ from poco_vla.data.columns import MemoryColumn
 from poco_vla.data.replay import ONLINE
 from poco_vla.data.ring import Capacity, EpisodeRing
 from poco_vla.flow import Draws
-from poco_vla.prefix_cache.identity import digest_of, identity, shelf_folder
-from poco_vla.prefix_cache.source import AT_ONCE, Costs, Demand, PrefixSource, pays
+from poco_vla.prefix_cache.identity import cache_folder, digest_of, identity
+from poco_vla.prefix_cache.source import AT_ONCE, Costs, Demand, PrefixSource, saves_time
 from poco_vla.prefix_cache.store import PrefixStore
 
 CPU = torch.device("cpu")
@@ -392,7 +392,7 @@ def test_a_second_run_starts_warm(tmp_path):
     results = []
     for _ in range(2):
         config = PrefixConfig(mode="on", ram_bytes=0, disk_bytes=10**8)
-        _, stored = sources(policy, replay, store=PrefixStore(config, CPU, shelf_folder(tmp_path, about)))
+        _, stored = sources(policy, replay, store=PrefixStore(config, CPU, cache_folder(tmp_path, about)))
         batches = [stored.draw() for _ in range(8)]
         results.append((stored.prefixes.encoded, [b.prefix.features for b in batches]))
         stored.prefixes.close()
@@ -435,14 +435,14 @@ def test_it_pays_where_loading_is_cheaper_than_encoding_and_there_is_room():
     costs = Costs(encode=0.05, keep=0.002, load=0.003, read=0.0, num_bytes=1e7)
     room = Demand(states=1000, draws=100_000, memory=10**10, disk=0)
     assert room.hit_rate(1e7) == pytest.approx(0.99)
-    assert pays(costs, room)
-    assert not pays(costs, replace(room, memory=5 * 10**8))
-    assert not pays(replace(costs, encode=0.003), room), "a state that is encoded as fast as it is loaded"
-    assert not pays(costs, replace(room, draws=900)), "each state is drawn once"
+    assert saves_time(costs, room)
+    assert not saves_time(costs, replace(room, memory=5 * 10**8))
+    assert not saves_time(replace(costs, encode=0.003), room), "a state that is encoded as fast as it is loaded"
+    assert not saves_time(costs, replace(room, draws=900)), "each state is drawn once"
     on_disk = replace(room, memory=0, disk=10**10)
     assert on_disk.from_disk(1e7) == 1
-    assert pays(costs, on_disk)
-    assert not pays(replace(costs, read=0.045), on_disk), "a slow disk"
+    assert saves_time(costs, on_disk)
+    assert not saves_time(replace(costs, read=0.045), on_disk), "a slow disk"
 
 
 def test_auto_says_once_what_it_decided_and_goes_on_without():

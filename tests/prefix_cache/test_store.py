@@ -17,7 +17,7 @@ from poco_vla.config import PrefixConfig
 from poco_vla.data.replay import ONLINE
 from poco_vla.prefix_cache import entry_files
 from poco_vla.prefix_cache.entries import Entry, layout_from_json, layout_to_json
-from poco_vla.prefix_cache.entry_files import DiskFullError, NamelessFile, Room, Shelf
+from poco_vla.prefix_cache.entry_files import DiskBudget, DiskFullError, PersistentFiles, RingFile
 from poco_vla.prefix_cache.store import MemoryTier, PrefixStore
 
 CPU = torch.device("cpu")
@@ -109,8 +109,8 @@ def test_a_tier_never_takes_more_than_its_budget_and_nothing_is_lost_on_the_way(
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 40)), max_size=60), st.integers(1500, 8000))
 def test_a_nameless_file_gives_back_what_it_still_holds_within_its_budget(tmp_path_factory, puts, budget):
-    room = Room(budget)
-    file, kept = NamelessFile(tmp_path_factory.mktemp("ring"), room), {}
+    room = DiskBudget(budget)
+    file, kept = RingFile(tmp_path_factory.mktemp("ring"), room), {}
     try:
         for key, tokens in puts:
             one = entry(tokens, tokens)
@@ -131,7 +131,7 @@ def test_a_nameless_file_gives_back_what_it_still_holds_within_its_budget(tmp_pa
 
 def test_a_ring_keeps_the_newest(tmp_path):
     size = len(entry_files.to_blob(entry()))
-    file = NamelessFile(tmp_path, Room(4 * size))
+    file = RingFile(tmp_path, DiskBudget(4 * size))
     for key in range(10):
         file.put(key, entry(key))
     assert [key for key in range(10) if key in file] == [6, 7, 8, 9]
@@ -140,31 +140,31 @@ def test_a_ring_keeps_the_newest(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def shelf(folder, budget=1_000_000):
-    return Shelf(folder, Room(budget))
+def persistent(folder, budget=1_000_000):
+    return PersistentFiles(folder, DiskBudget(budget))
 
 
-def test_a_shelf_is_there_again_for_the_next_process(tmp_path):
-    first = shelf(tmp_path)
+def test_persistent_files_are_there_again_for_the_next_process(tmp_path):
+    first = persistent(tmp_path)
     for key in range(5):
         first.put(key, entry(key, tokens=key + 1))
     first.close()
-    second = shelf(tmp_path)
+    second = persistent(tmp_path)
     assert len(second) == 5
     assert all(same(second.get(key), entry(key, tokens=key + 1)) for key in range(5))
     second.put(7, entry(7))
     second.close()
-    assert same(shelf(tmp_path).get(7), entry(7))
+    assert same(persistent(tmp_path).get(7), entry(7))
 
 
 def test_processes_beside_each_other_write_files_of_their_own_and_read_the_others_later(tmp_path):
-    one, two = shelf(tmp_path), shelf(tmp_path)
+    one, two = persistent(tmp_path), persistent(tmp_path)
     one.put(1, entry(1))
     two.put(2, entry(2))
     one.close()
     two.close()
     assert sorted(path.name for path in tmp_path.glob("*.data")) == ["0.data", "1.data"]
-    after = shelf(tmp_path)
+    after = persistent(tmp_path)
     assert same(after.get(1), entry(1))
     assert same(after.get(2), entry(2))
 
@@ -172,12 +172,12 @@ def test_processes_beside_each_other_write_files_of_their_own_and_read_the_other
 def test_what_was_there_before_counts_towards_the_budget(tmp_path):
     size = len(entry_files.to_blob(entry()))
     for keys in ((1, 2), (3, 4)):
-        one = shelf(tmp_path, budget=int(3.5 * size))
+        one = persistent(tmp_path, budget=int(3.5 * size))
         with pytest.raises(DiskFullError) if 4 in keys else _nothing():
             for key in keys:
                 one.put(key, entry(key))
         one.close()
-    assert len(shelf(tmp_path)) == 3
+    assert len(persistent(tmp_path)) == 3
 
 
 def _nothing():
@@ -188,7 +188,7 @@ def _nothing():
 
 @pytest.mark.parametrize("damage", ["a byte of an entry", "the index's last record", "the data's end", "another's id"])
 def test_an_entry_whose_bytes_are_not_whole_is_not_believed(tmp_path, damage):
-    one = shelf(tmp_path)
+    one = persistent(tmp_path)
     for key in range(3):
         one.put(key, entry(key))
     one.close()
@@ -207,21 +207,21 @@ def test_an_entry_whose_bytes_are_not_whole_is_not_believed(tmp_path, damage):
         lines[2 * line :] = swapped + entry_files.HEAD.pack(entry_files.zlib.crc32(swapped))
     data.write_bytes(blob)
     index.write_bytes(lines)
-    two = shelf(tmp_path)
+    two = persistent(tmp_path)
     assert same(two.get(0), entry(0))
     assert same(two.get(1), entry(1))
     assert two.get(2) is None
     two.put(2, entry(2))
     two.close()
-    assert same(shelf(tmp_path).get(2), entry(2))
+    assert same(persistent(tmp_path).get(2), entry(2))
 
 
 WRITER = """
 import sys
 sys.path.insert(0, {here!r})
 from pathlib import Path
-from test_store import entry, shelf
-one, key = shelf(Path({folder!r}), 10**9), 0
+from test_store import entry, persistent
+one, key = persistent(Path({folder!r}), 10**9), 0
 while True:
     one.put(key, entry(key % 7, tokens=300, width=256))
     key += 1
@@ -241,7 +241,7 @@ def test_a_writer_that_is_killed_leaves_only_whole_entries(tmp_path):
     finally:
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
-    found = shelf(tmp_path, 10**9)
+    found = persistent(tmp_path, 10**9)
     assert len(found) >= 3
     assert all(same(found.get(key), entry(key % 7, tokens=300, width=256)) for key in range(len(found)))
     assert found.num_damaged == 0
@@ -250,10 +250,10 @@ def test_a_writer_that_is_killed_leaves_only_whole_entries(tmp_path):
     with (tmp_path / "0.data").open("ab") as data, (tmp_path / "0.index").open("ab") as index:
         data.write(b"unfinished")
         index.write(b"cut")
-    again, number = shelf(tmp_path, 10**9), len(found)
+    again, number = persistent(tmp_path, 10**9), len(found)
     again.put(10**6, entry(1))
     again.close()
-    assert same(shelf(tmp_path, 10**9).get(10**6), entry(1))
+    assert same(persistent(tmp_path, 10**9).get(10**6), entry(1))
     assert number >= 0
 
 

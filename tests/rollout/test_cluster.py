@@ -28,7 +28,7 @@ from poco_vla.critic import ChunkCritic
 from poco_vla.errors import ConfigError, PocoError
 from poco_vla.recording.recorder import EpisodeRecorder
 from poco_vla.rollout import Actor, EnvPool, cluster
-from poco_vla.rollout.actor import Weights
+from poco_vla.rollout.actor import WeightsVersion
 from poco_vla.rollout.cluster import ClusterInteraction
 from poco_vla.training import Trainer
 from poco_vla.training.interactions import Acting
@@ -76,7 +76,7 @@ def acting(nodes, tmp_path):
     made, told = [], []
 
     def make(policy, env, workers=2, **changes):
-        weights, recorder = Weights(), EpisodeRecorder(tmp_path / "episodes", FPS)
+        weights, recorder = WeightsVersion(), EpisodeRecorder(tmp_path / "episodes", FPS)
         settings = InteractionConfig(mode="ray", workers=workers)
         arguments = (env, HORIZON, Actor(policy, 0), weights, recorder, FIRST_SEED)
         made.append(ClusterInteraction(*arguments, settings=settings, seed=0, say=told.append, **changes))
@@ -105,7 +105,7 @@ def steps_of(received):
 def pid_of(interaction, index):
     import ray
 
-    return ray.get(interaction._hired[index].actor.__ray_call__.remote(lambda self: os.getpid()))
+    return ray.get(interaction._slots[index].actor.__ray_call__.remote(lambda self: os.getpid()))
 
 
 def assert_whole(episodes):
@@ -165,8 +165,8 @@ def test_a_killed_worker_and_a_killed_node_are_replaced_and_no_half_of_an_episod
     interaction = acting(point_policy(), point_spec(2, in_process=False))
     received = played(interaction, 1e9, lambda got: len(episodes_of(got)) >= 4)
     os.kill(pid_of(interaction, 0), signal.SIGKILL)
-    wait_until(lambda: interaction._hired[0].lives == 2, PATIENCE)
-    first_of_second_life = min(interaction._hired[0].seeds)
+    wait_until(lambda: interaction._slots[0].lives == 2, PATIENCE)
+    first_of_second_life = min(interaction._slots[0].seeds)
     with interaction.weights.change(3):
         pass
 
@@ -176,10 +176,10 @@ def test_a_killed_worker_and_a_killed_node_are_replaced_and_no_half_of_an_episod
         return mine and max(mine) >= first_of_second_life
 
     received += played(interaction, 1e9, both_go_on)
-    lives = sum(hired.lives for hired in interaction._hired)
+    lives = sum(slot.lives for slot in interaction._slots)
     nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
     nodes.add_node(**NODE)
-    wait_until(lambda: sum(hired.lives for hired in interaction._hired) > lives, PATIENCE)
+    wait_until(lambda: sum(slot.lives for slot in interaction._slots) > lives, PATIENCE)
     seen = max(episode.seed for episode in episodes_of(received))
     received += played(interaction, 1e9, lambda got: {e.seed % 2 for e in episodes_of(got) if e.seed > seen} == {0, 1})
     interaction.close()

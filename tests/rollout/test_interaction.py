@@ -13,7 +13,7 @@ from poco_vla import load_adapter
 from poco_vla.errors import NonFiniteError
 from poco_vla.recording.recorder import EpisodeRecorder
 from poco_vla.rollout import Actor, EnvPool
-from poco_vla.rollout.actor import ActingCopy, Weights
+from poco_vla.rollout.actor import ActingCopy, WeightsVersion
 from poco_vla.rollout.interaction import AsynchronousInteraction, SynchronousInteraction
 
 HORIZON = 4
@@ -45,12 +45,12 @@ def recorder(tmp_path):
 
 
 def synchronous(policy, recorder, seed=0):
-    actor, weights = Actor(policy, seed), Weights()
+    actor, weights = Actor(policy, seed), WeightsVersion()
     return SynchronousInteraction(EnvPool(point_spec(3), HORIZON), actor, weights, recorder, 100)
 
 
 def asynchronous(policy, recorder, **settings):
-    weights = Weights()
+    weights = WeightsVersion()
     copy = ActingCopy(Actor(policy, 0), weights, 1)
     return AsynchronousInteraction(EnvPool(point_spec(3), HORIZON), copy, recorder, 100, **settings), weights
 
@@ -186,7 +186,7 @@ def test_closing_twice_or_before_the_first_step_is_fine(policy, recorder):
 @pytest.mark.parametrize("adapter", ["flow_mlp", "pi05", "groot_n1d6"])
 def test_a_copy_owns_what_trains_and_shares_what_is_frozen(adapter):
     policy = load_adapter(adapter).tiny()
-    copy = ActingCopy(Actor(policy, 0), Weights(), 1)
+    copy = ActingCopy(Actor(policy, 0), WeightsVersion(), 1)
     for own, learned in zip(copy.policy.parameters(), policy.parameters(), strict=True):
         assert (own is learned) == (not learned.requires_grad)
         assert torch.equal(own, learned)
@@ -196,7 +196,7 @@ def test_a_copy_owns_what_trains_and_shares_what_is_frozen(adapter):
 
 def test_a_copy_takes_new_weights_with_the_next_chunk_and_only_when_they_are_published(policy):
     obs, tasks = {"observation.state": np.zeros((2, 4), dtype=np.float32)}, [""] * 2
-    weights = Weights()
+    weights = WeightsVersion()
     copy = ActingCopy(Actor(policy, 0), weights, 1)
     own, learned = next(copy.policy.parameters()), next(policy.parameters())
     before = learned.clone()
@@ -214,7 +214,7 @@ def test_a_copy_takes_new_weights_with_the_next_chunk_and_only_when_they_are_pub
 
 def test_a_copy_never_mixes_the_weights_of_two_updates(policy):
     """The learner adds 1 to every weight per update, as fast as it can: in a copy all have grown by as many."""
-    weights = Weights()
+    weights = WeightsVersion()
     copy = ActingCopy(Actor(policy, 0), weights, 1)
     start = [parameter.clone() for parameter in copy.policy.parameters()]
     stop = threading.Event()
@@ -241,7 +241,7 @@ def test_a_copy_never_mixes_the_weights_of_two_updates(policy):
 
 def test_weights_that_go_back_are_renewed_too(policy):
     """What the collapse guard does: other weights, no update."""
-    weights = Weights()
+    weights = WeightsVersion()
     copy = ActingCopy(Actor(policy, 0), weights, 1)
     with torch.no_grad(), weights.change(weights.version):
         for parameter in policy.parameters():

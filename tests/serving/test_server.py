@@ -17,7 +17,7 @@ from websockets.sync.client import connect
 
 from poco_vla.errors import ConfigError, PolicyError
 from poco_vla.rollout import Actor
-from poco_vla.rollout.actor import ActingCopy, Weights
+from poco_vla.rollout.actor import ActingCopy, WeightsVersion
 from poco_vla.serving.client import ConnectionLostError, PolicyClient, RefusedError, Retry
 from poco_vla.serving.codec import VERSION_HEADER, ProtocolError, pack, unpack
 from poco_vla.serving.feature import Feature, observation_spec
@@ -200,7 +200,7 @@ def test_bounds_that_are_none_are_a_configuration_error(low, high):
 
 def test_a_learners_weights_act_from_the_next_request_on():
     """The same noise, the weights half a unit on: another chunk, and the reply and the metadata say whose it is."""
-    learner, weights = Actor(FlowMlp.tiny(), seed=5), Weights()
+    learner, weights = Actor(FlowMlp.tiny(), seed=5), WeightsVersion()
     with server_of(ActingCopy(learner, weights, seed=5)) as server, PolicyClient(server.url) as client:
         client.chunk(state(), "go")
         with torch.no_grad(), weights.change(7):

@@ -169,9 +169,9 @@ def test_processes_with_a_store_each_make_the_run_without_bit_for_bit(root, ddp)
     for name in ("episodes.jsonl", "policy/model.safetensors"):
         assert (stored / name).read_bytes() == (ddp / name).read_bytes()
     assert json.loads((stored / "result.json").read_text())["prefixes"]["hits"] > 0
-    (shelf,) = (root / "prefixes").iterdir()
-    assert sorted(path.name for path in shelf.glob("*.data")) == ["0.data", "1.data"]
-    assert all(path.stat().st_size > 1000 for path in shelf.glob("*.data"))
+    (folder,) = (root / "prefixes").iterdir()
+    assert sorted(path.name for path in folder.glob("*.data")) == ["0.data", "1.data"]
+    assert all(path.stat().st_size > 1000 for path in folder.glob("*.data"))
 
 
 @slow

@@ -94,7 +94,7 @@ def test_pictures_that_stay_of_different_sizes_are_told_before_any_work():
     check_pictures(policy, demos, demos)
     with pytest.raises(DataError, match="32x32 pixels in the dataset and 48x64 in the environment"):
         check_pictures(policy, demos, env)
-    policy.shrink_images = lambda images: images[:, :32, :32]
+    policy.resize_images = lambda images: images[:, :32, :32]
     check_pictures(policy, demos, env)
 
 

@@ -109,7 +109,7 @@ def test_learning_takes_over_the_prefix_of_every_state_that_acting_saw(mode, tmp
         trainer.run()
         episodes = recorded(config)[: trainer.progress.episodes]
         chosen = sum(-(-len(episode) // 5) for episode in episodes)
-        assert 150 < chosen <= trainer.parts.prefixes.acted.num_taken < 1.3 * chosen
+        assert 150 < chosen <= trainer.parts.prefixes.actor_buffer.num_taken < 1.3 * chosen
     finally:
         trainer.close()
     assert json.loads((config.output_dir / "result.json").read_text())["prefixes"]["acted"] > 150

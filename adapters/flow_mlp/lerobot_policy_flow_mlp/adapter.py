@@ -17,7 +17,7 @@ from torch import Tensor
 from lerobot_policy_flow_mlp.configuration_flow_mlp import MAX_WIDTH, FlowMlpConfig
 from lerobot_policy_flow_mlp.modeling_flow_mlp import STATE_KEYS, TRUST_VARIABLE, FlowMlpPolicy
 from lerobot_policy_flow_mlp.processor_flow_mlp import make_flow_mlp_pre_post_processors
-from poco_vla import ActionSpec, FlowPolicy, PolicyError, linear, raw, whole_folder
+from poco_vla import ActionSpec, FlowPolicy, PolicyError, atomic_folder, linear, raw
 from poco_vla.adapting import camera_names, heads, naming, normalization, policy_config, processors, weights
 
 OF_DATASET = frozenset(
@@ -268,7 +268,7 @@ class FlowMlp(FlowPolicy):
         }
 
     def save_pretrained(self, path: str | Path) -> None:
-        with whole_folder(path) as partial:
+        with atomic_folder(path) as partial:
             self.model.save_pretrained(partial)
             heads.write_about(partial, adapter="flow_mlp", names=self.order.to_json())
             self.preprocess.save_pretrained(partial, config_filename="policy_preprocessor.json")  # pyright: ignore

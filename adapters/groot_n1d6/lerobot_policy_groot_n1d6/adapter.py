@@ -46,7 +46,7 @@ from lerobot_policy_groot_n1d6.processing.steps import (
     PromptStep,
 )
 from lerobot_policy_groot_n1d6.processor_groot_n1d6 import make_groot_n1d6_pre_post_processors
-from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, inject_lora, merge_lora, raw, whole_folder
+from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, atomic_folder, inject_lora, merge_lora, raw
 from poco_vla.adapting import camera_names, heads, naming, normalization, policy_config, processors
 from poco_vla.adapting import weights as weight_files
 
@@ -397,7 +397,7 @@ class GrootN1d6Adapter(FlowPolicy):
         return {k: v for k, v in processed.items() if k in wanted or k.startswith(PIXEL_VALUES)}
 
     def save_pretrained(self, path: str | Path) -> None:
-        with whole_folder(path) as partial:
+        with atomic_folder(path) as partial:
             self.policy.save_pretrained(partial, state_dict=merge_lora(self.policy.state_dict(), self.policy))
             heads.write_about(partial, adapter=ADAPTER, names=self.order.to_json())
             self._save_processors(partial)

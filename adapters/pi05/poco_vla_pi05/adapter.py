@@ -17,7 +17,7 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_LANGUAGE_ATTENTION_M
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor, nn
 
-from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, inject_lora, merge_lora, raw, whole_folder
+from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, atomic_folder, inject_lora, merge_lora, raw
 from poco_vla.adapting import camera_names, heads, naming, normalization, weights
 from poco_vla_pi05 import checkpoint, expert, processors
 from poco_vla_pi05.architecture import (
@@ -166,7 +166,7 @@ class Pi05(FlowPolicy):
         with torch.autocast(self._device.type, enabled=False):
             return -expert.velocity(self.policy.model, prefix, x, time, compute=self.compute, recompute=self.recompute)
 
-    def shrink_images(self, images: np.ndarray) -> np.ndarray:
+    def resize_images(self, images: np.ndarray) -> np.ndarray:
         """Pictures at the model's resolution, by LeRobot's own letterbox, rounded to uint8."""
         height, width = self.policy.config.image_resolution
         if images.shape[1:3] == (height, width):
@@ -391,7 +391,7 @@ class Pi05(FlowPolicy):
         A tokenizer that is not LeRobot's default lies beside the weights, and the processors name its absolute path.
         """
         weights = merge_lora(self.policy.state_dict(), self.policy)
-        with whole_folder(path) as partial:
+        with atomic_folder(path) as partial:
             checkpoint.write_tensors(checkpoint.full_weights(self.policy, weights), partial / checkpoint.WEIGHTS)
             heads.write_about(partial, adapter=ADAPTER, options=self._options, names=self.order.to_json())
             self._save_description(partial, Path(path))

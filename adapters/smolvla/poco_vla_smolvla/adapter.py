@@ -18,7 +18,7 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from poco_vla import ActionSpec, DataError, FlowPolicy, Lora, PolicyError, inject_lora, merge_lora, raw, whole_folder
+from poco_vla import ActionSpec, DataError, FlowPolicy, Lora, PolicyError, atomic_folder, inject_lora, merge_lora, raw
 from poco_vla.adapting import camera_names, heads, naming, normalization, processors, weights
 from poco_vla_smolvla import checkpoint, network
 from poco_vla_smolvla.network import SmolVlaPrefix
@@ -117,7 +117,7 @@ class SmolVla(FlowPolicy):
     def postprocess(self, actions: Tensor) -> Tensor:  # pyright: ignore
         return self.order.to_data(self.postprocessor(actions))
 
-    def shrink_images(self, images: np.ndarray) -> np.ndarray:
+    def resize_images(self, images: np.ndarray) -> np.ndarray:
         """Pictures at the model's resolution, by LeRobot's own letterbox, rounded to uint8."""
         size = self.policy.config.resize_imgs_with_padding
         if size is None or images.shape[1:3] == size[::-1]:
@@ -333,7 +333,7 @@ class SmolVla(FlowPolicy):
             for name, tensor in merge_lora(self.policy.state_dict(), self.policy).items()
             if not (name == checkpoint.LANGUAGE_HEAD and checkpoint.tied(self.policy))
         }
-        with whole_folder(path) as partial:
+        with atomic_folder(path) as partial:
             save_file(tensors, partial / heads.POLICY_WEIGHTS, metadata={"format": "pt"})
             heads.write_about(partial, adapter=ADAPTER, names=self.order.to_json())
             self._save_description(partial, Path(path))
