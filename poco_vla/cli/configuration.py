@@ -7,6 +7,7 @@ from typing import Any
 
 import tyro
 
+from poco_vla.cli.errors import shown_once
 from poco_vla.cli.open_options import chosen_names, with_open_options
 from poco_vla.config import TrainConfig
 from poco_vla.errors import ConfigError
@@ -39,7 +40,9 @@ def parse_config(config: TrainConfig, given: Sequence[str], about: str = "", *, 
     for flag, shrink in smaller.items():
         config = shrink(config) if flag in given else config
     default, rest = with_open_options(config, [word for word in given if word not in (*smaller, NO_ENV)])
-    parsed = tyro.cli(TrainConfig, description=about, default=default, args=rest, config=(tyro.conf.AvoidSubcommands,))
+    options = (tyro.conf.AvoidSubcommands,)
+    with shown_once():
+        parsed = tyro.cli(TrainConfig, description=about, default=default, args=rest, config=options)
     parsed = expanded(with_options_of(parsed, default))
     return without_env(parsed) if NO_ENV in given else parsed
 

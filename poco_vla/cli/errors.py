@@ -1,7 +1,11 @@
 """Show an error that the user can mend as one line, and end with its exit status."""
 
+import io
+import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import NoReturn
 
 from rich.console import Console
@@ -36,8 +40,25 @@ def guarded(work: object) -> None:
             raise
         sys.exit(1)
     except KeyboardInterrupt as stop:
-        error_console().print(str(stop) or "interrupted")
+        if first_to_say(str(stop)):
+            error_console().print(str(stop) or "interrupted")
         sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def shown_once() -> Iterator[None]:
+    """Let one process of a launch show what a parser prints within this block, an error or a help text."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text), redirect_stderr(text):
+            yield
+    finally:
+        if text.getvalue() and first_to_say(text.getvalue()):
+            sys.stderr.write(text.getvalue())
+            sys.stderr.flush()
 
 
 def _refuse(error: Exception, kind: str, message: str) -> NoReturn:

@@ -9,7 +9,7 @@ import tyro
 
 from poco_vla.cli.configuration import NO_ENV, expanded, with_options_of, without_env
 from poco_vla.cli.data import Data, MakeData
-from poco_vla.cli.errors import guarded
+from poco_vla.cli.errors import guarded, shown_once
 from poco_vla.cli.hub import Export, Push
 from poco_vla.cli.open_options import with_open_options
 from poco_vla.cli.policies import Eval, Serve
@@ -94,13 +94,14 @@ def _check_verbs(args: Sequence[str]) -> None:
 
 def _train_command(args: Sequence[str]) -> Train:
     options, rest = with_open_options(TrainConfig(env=EnvSpec()), [word for word in args if word != NO_ENV])
-    parsed = tyro.cli(
-        TrainConfig,
-        prog="poco-vla train",
-        description=Train.__doc__,
-        default=options,
-        args=rest,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    with shown_once():
+        parsed = tyro.cli(
+            TrainConfig,
+            prog="poco-vla train",
+            description=Train.__doc__,
+            default=options,
+            args=rest,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     parsed = with_options_of(parsed, options)
     return Train(without_env(parsed) if NO_ENV in args else parsed)

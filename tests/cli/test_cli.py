@@ -153,6 +153,16 @@ def test_two_processes_of_a_launch_say_the_same_once(monkeypatch):
     assert first_to_say(message, seconds=-1.0), "a later launch"
 
 
+def test_two_processes_of_a_launch_show_an_option_that_is_unknown_once(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    word = f"--option-{os.getpid()}"
+    for first in (True, False):
+        with pytest.raises(SystemExit) as stop:
+            run_recipe(TrainConfig(env=EnvSpec()), [word, "1"])
+        assert stop.value.code == 2
+        assert ("Unrecognized" in "".join(capsys.readouterr())) == first
+
+
 def test_an_error_keeps_its_square_brackets(tmp_path, capsys):
     """Rich would take [name] for markup and swallow it, as in: pip install "poco-vla[ogbench]"."""
     config = small(tmp_path / "run[bold]", tmp_path, resume=True)
