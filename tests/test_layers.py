@@ -39,7 +39,7 @@ DOORS = {
     "registry": {"errors", "policy"},
     "adapting": {"errors", "files", "joint_names"},
     "conformance": {"bugs", "distill", "errors", "flow", "policy", "types"},
-    "data": {"config", "errors", "lazy", "policy", "prefix_cache", "types"},
+    "data": {"config", "errors", "lazy", "policy", "types"},
     "prefix_cache": {"config", "data", "policy"},
     "recording": {"config", "data", "errors", "files", "policy"},
     "simulators": {"config", "data", "errors"},
@@ -112,7 +112,6 @@ THIRD_PARTY = {
 """Room of poco_vla -> packages beside the standard library."""
 
 CYCLES = {
-    frozenset({"data.batches", "prefix_cache.source"}),
     frozenset({"simulators.ogbench_expert", "simulators.ogbench_gym", "simulators.ogbench_play"}),
     frozenset({"simulators.robosuite_expert", "simulators.robosuite_gym"}),
 }

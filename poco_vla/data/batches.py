@@ -1,8 +1,9 @@
 """Transitions in raw units -> ChunkBatch in the network's: LeRobot's processors, padding, this process's share."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -10,14 +11,28 @@ from torch import Tensor
 
 from poco_vla.data.replay import Replay, Transitions
 from poco_vla.errors import ConfigError
-from poco_vla.policy import FlowPolicy
+from poco_vla.policy import FlowPolicy, Prefix
 from poco_vla.types import ChunkBatch
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future
 
-    from poco_vla.prefix_cache.entries import Entry
-    from poco_vla.prefix_cache.source import PrefixSource
+@runtime_checkable
+class Prefixes(Protocol):
+    """Give batches their prefixes, as :class:`poco_vla.prefix_cache.source.PrefixSource` does."""
+
+    @property
+    def is_used(self) -> bool:
+        """Return True if batches get their prefixes here."""
+        ...
+
+    def prefixes(
+        self, raw: Transitions, ahead: Future[Any] | None = None, *, bootstrap: bool = True
+    ) -> tuple[Prefix, Prefix | None]:
+        """Return the prefixes of the states that transitions start from, and of those that they bootstrap from."""
+        ...
+
+    def prefetch(self, raw: Transitions, *, bootstrap: bool = True) -> Future[Any] | None:
+        """Begin to load what `prefixes` will be asked for; None where there is nothing to load from."""
+        ...
 
 
 def network_obs(policy: FlowPolicy, obs: Mapping[str, np.ndarray], tasks: Sequence[str]) -> dict[str, Any]:
@@ -44,8 +59,8 @@ def chunk_batch(policy: FlowPolicy, raw: Transitions, *, bootstrap: bool = True)
 def encoded_batch(
     policy: FlowPolicy,
     raw: Transitions,
-    prefixes: "PrefixSource",
-    ahead: "Future[dict[int, Entry]] | None" = None,
+    prefixes: Prefixes,
+    ahead: Future[Any] | None = None,
     *,
     bootstrap: bool = True,
 ) -> ChunkBatch:
@@ -86,7 +101,7 @@ class _Prefetched:
     version: int
     bootstrap: bool
     raw: Transitions
-    loading: "Future[dict[int, Entry]] | None"
+    loading: Future[Any] | None
 
 
 class BatchSource(Iterator[ChunkBatch]):
@@ -114,7 +129,7 @@ class BatchSource(Iterator[ChunkBatch]):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        prefixes: "PrefixSource | None" = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         if batch_size % world_size:
             near = batch_size // world_size * world_size
@@ -153,7 +168,7 @@ class BatchSource(Iterator[ChunkBatch]):
     def _sample(self, rng: np.random.Generator, *, pictures: bool) -> Transitions:
         return self.replay.sample(self.batch_size, rng, pictures=pictures).rows(self.rows)
 
-    def _prefetch(self, prefixes: "PrefixSource", *, bootstrap: bool) -> None:
+    def _prefetch(self, prefixes: Prefixes, *, bootstrap: bool) -> None:
         """Draw the next batch, and let its prefixes be loaded while this one is learned from. `rng` stays where it
         is."""
         rng, before = np.random.Generator(type(self.rng.bit_generator)()), self.rng.bit_generator.state
@@ -162,7 +177,7 @@ class BatchSource(Iterator[ChunkBatch]):
         loading = prefixes.prefetch(raw, bootstrap=bootstrap)
         self._ahead = _Prefetched(before, rng.bit_generator.state, self.replay.version, bootstrap, raw, loading)
 
-    def _take_prefetched(self, *, bootstrap: bool) -> "tuple[Transitions, Future[dict[int, Entry]] | None] | None":
+    def _take_prefetched(self, *, bootstrap: bool) -> tuple[Transitions, Future[Any] | None] | None:
         """What was drawn ahead, if it is what would be drawn now: not after an episode has come, nor after a resume."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or (ahead.before, ahead.version) != (self.rng.bit_generator.state, self.replay.version):

@@ -5,14 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from accelerate import Accelerator
 from torch import Tensor
 
-from poco_vla.config import TrainConfig
-from poco_vla.progress import Display
 from poco_vla.training import checkpoint
-from poco_vla.training.folder import RunFolder
-from poco_vla.training.progress import Progress
+from poco_vla.training.context import RunContext
 from poco_vla.training.schedule import CheckpointClock
 
 NEEDED = ("progress", "batches", "acting", "base_version", "guard", "logbook")
@@ -39,31 +35,18 @@ class Checkpoints:
     """Save and load the parts of a run.
 
     Args:
-        config: of the run.
+        context: of the run; its main process writes.
         parts: by name, in the order in which they are loaded.
-        accelerator: its processes; the main one writes.
-        progress: how far the run is.
-        folder: holds the checkpoints.
-        display: shows where the run goes on.
 
     Attributes:
         clock: tells when a checkpoint by time is due.
         saved: update of the newest checkpoint.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        parts: Mapping[str, Part],
-        *,
-        accelerator: Accelerator,
-        progress: Progress,
-        folder: RunFolder,
-        display: Display,
-    ) -> None:
-        self.config, self.parts, self.accelerator = config, parts, accelerator
-        self.progress, self.folder, self.display = progress, folder, display
-        self.clock = CheckpointClock(config.checkpoint_minutes)
+    def __init__(self, context: RunContext, parts: Mapping[str, Part]) -> None:
+        self.config, self.accelerator, self.progress = context.config, context.accelerator, context.progress
+        self.folder, self.display, self.parts = context.folder, context.display, parts
+        self.clock = CheckpointClock(context.config.checkpoint_minutes)
         self.saved = 0
 
     @property

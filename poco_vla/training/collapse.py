@@ -5,16 +5,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from poco_vla.config import TrainConfig
-from poco_vla.progress import Display
 from poco_vla.training import checkpoint
 from poco_vla.training.broadcast import shared
-from poco_vla.training.folder import RunFolder
+from poco_vla.training.context import RunContext
 from poco_vla.training.guard import CollapseGuard
-from poco_vla.training.progress import Progress
 from poco_vla.training.updates import Updater
 
 
@@ -23,31 +19,18 @@ class CollapseRecovery:
     process sees the same episodes and decides alike.
 
     Args:
-        config: of the run.
+        context: of the run, which is stopped after too many collapses.
         guard: tells good heads from collapsed ones.
-        accelerator: its processes.
         updater: of the head.
-        progress: how far the run is; stopped after too many collapses.
-        folder: holds the good head.
-        display: shows a collapse.
 
     Attributes:
         good_head: parameters of the last good head, by name.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        guard: CollapseGuard,
-        *,
-        accelerator: Accelerator,
-        updater: Updater,
-        progress: Progress,
-        folder: RunFolder,
-        display: Display,
-    ) -> None:
-        self.config, self.guard, self.accelerator, self.updater = config, guard, accelerator, updater
-        self.progress, self.folder, self.display = progress, folder, display
+    def __init__(self, context: RunContext, guard: CollapseGuard, updater: Updater) -> None:
+        self.guard, self.updater = guard, updater
+        self.config, self.accelerator, self.progress = context.config, context.accelerator, context.progress
+        self.folder, self.display = context.folder, context.display
         self.good_head: dict[str, Tensor] = {}
 
     def take_reference(self) -> None:

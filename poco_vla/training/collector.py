@@ -6,32 +6,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poco_vla.config import TrainConfig
 from poco_vla.data import Episode, Replay
 from poco_vla.errors import CheckpointError
 from poco_vla.recording.admission import Admission
 from poco_vla.recording.recorder import EpisodeRecorder
 from poco_vla.rollout.interaction import Interaction, Received
 from poco_vla.training.broadcast import Sharing
+from poco_vla.training.context import RunContext
 from poco_vla.training.interactions import Acting
-from poco_vla.training.interruption import Interruption
-from poco_vla.training.logbook import Logbook
-from poco_vla.training.progress import Progress
 
 
 class Collector:
     """Let the policy act, and give its episodes to every process.
 
     Args:
-        config: of the run.
+        context: of the run.
         acting: makes the interaction.
         sharing: between the processes.
         recorder: keeps the episodes; None on processes that record none.
         admission: decides which episodes are learned from.
         replay: the replay buffer: acting waits for learning once it holds an online episode.
-        progress: how far the run is.
-        logbook: is told of acting.
-        interruption: stops acting.
 
     Attributes:
         acts: this process acts.
@@ -40,20 +34,17 @@ class Collector:
 
     def __init__(
         self,
-        config: TrainConfig,
+        context: RunContext,
         acting: Acting,
         sharing: Sharing,
         recorder: EpisodeRecorder | None,
         admission: Admission,
-        *,
         replay: Replay,
-        progress: Progress,
-        logbook: Logbook,
-        interruption: Interruption,
     ) -> None:
-        self.config, self.acting, self.sharing = config, acting, sharing
-        self.recorder, self.admission = recorder, admission
-        self.replay, self.progress, self.logbook, self.interruption = replay, progress, logbook, interruption
+        self.config, self.progress = context.config, context.progress
+        self.logbook, self.interruption = context.logbook, context.interruption
+        self.acting, self.sharing, self.recorder, self.admission = acting, sharing, recorder, admission
+        self.replay = replay
         self.acts = sharing.accelerator.process_index in sharing.sources
         self.interaction: Interaction | None = None
 

@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from poco_vla.config import EnvSpec, TrainConfig
+from poco_vla.config import EnvSpec
 from poco_vla.data import Episode, network_obs
 from poco_vla.data.episode import first_of_each_task
 from poco_vla.policy import FlowPolicy
-from poco_vla.progress import Display
 from poco_vla.rollout import EnvPool
 from poco_vla.simulators.instructions import settle_instruction
 from poco_vla.training.broadcast import Sharing
 from poco_vla.training.compatibility import check_env_pictures, check_pictures, check_rollout
-from poco_vla.training.interruption import Interruption
+from poco_vla.training.context import RunContext
 
 
 def check_demonstrations(policy: FlowPolicy, demos: Sequence[Episode]) -> None:
@@ -29,12 +28,10 @@ def check_demonstrations(policy: FlowPolicy, demos: Sequence[Episode]) -> None:
 
 
 def open_environments(
-    config: TrainConfig,
+    context: RunContext,
     policy: FlowPolicy,
     demos: Sequence[Episode],
     sharing: Sharing,
-    display: Display,
-    interruption: Interruption,
     resources: ExitStack,
 ) -> tuple[EnvPool | None, EnvSpec | None]:
     """Return the environments of the main process and their specification with the instruction that the policy gets;
@@ -43,18 +40,19 @@ def open_environments(
     Raises:
         PocoError: policy, demonstrations and environment do not fit each other.
     """
+    config, say = context.config, context.display.say
     spec, envs = config.env, None
     if spec is None:
         return None, None
-    if sharing.accelerator.is_main_process:
-        envs = EnvPool(spec, config.horizon, say=display.say, give_up=interruption.is_requested)
+    if context.accelerator.is_main_process:
+        envs = EnvPool(spec, config.horizon, say=say, give_up=context.interruption.is_requested)
         resources.callback(envs.close)
         envs.reset(config.eval.seed)
-        spec = settle_instruction(spec, envs.tasks, first_of_each_task(demos), display.say)
+        spec = settle_instruction(spec, envs.tasks, first_of_each_task(demos), say)
         envs.tell(spec.instruction)
         check_env_pictures(policy, envs)
         network_obs(policy, envs.obs, envs.tasks)
         check_pictures(policy, demos[0].obs, envs.obs)
-        check_rollout(envs, demos[0].action, display.say)
+        check_rollout(envs, demos[0].action, say)
     (instruction, _), *_ = sharing.values(spec.instruction, [])
     return envs, replace(spec, instruction=instruction)

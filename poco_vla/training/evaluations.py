@@ -5,55 +5,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from poco_vla.config import TrainConfig
 from poco_vla.data import Episode
 from poco_vla.errors import SimulatorError
 from poco_vla.evaluation import EvalResult, EvaluationStopped, evaluate
 from poco_vla.hub.rate import note_rate
 from poco_vla.policy import FlowPolicy
-from poco_vla.progress import Display
 from poco_vla.rollout import EnvPool
 from poco_vla.rollout.video import write_episode_video
-from poco_vla.training.folder import RunFolder
-from poco_vla.training.interruption import Interruption
-from poco_vla.training.logbook import Logbook
+from poco_vla.training.context import RunContext
 from poco_vla.training.outlook import Outlook
-from poco_vla.training.progress import Progress
 
 
 class Evaluations:
     """Evaluate the policy, and keep what is worth keeping.
 
     Args:
-        config: of the run.
+        context: of the run.
         policy: what is evaluated.
         envs: where; None on processes that evaluate nothing.
         fps: rate of the demonstrations, which an exported policy notes.
-        progress: gets the figures.
-        display: shows them.
-        folder: gets videos and the best policy.
-        interruption: stops an evaluation.
-        logbook: gets a line per evaluation.
         outlook: warns when nothing ever succeeds.
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        policy: FlowPolicy,
-        envs: EnvPool | None,
-        fps: int,
-        *,
-        progress: Progress,
-        display: Display,
-        folder: RunFolder,
-        interruption: Interruption,
-        logbook: Logbook,
-        outlook: Outlook,
+        self, context: RunContext, policy: FlowPolicy, envs: EnvPool | None, fps: int, outlook: Outlook
     ) -> None:
-        self.config, self.policy, self.envs, self.fps = config, policy, envs, fps
-        self.progress, self.display, self.folder = progress, display, folder
-        self.interruption, self.logbook, self.outlook = interruption, logbook, outlook
+        self.policy, self.envs, self.fps, self.outlook = policy, envs, fps, outlook
+        self.config, self.progress, self.display = context.config, context.progress, context.display
+        self.folder, self.interruption, self.logbook = context.folder, context.interruption, context.logbook
 
     @property
     def is_due(self) -> bool:

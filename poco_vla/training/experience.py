@@ -5,22 +5,17 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from accelerate import Accelerator
-
 from poco_vla import report
-from poco_vla.config import DatasetConfig, TrainConfig
+from poco_vla.config import DatasetConfig
 from poco_vla.data import Episode, Replay, open_dataset, read_episodes
 from poco_vla.data.folder import read_info
 from poco_vla.errors import CheckpointError, DataError
 from poco_vla.policy import FlowPolicy
 from poco_vla.prefix_cache.source import PrefixSource
-from poco_vla.progress import Display
 from poco_vla.recording.admission import Admission
 from poco_vla.training.collapse import CollapseRecovery
+from poco_vla.training.context import RunContext
 from poco_vla.training.dataset import RunData
-from poco_vla.training.folder import RunFolder
-from poco_vla.training.logbook import Logbook
-from poco_vla.training.progress import Progress
 from poco_vla.training.provenance import Provenance
 
 EPISODES_AT_ONCE = 50
@@ -31,8 +26,7 @@ class Experience:
     """Take online episodes in.
 
     Args:
-        config: of the run.
-        accelerator: its processes.
+        context: of the run.
         data: the demonstrations.
         policy: what the episodes are for.
         replay: the replay buffer, which holds the demonstrations already.
@@ -40,16 +34,11 @@ class Experience:
         admission: decides which episodes are learned from.
         provenance: digests of the data.
         recovery: sees every episode.
-        progress: counts them.
-        logbook: gets a line per episode.
-        folder: holds the recorded episodes.
-        display: shows what is left out.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
-        accelerator: Accelerator,
+        context: RunContext,
         data: RunData,
         policy: FlowPolicy,
         replay: Replay,
@@ -58,14 +47,11 @@ class Experience:
         admission: Admission,
         provenance: Provenance,
         recovery: CollapseRecovery,
-        progress: Progress,
-        logbook: Logbook,
-        folder: RunFolder,
-        display: Display,
     ) -> None:
-        self.config, self.accelerator, self.data, self.policy, self.replay = config, accelerator, data, policy, replay
+        self.config, self.accelerator, self.progress = context.config, context.accelerator, context.progress
+        self.folder, self.display, self.logbook = context.folder, context.display, context.logbook
+        self.data, self.policy, self.replay = data, policy, replay
         self.prefixes, self.admission, self.provenance, self.recovery = prefixes, admission, provenance, recovery
-        self.progress, self.logbook, self.folder, self.display = progress, logbook, folder, display
 
     def count(self, steps: int) -> None:
         """Count environment steps, and the updates that they allow."""

@@ -10,12 +10,11 @@ from poco_vla.errors import CheckpointError
 from poco_vla.flow import Draws
 from poco_vla.joint_names import check_same_names
 from poco_vla.policy import FlowPolicy
-from poco_vla.progress import Display
 from poco_vla.rollout.actor import WeightsVersion
 from poco_vla.training import checkpoint
 from poco_vla.training.backends import Learner
 from poco_vla.training.broadcast import shared
-from poco_vla.training.progress import Progress
+from poco_vla.training.context import RunContext
 from poco_vla.training.statistics import RunStatistics
 from poco_vla.training.versions import VersionBound
 
@@ -114,14 +113,13 @@ class WeightVersions:
     """Give the weights of a resumed run a version that nobody has seen.
 
     Args:
+        context: of the run.
         bound: versions that may have been seen.
-        progress: counts them.
         weights: get the version.
-        device: of the processes' communication.
     """
 
-    def __init__(self, bound: VersionBound, progress: Progress, weights: WeightsVersion, device: torch.device) -> None:
-        self._bound, self._progress, self._weights, self._device = bound, progress, weights, device
+    def __init__(self, context: RunContext, bound: VersionBound, weights: WeightsVersion) -> None:
+        self._context, self._bound, self._weights = context, bound, weights
 
     def state(self) -> dict[str, Any]:
         """Return nothing: versions are reserved on disk as they come."""
@@ -129,23 +127,23 @@ class WeightVersions:
 
     def load(self, state: None) -> None:
         """Go on above all versions that were reserved."""
-        (seen,) = shared(torch.tensor([self._bound.newest_seen()], device=self._device)).tolist()
-        self._progress.begin_at_version(int(seen))
-        self._weights.version = self._progress.version
+        progress = self._context.progress
+        newest = torch.tensor([self._bound.newest_seen()], device=self._context.accelerator.device)
+        (seen,) = shared(newest).tolist()
+        progress.begin_at_version(int(seen))
+        self._weights.version = progress.version
 
 
 class RandomNumbers:
     """Keep the generator of the updates' noise.
 
     Args:
+        context: of the run.
         draws: the generator.
-        seed: of the run.
-        progress: how far it is.
-        display: shows that the numbers begin anew.
     """
 
-    def __init__(self, draws: Draws, seed: int, progress: Progress, display: Display) -> None:
-        self._draws, self._seed, self._progress, self._display = draws, seed, progress, display
+    def __init__(self, context: RunContext, draws: Draws) -> None:
+        self._context, self._draws = context, draws
 
     def state(self) -> dict[str, Tensor]:
         """Return the generator's state."""
@@ -157,8 +155,8 @@ class RandomNumbers:
         if len(saved) == len(generator.get_state()):
             generator.set_state(saved)
             return
-        generator.manual_seed(self._seed + self._progress.update)
-        self._display.say("the run was on another kind of device: its random numbers begin anew")
+        generator.manual_seed(self._context.config.seed + self._context.progress.update)
+        self._context.display.say("the run was on another kind of device: its random numbers begin anew")
 
 
 class NormalisationStatistics:

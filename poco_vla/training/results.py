@@ -41,25 +41,26 @@ class TrainResult:
 
 def finish(run: Run) -> TrainResult:
     """Export the policy, write result.json and the report, and return what they say."""
-    config, now, folder, policy = run.config, run.progress, run.folder, run.policy
+    context, policy = run.context, run.policy
+    now, folder = context.progress, context.folder
     policy_dir, fps = folder.path / "policy", run.data.info.fps
     rates = [SuccessRate(e["successes"], e["episodes"], e["mean_length"]) for e in now.evaluations]
     before, after = (rates[0], rates[-1]) if rates else (None, None)
     run.updater.gather()
-    if run.accelerator.is_main_process:
+    if context.accelerator.is_main_process:
         folder.write("the final policy", partial(export, policy.save_pretrained, policy_dir, fps))
         if policy.base is not None:
             folder.write("the final head", partial(export, policy.save_head, folder.path / "head", fps))
         folder.write_json("result.json", figures(run))
-        folder.write("the report", lambda: report.finish(folder.path, run.display.console))
+        folder.write("the report", lambda: report.finish(folder.path, context.display.console))
         run.collector.finish()
-    run.accelerator.wait_for_everyone()
-    return TrainResult(config.output_dir, policy_dir, before, after, now.env_steps, now.elapsed())
+    context.accelerator.wait_for_everyone()
+    return TrainResult(folder.path, policy_dir, before, after, now.env_steps, now.elapsed())
 
 
 def figures(run: Run) -> dict[str, Any]:
     """Return the contents of result.json."""
-    now, config, policy = run.progress, run.config, run.policy
+    now, config, policy = run.context.progress, run.context.config, run.policy
     return {
         "seed": config.seed,
         "command": sys.argv,
@@ -85,7 +86,7 @@ def figures(run: Run) -> dict[str, Any]:
             "action_dim": policy.spec.action_dim,
         },
         "versions": {"python": platform.python_version()} | installed_versions(PACKAGES),
-        "device": run.accelerator.device.type,
+        "device": run.context.accelerator.device.type,
         "prefixes": run.prefixes.figures() if run.prefixes is not None else {"on": False},
         "policy": "policy",
         "lerobot_arguments": [*policy.lerobot_arguments, *_discovery_arguments(run.data.env_config)],

@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from poco_vla.algorithm import Poco
@@ -26,6 +25,7 @@ from poco_vla.training.broadcast import Sharing
 from poco_vla.training.checkpoints import Checkpoints, Part
 from poco_vla.training.collapse import CollapseRecovery
 from poco_vla.training.collector import Collector
+from poco_vla.training.context import RunContext
 from poco_vla.training.dataset import RunData, open_data, open_policy
 from poco_vla.training.environments import check_demonstrations, open_environments
 from poco_vla.training.evaluations import Evaluations
@@ -68,14 +68,8 @@ class Run:
     """All that a run consists of. `checkpoints.parts` are those of its parts that a checkpoint holds.
 
     Attributes:
-        config: with the run's own folder and precision.
-        accelerator: Accelerate's, of this process.
-        display: the live view.
+        context: services that all parts share.
         failures: tells the processes which of them failed first.
-        folder: writes the run's files.
-        interruption: requests to stop.
-        progress: how far the run is.
-        logbook: its .jsonl files and trackers.
         versions: of the weights, reserved on disk.
         weights: version of the weights that act.
         data: the demonstrations.
@@ -93,14 +87,8 @@ class Run:
         resources: closes workers, threads and the folder's lock.
     """
 
-    config: TrainConfig
-    accelerator: Accelerator
-    display: Display
+    context: RunContext
     failures: Failures
-    folder: RunFolder
-    interruption: Interruption
-    progress: Progress
-    logbook: Logbook
     versions: VersionBound
     weights: WeightsVersion
     data: RunData
@@ -124,10 +112,10 @@ class Run:
 
     def close(self) -> None:
         """Stop workers and trackers, and give the folder back."""
-        self.interruption.requested = True  # nobody waits for space on a disk any more
+        self.context.interruption.requested = True  # nobody waits for space on a disk any more
         with ExitStack() as stack:  # each is closed, whatever happens to the others
-            if self.config.trackers:
-                stack.callback(self.accelerator.end_training)
+            if self.context.config.trackers:
+                stack.callback(self.context.accelerator.end_training)
             stack.callback(self.resources.close)
 
 
@@ -148,6 +136,9 @@ def build(config: TrainConfig) -> Run:
     config = replace(config, mixed_precision=precision, output_dir=choose_folder(config, accelerator))
     display = Display(enabled=accelerator.is_main_process)
     interruption = Interruption(accelerator, display)
+    folder = RunFolder(config.output_dir, display, interruption.is_requested)
+    logbook = Logbook(config.output_dir, accelerator, progress, config.log_every, folder.write)
+    context = RunContext(config, accelerator, display, folder, interruption, progress, logbook)
     failures = Failures(config.output_dir, accelerator.process_index, accelerator.num_processes)
     with ExitStack() as resources:
         lock = checkpoint.claim_folder(config.output_dir, lock=accelerator.is_main_process)
@@ -160,28 +151,20 @@ def build(config: TrainConfig) -> Run:
             if told is not None:
                 display.say(told)
             try:
-                return _assemble(config, progress, accelerator, display, failures, interruption, resources)
+                return _assemble(context, failures, resources)
             except BaseException:
                 interruption.requested = True  # nobody waits for space on a disk any more
                 raise
     raise AssertionError("the parts are returned, or an error is raised")
 
 
-def _assemble(
-    config: TrainConfig,
-    progress: Progress,
-    accelerator: Accelerator,
-    display: Display,
-    failures: Failures,
-    interruption: Interruption,
-    resources: ExitStack,
-) -> Run:
+def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> Run:
     """Build the parts from the ground up, in a folder that is the run's own; what `resources` holds is the run's."""
+    config, accelerator, display, folder = context.config, context.accelerator, context.display, context.folder
+    progress, logbook, interruption = context.progress, context.logbook, context.interruption
     is_main, rank, num_ranks = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     project = accelerator.project_configuration
     project.project_dir = project.logging_dir = str(config.output_dir)
-    folder = RunFolder(config.output_dir, display, interruption.is_requested)
-    logbook = Logbook(config.output_dir, accelerator, progress, config.log_every, folder.write)
     beside = config.interaction.mode != "synchronous"  # else a resumed run makes the same weights again
     versions, weights = VersionBound(config.output_dir, folder.write, used=is_main and beside), WeightsVersion()
     outlook = Outlook(display.say)
@@ -245,19 +228,16 @@ def _assemble(
         versions=versions,
         logbook=logbook,
     )
-    guard = CollapseGuard(config.guard)
-    recovery = CollapseRecovery(
-        config, guard, accelerator=accelerator, updater=updater, progress=progress, folder=folder, display=display
-    )
+    recovery = CollapseRecovery(context, CollapseGuard(config.guard), updater)
 
     each = config.interaction.ranks == "each"
     sharing = Sharing(accelerator, each=each)
     critic = learner.poco.target_critic if config.best_of_n > 1 else None
     actor = Actor(policy, config.seed + RANK_SEED * rank, config.best_of_n, critic, config.poco.aggregation)
     check_demonstrations(policy, demos)
-    envs, env = open_environments(config, policy, demos, sharing, display, interruption, resources)
+    envs, env = open_environments(context, policy, demos, sharing, resources)
     admission = open_admission(config, policy, demos, display.say, interruption.is_requested, is_main=is_main)
-    recorder = _open_recorder(config, data, policy, envs, admission, folder, display, interruption) if is_main else None
+    recorder = _open_recorder(context, data, policy, envs, admission) if is_main else None
     acting = Acting(
         replace(config, env=env),
         actor,
@@ -270,21 +250,10 @@ def _assemble(
         *((rank, num_ranks) if each else (0, 1)),
         interruption.is_requested,
     )
-    collector = Collector(
-        config,
-        acting,
-        sharing,
-        recorder,
-        admission,
-        replay=replay,
-        progress=progress,
-        logbook=logbook,
-        interruption=interruption,
-    )
+    collector = Collector(context, acting, sharing, recorder, admission, replay)
     resources.callback(collector.close)
     experience = Experience(
-        config,
-        accelerator,
+        context,
         data,
         policy,
         replay,
@@ -292,23 +261,8 @@ def _assemble(
         admission=admission,
         provenance=provenance,
         recovery=recovery,
-        progress=progress,
-        logbook=logbook,
-        folder=folder,
-        display=display,
     )
-    evaluations = Evaluations(
-        config,
-        policy,
-        envs,
-        data.info.fps,
-        progress=progress,
-        display=display,
-        folder=folder,
-        interruption=interruption,
-        logbook=logbook,
-        outlook=outlook,
-    )
+    evaluations = Evaluations(context, policy, envs, data.info.fps, outlook)
     parts: Mapping[str, Part] = {  # in the order in which they are loaded
         "base_version": BaseVersion(policy, config.policy),
         "names": VectorNames(policy),
@@ -316,17 +270,17 @@ def _assemble(
         "weights": LearnedWeights(learner),
         "optimizer": OptimizerState(learner),
         "progress": progress,
-        "versions": WeightVersions(versions, progress, weights, accelerator.device),
-        "guard": guard,
+        "versions": WeightVersions(context, versions, weights),
+        "guard": recovery.guard,
         "good_head": recovery,
-        "draws": RandomNumbers(draws, config.seed, progress, display),
+        "draws": RandomNumbers(context, draws),
         "batches": batches,
         "logbook": logbook,
         "data": experience,
         "acting": collector,
     }
-    checkpoints = Checkpoints(config, parts, accelerator=accelerator, progress=progress, folder=folder, display=display)
-    _say_sizes(config, accelerator, updater, demos, replay, display)
+    checkpoints = Checkpoints(context, parts)
+    _say_sizes(context, updater, demos, replay)
     if config.resume:
         checkpoints.resume()
     elif is_main:
@@ -334,14 +288,8 @@ def _assemble(
     if config.trackers:
         accelerator.init_trackers("poco_vla", config=to_scalars(config))
     return Run(
-        config=config,
-        accelerator=accelerator,
-        display=display,
+        context=context,
         failures=failures,
-        folder=folder,
-        interruption=interruption,
-        progress=progress,
-        logbook=logbook,
         versions=versions,
         weights=weights,
         data=data,
@@ -361,35 +309,20 @@ def _assemble(
 
 
 def _open_recorder(
-    config: TrainConfig,
-    data: RunData,
-    policy: FlowPolicy,
-    envs: EnvPool | None,
-    admission: Admission,
-    folder: RunFolder,
-    display: Display,
-    interruption: Interruption,
+    context: RunContext, data: RunData, policy: FlowPolicy, envs: EnvPool | None, admission: Admission
 ) -> EpisodeRecorder:
     """Return the recorder of online episodes, for pictures of the environment's sizes or, of robots, the dataset's."""
+    config, say, give_up = context.config, context.display.say, context.interruption.is_requested
     features = {key: data.info.features[key] for key in policy.input_keys}
     simulated = envs is not None and config.interaction.mode != "remote"
     shapes = picture_shapes_of(envs.obs) if envs is not None and simulated else picture_shapes(features)
-    return open_recorder(
-        config, folder.episodes, data.info.fps, shapes, display.say, interruption.is_requested, admission
-    )
+    return open_recorder(config, context.folder.episodes, data.info.fps, shapes, say, give_up, admission)
 
 
-def _say_sizes(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    updater: Updater,
-    demos: list[Episode],
-    replay: Replay,
-    display: Display,
-) -> None:
+def _say_sizes(context: RunContext, updater: Updater, demos: list[Episode], replay: Replay) -> None:
     trained = sum(p.numel() for p in updater.actor_parameters)
-    display.say(
-        f"{config.adapter}: {trained:,} trained parameters on {accelerator.device}; "
+    context.display.say(
+        f"{context.config.adapter}: {trained:,} trained parameters on {context.accelerator.device}; "
         f"{len(demos)} demonstrations ({sum(demo.succeeded for demo in demos)} succeed), {replay.num_demo_steps:,} "
         "steps"
     )

@@ -44,9 +44,10 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.parts = parts = build(config)
-        self.config, self.progress, self.display = parts.config, parts.progress, parts.display
-        self.accelerator, self.replay, self.logbook = parts.accelerator, parts.replay, parts.logbook
-        self.interruption, self.updater, self.collector = parts.interruption, parts.updater, parts.collector
+        context = parts.context
+        self.config, self.progress, self.accelerator = context.config, context.progress, context.accelerator
+        self.display, self.logbook, self.interruption = context.display, context.logbook, context.interruption
+        self.updater, self.replay, self.collector = parts.updater, parts.replay, parts.collector
         self.experience, self.recovery = parts.experience, parts.recovery
         self.evaluations, self.checkpoints = parts.evaluations, parts.checkpoints
         self._idle = False
