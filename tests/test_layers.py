@@ -37,7 +37,7 @@ DOORS = {
     "progress": {"terminal"},
     "joint_names": {"errors"},
     "registry": {"errors", "policy"},
-    "adapting": {"errors", "files", "joint_names"},
+    "adapting": {"errors", "files", "joint_names", "policy", "types"},
     "conformance": {"bugs", "distill", "errors", "flow", "policy", "types"},
     "data": {"config", "errors", "lazy", "policy", "types"},
     "prefix_cache": {"config", "data", "policy"},
@@ -93,7 +93,7 @@ THIRD_PARTY = {
     "terminal": {"rich"},
     "progress": {"rich"},
     "joint_names": set(),
-    "adapting": {"torch", "safetensors", "huggingface_hub", "peft"},
+    "adapting": {"torch", "safetensors", "huggingface_hub", "peft", "lerobot"},
     "data": NUMBERS | {"lerobot", "filelock", "pyarrow"},  # of a dataset's files what LeRobot does not read
     "prefix_cache": NUMBERS | {"filelock"},
     "recording": NUMBERS | {"lerobot", "pyarrow", "datasets", "av", "safetensors", "filelock"},
@@ -217,6 +217,7 @@ def test_accelerate_and_lerobot_are_imported_where_they_belong_and_nowhere_else(
     }
     assert users["accelerate"] == {"training"}
     above = {
+        "adapting",
         "data",
         "recording",
         "simulators",

@@ -107,6 +107,11 @@ def camera_slots(
     return {key: mapping.get(key) for key in order}
 
 
+def changed_slots(chosen: Mapping[str, str | None]) -> dict[str, str]:
+    """Return those of :func:`camera_slots` whose name in the policy is another than in the data."""
+    return {key: slot for key, slot in chosen.items() if slot not in (None, key)}
+
+
 def saved_renames(file: Path) -> dict[str, str]:
     """Return the names that a saved pre-processor changes: name in the data -> name in the policy."""
     steps = read_object(file).get("steps") if file.is_file() else None

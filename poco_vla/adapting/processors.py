@@ -7,7 +7,7 @@ each adapter states which steps its pipelines have, and with which arguments (:f
 normalised going in must be un-normalised coming out (:func:`check_inverse`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from torch import Tensor
 from poco_vla.adapting.heads import read_tensors
 from poco_vla.adapting.normalization import NEEDED
 from poco_vla.adapting.sources import read_object
-from poco_vla.errors import PolicyError
+from poco_vla.errors import DataError, PolicyError
+from poco_vla.joint_names import ACTION
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 MAX_TEXT = 4096
@@ -211,6 +212,75 @@ def state_path(file: Path, step: str, name: Any) -> Path:
     return path
 
 
+# -- steps of a pipeline -----------------------------------------------------------------------------------------------
+
+
+def step_of[T](pipeline: Any, kind: type[T]) -> T:
+    """Return a pipeline's first step of a class.
+
+    Raises:
+        PolicyError: it has none.
+    """
+    for step in pipeline.steps:
+        if isinstance(step, kind):
+            return step
+    found = ", ".join(type(step).__name__ for step in pipeline.steps)
+    raise PolicyError(f"the pre-processor has no {kind.__name__}; it holds {found}")
+
+
+def raw_keys(pipeline: Any, keys: Iterable[str]) -> tuple[str, ...]:
+    """Return the names that `keys` have before a pre-processor renames them."""
+    step = _registered(pipeline, "rename_observations_processor")
+    renamed = {} if step is None else {new: old for old, new in step.rename_map.items()}
+    return tuple(renamed.get(key, key) for key in keys)
+
+
+def _registered(pipeline: Any, name: str) -> Any:
+    """Return the step of a registered name; None where a pipeline has none."""
+    return next((step for step in pipeline.steps if getattr(type(step), "_registry_name", None) == name), None)
+
+
+# -- a batch that is to be processed -----------------------------------------------------------------------------------
+
+
+def check_batch(batch: Mapping[str, Any], cameras: Sequence[str], state: str, config: Any, model: str) -> None:
+    """Raise DataError for a raw batch that a policy cannot read: a camera, the state or the instruction is missing, a
+    dimension is not the policy's, a number is not finite, a picture is not in [0, 1].
+
+    Args:
+        batch: what the pre-processor is to be given.
+        cameras: its image keys, before any renaming.
+        state: its state key, likewise.
+        config: LeRobot's configuration of the policy.
+        model: its name, for messages.
+    """
+    if missing := [key for key in (*cameras, state, "task") if key not in batch]:
+        raise DataError(f"the batch lacks {', '.join(missing)}; it holds {', '.join(sorted(batch))}")
+    tasks = batch["task"] or [""]
+    empty = [i for i, task in enumerate([tasks] if isinstance(tasks, str) else tasks) if not str(task).strip()]
+    if empty:
+        raise DataError(
+            f"row {empty[0]} of the batch has an empty instruction; {model} is told in words what to do. Give the "
+            'episodes a "task", or the environment a task description.'
+        )
+    for key, feature in ((state, config.robot_state_feature), (ACTION, config.action_feature)):
+        if key in batch and batch[key].shape[-1] != feature.shape[0]:
+            raise DataError(f'"{key}" has {batch[key].shape[-1]} dimensions, the policy knows {feature.shape[0]}')
+    for key in (*cameras, state, ACTION):
+        column = batch.get(key)
+        if not isinstance(column, Tensor):
+            continue
+        if key in cameras and not column.is_floating_point():
+            raise DataError(
+                f'"{key}" is {column.dtype}; LeRobot hands images over as float32 in [0, 1], and {model} reads them so'
+            )
+        if column.is_floating_point() and not torch.isfinite(column).all():
+            row = 0 if batch[state].ndim == 1 else int((~torch.isfinite(column)).nonzero()[0, 0])
+            raise DataError(f'"{key}" is NaN or infinite in row {row} of the batch')
+        if key in cameras and column.amax() > 1.01:
+            raise DataError(f'"{key}" reaches {column.amax():.3g}; LeRobot hands images over in [0, 1]')
+
+
 # -- both pipelines together -------------------------------------------------------------------------------------------
 
 
@@ -242,6 +312,20 @@ def check_inverse(preprocessor: Any, postprocessor: Any, config: Any, where: str
                 f'the processors in {where} do not belong together: "{key}" is normalised by other statistics going '
                 "in than coming out"
             )
+    _check_relative(preprocessor, postprocessor, getattr(config, "use_relative_actions", False), where)
+
+
+def _check_relative(preprocessor: Any, postprocessor: Any, expected: bool, where: str | Path) -> None:
+    """Raise PolicyError unless actions are made relative going in and absolute coming out, or neither."""
+    sides = (preprocessor, "relative_actions_processor"), (postprocessor, "absolute_actions_processor")
+    steps = [_registered(pipeline, name) for pipeline, name in sides]
+    going_in, coming_out = (step is not None and step.enabled for step in steps)
+    if (going_in, coming_out) != (expected, expected):
+        raise PolicyError(
+            f"the processors in {where} do not belong together: use_relative_actions is {expected}, and actions are "
+            f"{'' if going_in else 'not '}made relative going in, {'' if coming_out else 'not '}made absolute coming "
+            "out"
+        )
 
 
 @dataclass(frozen=True)
@@ -254,17 +338,17 @@ class _Normalizer:
 
     @classmethod
     def of(cls, pipeline: Any, name: str) -> "_Normalizer | None":
-        for step in pipeline.steps:
-            if getattr(type(step), "_registry_name", None) == name:
-                told = step.get_config()
-                chosen = told.get("normalize_observation_keys")
-                features = {
-                    key
-                    for key, feature in told["features"].items()
-                    if chosen is None or key in chosen or feature["type"] == "ACTION"
-                }
-                return cls(told["norm_map"], frozenset(features), step.state_dict())
-        return None
+        step = _registered(pipeline, name)
+        if step is None:
+            return None
+        told = step.get_config()
+        chosen = told.get("normalize_observation_keys")
+        features = {
+            key
+            for key, feature in told["features"].items()
+            if chosen is None or key in chosen or feature["type"] == "ACTION"
+        }
+        return cls(told["norm_map"], frozenset(features), step.state_dict())
 
 
 def _statistics_of(

@@ -16,10 +16,12 @@ from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from poco_vla_pi05 import checkpoint, expert
 from poco_vla_pi05.adapter import Pi05
-from poco_vla_pi05.architecture import TINY, Architecture, empty_policy, in_head, lerobot_builds
+from poco_vla_pi05.architecture import TINY, Architecture, empty_policy, lerobot_builds
 from poco_vla_pi05.prefix import Pi05Prefix
+from safetensors.torch import save_file
 
 from poco_vla import check_policy, flow_errors, integrate, propose
+from poco_vla.adapting import weights
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 SHORT = 5
@@ -154,13 +156,12 @@ def test_a_bfloat16_backbone_is_no_further_from_float32_than_lerobots_own(tmp_pa
         rounded = PI05Policy(config).eval()
     rounded.load_state_dict(stock.state_dict())
     whole = {name: tensor.contiguous() for name, tensor in stock.state_dict().items()}
-    checkpoint.write_tensors(whole, tmp_path / checkpoint.WEIGHTS)
+    save_file(whole, tmp_path / checkpoint.WEIGHTS, metadata={"format": "pt"})
 
     def ours(compute):
         empty = empty_policy(config, TINY)
-        head = [name for name, _ in empty.named_parameters() if in_head(name)]
-        file = tmp_path / checkpoint.WEIGHTS
-        checkpoint.load_weights(empty, file, backbone=torch.bfloat16, head=head, device="cpu")
+        opened = weights.of_file(tmp_path / checkpoint.WEIGHTS)
+        checkpoint.load_weights(empty, opened, backbone=torch.bfloat16, in_head=Pi05.in_head, device="cpu")
         return Pi05(empty, compute=compute).eval()
 
     @torch.no_grad()
@@ -488,14 +489,14 @@ def test_pi05_has_the_sizes_of_the_published_one(real_size):
     assert sizes[checkpoint.VLM_HEAD] + sizes[checkpoint.EXPERT_HEAD] == 789_970_944
     assert sum(sizes.values()) == 4_143_404_816
     assert len(sizes) == 813
-    assert sum(n for name, n in sizes.items() if in_head(name)) == 430_098_464
+    assert sum(n for name, n in sizes.items() if Pi05.in_head(name)) == 430_098_464
 
 
 def test_the_head_is_the_expert_and_four_projections_and_nothing_else_trains(real_size):
     policy = Pi05(copy.deepcopy(real_size))
     assert sum(p.numel() for p in policy.head.parameters()) == 430_098_464
     trained = {name for name, p in policy.policy.named_parameters() if p.requires_grad}
-    assert trained == {name for name, _ in policy.policy.named_parameters() if in_head(name)}
+    assert trained == {name for name, _ in policy.policy.named_parameters() if Pi05.in_head(name)}
     assert {id(p) for p in policy.parameters() if p.requires_grad} == {id(p) for p in policy.head.parameters()}
 
 
@@ -508,8 +509,8 @@ def test_the_head_is_float32_and_the_frozen_part_has_lerobots_dtypes(tmp_path):
     with lerobot_builds(TINY):
         stock = {name: p.dtype for name, p in PI05Policy(config).named_parameters()}
     found = {name: p.dtype for name, p in ours.policy.named_parameters()}
-    assert {dtype for name, dtype in found.items() if in_head(name)} == {torch.float32}
-    frozen = {name: dtype for name, dtype in found.items() if not in_head(name)}
+    assert {dtype for name, dtype in found.items() if Pi05.in_head(name)} == {torch.float32}
+    frozen = {name: dtype for name, dtype in found.items() if not Pi05.in_head(name)}
     assert set(frozen.values()) == {torch.float32, torch.bfloat16}
     assert frozen == {name: stock[name] for name in frozen}
     assert stock.keys() - found.keys() == {checkpoint.VLM_HEAD, checkpoint.EXPERT_HEAD}

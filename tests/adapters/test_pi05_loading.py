@@ -31,7 +31,7 @@ from poco_vla_pi05.architecture import ARCHITECTURE_FILE, TINY, lerobot_builds
 from safetensors.torch import load_file
 
 from poco_vla import DataError, PocoError, PolicyError, propose
-from poco_vla.adapting import heads
+from poco_vla.adapting import heads, lerobot_vla
 
 LAST_NORM = "model.paligemma_with_expert.paligemma.model.language_model.norm.weight"
 PROJECTION = "model.action_out_proj.weight"
@@ -313,7 +313,7 @@ def test_saving_twice_and_going_on_changes_nothing(tmp_path):
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    def full_disk(tensors, file):
+    def full_disk(tensors, file, metadata):
         file.write_bytes(b"half")
         raise OSError("no space left on device")
 
@@ -321,8 +321,8 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     policy.save_pretrained(tmp_path / "old")
     held = {p.name: p.read_bytes() for p in (tmp_path / "old").glob("*") if p.is_file()}
     based = Pi05.from_pretrained(tmp_path / "old")
-    monkeypatch.setattr(checkpoint, "write_tensors", full_disk)
-    monkeypatch.setattr(heads, "save_file", lambda tensors, file, metadata: full_disk(tensors, file))
+    monkeypatch.setattr(lerobot_vla, "save_file", full_disk)
+    monkeypatch.setattr(heads, "save_file", full_disk)
     for name in ("old", "new"):
         with pytest.raises(OSError, match="no space left"):
             policy.save_pretrained(tmp_path / name)

@@ -8,7 +8,7 @@ from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from pi05_folders import move_base
 from poco_vla_pi05 import checkpoint
 from poco_vla_pi05.adapter import LORA_TARGETS, Pi05
-from poco_vla_pi05.architecture import TINY, in_head, lerobot_builds
+from poco_vla_pi05.architecture import TINY, lerobot_builds
 from safetensors.torch import load_file
 
 from poco_vla import Lora, Poco, PocoConfig, PolicyError, check_policy, flow_errors, propose
@@ -111,7 +111,7 @@ def test_the_merged_export_is_a_plain_model(policy, tmp_path, capsys):
     plain = Pi05.from_pretrained(tmp_path / "merged")
     assert plain.lora is None
     assert not any("lora" in name or "base_layer" in name for name in plain.policy.state_dict())
-    assert trainable(plain).keys() == {n for n, _ in plain.policy.named_parameters() if in_head(n)}
+    assert trainable(plain).keys() == {n for n, _ in plain.policy.named_parameters() if Pi05.in_head(n)}
     torch.testing.assert_close(velocity(plain), velocity(policy), rtol=1e-4, atol=1e-4)
     with lerobot_builds(TINY):
         PI05Policy.from_pretrained(tmp_path / "merged")
@@ -186,7 +186,7 @@ def test_a_checkpoint_of_training_holds_the_matrices_alone_and_puts_them_back(sa
 def test_the_frozen_expert_is_kept_in_the_dtype_that_it_is_multiplied_in(saved):
     """bfloat16 attention and MLP under a bfloat16 backbone; norms, projections and LoRA matrices stay float32."""
     policy = Pi05.from_pretrained(saved, dtype="bfloat16", lora=2)
-    dtypes = {name: p.dtype for name, p in policy.policy.named_parameters() if in_head(name)}
+    dtypes = {name: p.dtype for name, p in policy.policy.named_parameters() if Pi05.in_head(name)}
     rounded = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
     assert rounded == {name for name in dtypes if "base_layer" in name and (".self_attn." in name or ".mlp." in name)}
     assert set(dtypes.values()) == {torch.bfloat16, torch.float32}

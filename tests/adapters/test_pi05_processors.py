@@ -298,7 +298,7 @@ WRONG = {
     "NaN in an image": (lambda b: b.update({WRIST: nan(0)(b[WRIST])}), rf'"{WRIST}" is NaN or infinite in row 0'),
     "NaN in an action": (lambda b: b.update({ACTION: nan(1)(b[ACTION])}), '"action" is NaN or infinite in row 1'),
     "infinity": (lambda b: b.update({STATE: b[STATE] / 0}), rf'"{STATE}" is NaN or infinite in row 0'),
-    "no instruction": (lambda b: b.pop("task"), "row 0 of the batch has an empty instruction"),
+    "no instruction": (lambda b: b.pop("task"), "the batch lacks task; it holds"),
     "an empty instruction": (
         lambda b: b.update({"task": ["pick", " \n"]}),
         "row 1 of the batch has an empty instruction",

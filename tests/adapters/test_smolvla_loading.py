@@ -251,7 +251,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     policy = SmolVla.tiny()
     policy.save_pretrained(tmp_path / "old")
     held = {p.name: p.read_bytes() for p in (tmp_path / "old").glob("*") if p.is_file()}
-    monkeypatch.setattr("poco_vla_smolvla.adapter.save_file", full_disk)
+    monkeypatch.setattr("poco_vla.adapting.lerobot_vla.save_file", full_disk)
     for name in ("old", "new"):
         with pytest.raises(OSError, match="no space left"):
             policy.save_pretrained(tmp_path / name)

@@ -41,7 +41,7 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_LANGUAGE_ATTENTION_M
 from measure import HERE, device_name, keep_in, table_of, thread_count
 from poco_vla_pi05 import processors
 from poco_vla_pi05.adapter import Pi05
-from poco_vla_pi05.architecture import TINY, Architecture, empty_policy, in_head
+from poco_vla_pi05.architecture import TINY, Architecture, empty_policy
 from poco_vla_pi05.checkpoint import drop_language_heads
 from poco_vla_pi05.tokenizer import byte_tokenizer
 from rich.console import Console
@@ -275,7 +275,7 @@ def stock_twin(adapter: Pi05) -> Any:
     own = adapter.policy.state_dict()
     policy.load_state_dict({name: own[name].to(p.dtype) for name, p in policy.state_dict().items()}, assign=True)
     for name, parameter in policy.named_parameters():
-        parameter.requires_grad_(in_head(name))
+        parameter.requires_grad_(Pi05.in_head(name))
     return policy.to(next(adapter.parameters()).device).eval().model
 
 

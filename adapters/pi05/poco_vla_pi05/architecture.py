@@ -158,13 +158,6 @@ def empty_policy(config: PI05Config, architecture: Architecture) -> PI05Policy:
 PROJECTIONS = ("action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out")
 
 
-def in_head(name: str) -> bool:
-    """Return True if a parameter or module of `PI05Policy.model` belongs to the action head: the expert without its
-    language head, and the four projections."""
-    name = name.removeprefix("model.")
-    return name.startswith(("paligemma_with_expert.gemma_expert.model.", *PROJECTIONS))
-
-
 def random_weights(policy: PI05Policy, seed: int = 0) -> dict[str, Tensor]:
     """Small random float32 weights for every parameter, so that each of them matters (fresh adaRMS would be zero)."""
     generator = torch.Generator().manual_seed(seed)

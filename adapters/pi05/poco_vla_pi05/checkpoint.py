@@ -3,8 +3,7 @@
 LeRobot's own `from_pretrained` prints a line and returns a half-random model when a file is missing or keys differ.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
-from safetensors.torch import save_file
 from torch import Tensor
 
 from poco_vla import PolicyError
 from poco_vla.adapting import heads, policy_config, weights
+from poco_vla.adapting.lerobot_checkpoint import Checkpoint, Described, LoadOptions, fill_policy, read_config
 from poco_vla_pi05.architecture import Architecture
 
-WEIGHTS = "model.safetensors"
+WEIGHTS = heads.POLICY_WEIGHTS
 CORE = "model.paligemma_with_expert."
 EMBEDDINGS = f"{CORE}paligemma.model.language_model.embed_tokens.weight"
 VLM_HEAD = f"{CORE}paligemma.lm_head.weight"
@@ -36,40 +35,36 @@ OPENPI_SIZES = {"action_dim": 65_536, "action_horizon": 4096}
 OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 
 
-def read_config(source: heads.Source) -> tuple[PI05Config, bool]:
-    """The configuration of a LeRobot or an openpi folder, and whether it is openpi's.
+def describe(checkpoint: Checkpoint, options: LoadOptions, asset: str | None) -> Described:
+    """Return configuration and statistics of a LeRobot or an openpi folder.
+
+    Args:
+        checkpoint: where it is.
+        options: what was asked for.
+        asset: openpi's dataset id, where there are several.
 
     Raises:
         PolicyError: there is none, or it is of another model.
     """
-    file = source.folder / policy_config.CONFIG
+    folder = checkpoint.source.folder
+    file = folder / policy_config.CONFIG
     values = heads.read_object(file) if file.is_file() else {}
-    if "type" not in values and "action_horizon" in values:
-        policy_config.check_sizes(values, OPENPI_SIZES, file)
-        image_size = Architecture.of_folder(source.folder).image_size
-        with policy_config.describing(f"{file} is no configuration of openpi's"):
-            return _openpi_config(values, image_size), True
-    config = policy_config.load_policy_config(
-        source.folder,
-        "pi05",
-        PI05Config.from_pretrained,
-        fields=[field.name for field in fields(PI05Config)],
-        name=source.name,
+    if "type" in values or "action_horizon" not in values:
+        config = read_config(checkpoint.source, PI05Config, model="pi0.5")
+        config.gradient_checkpointing = False
+        return Described(config, checkpoint.stats(config, options))
+    policy_config.check_sizes(values, OPENPI_SIZES, file)
+    image_size = Architecture.of_folder(folder).image_size
+    with policy_config.describing(f"{file} is no configuration of openpi's"):
+        config = _openpi_config(values, image_size)
+    # A base model has the statistics of many datasets; they matter only where none is given. The configuration states
+    # padded widths only. Its cameras are slots: which of the data's they are is for the user to say.
+    several = asset is None and len(list((folder / "assets").rglob("norm_stats.json"))) > 1
+    unused = options.stats is not None and (
+        options.statistics == "dataset" or (options.statistics == "auto" and several)
     )
-    with policy_config.describing(f"{file} describes no pi0.5"):
-        config.validate_features()
-    return config, False
-
-
-def cameras(config: PI05Config) -> list[str]:
-    """Return a policy's cameras in the order of its slots, without LeRobot's empty ones."""
-    return [key for key in config.image_features if not key.startswith(f"{OBS_IMAGES}.empty_camera")]
-
-
-def sizes(config: PI05Config) -> dict[str, int]:
-    """Return how many numbers a policy's state and action have."""
-    features = {OBS_STATE: config.robot_state_feature, ACTION: config.action_feature}
-    return {key: feature.shape[0] for key, feature in features.items() if feature is not None}
+    stats = {} if unused else openpi_stats(folder, asset)
+    return Described(config, stats, padded=(OBS_STATE, ACTION), names_cameras=False)
 
 
 def _openpi_config(values: Mapping[str, Any], image_size: int) -> PI05Config:
@@ -87,11 +82,6 @@ def _openpi_config(values: Mapping[str, Any], image_size: int) -> PI05Config:
         image_resolution=(image_size, image_size),
         device="cpu",
     )
-
-
-def num_assets(folder: Path) -> int:
-    """Datasets whose statistics an openpi checkpoint brings."""
-    return len(list((folder / "assets").rglob("norm_stats.json")))
 
 
 def openpi_stats(folder: Path, asset: str | None) -> dict[str, dict[str, Tensor]]:
@@ -124,32 +114,32 @@ def openpi_stats(folder: Path, asset: str | None) -> dict[str, dict[str, Tensor]
 
 
 def load_weights(
-    policy: PI05Policy, file: Path | weights.Weights, *, backbone: torch.dtype, head: Iterable[str], device: str
+    policy: PI05Policy,
+    opened: weights.Weights,
+    *,
+    backbone: torch.dtype,
+    in_head: Callable[[str], bool],
+    device: str,
 ) -> None:
-    """Fill an empty policy from safetensors; its language heads are dropped.
+    """Fill an empty policy from LeRobot's or openpi's tensors; its language heads are dropped.
 
     Args:
         policy: from :func:`poco_vla_pi05.architecture.empty_policy`.
-        file: LeRobot's or openpi's ``model.safetensors``, or what else holds the weights.
-        backbone: dtype of what is frozen, but for the parts that LeRobot keeps in float32.
-        head: names of the parameters that train: float32.
+        opened: the tensors.
+        backbone: dtype of what is frozen, except the parts that LeRobot keeps in float32.
+        in_head: True for the name of a parameter that trains: float32.
         device: where they go.
 
     Raises:
-        PolicyError: the file is missing or damaged, or names or shapes differ.
+        PolicyError: a file is missing or damaged, or names or shapes differ.
     """
+
+    def dtype_of(name: str) -> torch.dtype:
+        exact = in_head(name) or any(part in name for part in FLOAT32_PARTS)
+        return torch.float32 if exact else backbone
+
     drop_language_heads(policy)
-    wanted = {name: tuple(parameter.shape) for name, parameter in policy.named_parameters()}
-    head = set(head)
-    with weights.of_file(file) if isinstance(file, Path) else file as handle:
-        found = _lerobot_names(handle.keys())
-        heads.check_tensors(wanted, {name: handle.shape(key) for name, key in found.items()}, handle.where)
-        tensors = {}
-        for name in wanted:
-            exact = name in head or any(part in name for part in FLOAT32_PARTS)
-            tensors[name] = handle.tensor(found[name]).to(device, torch.float32 if exact else backbone)
-    policy.load_state_dict(tensors, strict=False, assign=True)
-    policy.to(device)  # buffers
+    fill_policy(policy, opened, names=_lerobot_names, dtype_of=dtype_of, device=device)
 
 
 def _lerobot_names(keys: Iterable[str]) -> dict[str, str]:
@@ -166,20 +156,12 @@ def drop_language_heads(policy: PI05Policy) -> None:
     core.paligemma.lm_head = core.gemma_expert.lm_head = None
 
 
-def full_weights(policy: PI05Policy, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` with both language heads, as LeRobot's strict loader wants them.
+def full_weights(policy: PI05Policy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `tensors` with both language heads, as LeRobot's strict loader wants them.
 
     The VLM's is a copy of the embeddings, to which openpi ties it; the expert's, which nothing ever defined, is zero.
     """
     expert: Any = policy.model.paligemma_with_expert.gemma_expert
-    out = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    if VLM_HEAD not in out:
-        out[VLM_HEAD] = out[EMBEDDINGS].clone()
-    if EXPERT_HEAD not in out:
-        out[EXPERT_HEAD] = torch.zeros(expert.config.vocab_size, expert.config.hidden_size, dtype=out[EMBEDDINGS].dtype)
-    return out
-
-
-def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """One safetensors file, as LeRobot writes it."""
-    save_file(dict(tensors), file, metadata={"format": "pt"})
+    embeddings = tensors[EMBEDDINGS]
+    zero = torch.zeros(expert.config.vocab_size, expert.config.hidden_size, dtype=embeddings.dtype)
+    return {VLM_HEAD: embeddings.clone(), EXPERT_HEAD: zero} | dict(tensors)

@@ -9,6 +9,8 @@ from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
 
 from poco_vla import PolicyError
 from poco_vla.adapting import policy_config
+from poco_vla.adapting.processors import PREPROCESSOR
+from poco_vla.adapting.sources import read_object
 
 DEFAULT = "google/paligemma-3b-pt-224"
 """What LeRobot's pi0.5 processors ask for: a gated repository."""
@@ -45,6 +47,17 @@ def load_tokenizer(source: str | Path | None) -> Any:
         raise PolicyError(
             f'the tokenizer "{name}" cannot be loaded ({type(error).__name__}: {first_line}). {HOW_TO_GET_ONE}'
         ) from error
+
+
+def saved_tokenizer(folder: Path) -> str | None:
+    """Return the tokenizer that a saved pre-processor names; None where it names none."""
+    file = folder / PREPROCESSOR
+    for step in read_object(file).get("steps", []) if file.is_file() else ():
+        told = step.get("config") if isinstance(step, dict) else None
+        name = told.get("tokenizer_name") if isinstance(told, dict) else None
+        if isinstance(name, str):
+            return name
+    return None
 
 
 def _from_sentencepiece(path: Path) -> Any:

@@ -3,13 +3,10 @@
 LeRobot's own `from_pretrained` logs a warning and returns a half-random model when names differ.
 """
 
-from collections.abc import Mapping
-from dataclasses import fields
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.processor import (
@@ -18,12 +15,12 @@ from lerobot.processor import (
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
-from lerobot.utils.constants import OBS_IMAGES, OBS_LANGUAGE_ATTENTION_MASK
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK
 
 from poco_vla import DataError, PolicyError
-from poco_vla.adapting import camera_names, heads, policy_config, processors, weights
+from poco_vla.adapting import heads, processors, weights
+from poco_vla.adapting.lerobot_checkpoint import fill_policy, read_config
 
-PREPROCESSOR, POSTPROCESSOR = processors.PREPROCESSOR, processors.POSTPROCESSOR
 INPUT_STEPS: processors.Steps = {
     **processors.INPUT_STEPS,
     **processors.TOKENIZER_STEP,
@@ -40,20 +37,13 @@ EMBEDDINGS = "model.vlm_with_expert.vlm.model.text_model.embed_tokens.weight"
 type Stats = Mapping[str, Mapping[str, Any]]
 
 
-def read_config(source: heads.Source) -> SmolVLAConfig:
-    """The configuration of a checkpoint.
+def read_configuration(source: heads.Source) -> SmolVLAConfig:
+    """Read the configuration of a checkpoint.
 
     Raises:
         PolicyError: there is none, or it is of another model.
     """
-    config = policy_config.load_policy_config(
-        source.folder,
-        "smolvla",
-        SmolVLAConfig.from_pretrained,
-        fields=[field.name for field in fields(SmolVLAConfig)],
-        name=source.name,
-        limits=SIZES,
-    )
+    config = read_config(source, SmolVLAConfig, model="SmolVLA", limits=SIZES)
     if config.adapt_to_pi_aloha:
         raise PolicyError(
             f"{source.name} was trained with adapt_to_pi_aloha, whose actions this adapter does not convert"
@@ -61,43 +51,34 @@ def read_config(source: heads.Source) -> SmolVLAConfig:
     return config
 
 
-def cameras(config: SmolVLAConfig) -> list[str]:
-    """Return a policy's cameras in the order of its slots, without LeRobot's empty ones."""
-    return [key for key in config.image_features if not key.startswith(f"{OBS_IMAGES}.empty_camera")]
-
-
-def load_weights(
-    policy: SmolVLAPolicy, file: Path | weights.Weights, *, device: str, dtype: torch.dtype | None
-) -> None:
-    """Fill an empty policy from LeRobot's ``model.safetensors``, or what else holds the weights.
+def load_weights(policy: SmolVLAPolicy, opened: weights.Weights, *, device: str, dtype: torch.dtype | None) -> None:
+    """Fill an empty policy from LeRobot's tensors.
 
     Where a file holds one tensor for the language head and the embeddings that it is tied to, both get it.
 
     Args:
         policy: from :func:`poco_vla_smolvla.vlm.empty_policy`.
-        file: the weights.
+        opened: the tensors.
         device: where they go.
         dtype: of the VLM; None is the file's. All else is float32.
 
     Raises:
-        PolicyError: the file is missing or damaged, or names or shapes differ.
+        PolicyError: a file is missing or damaged, or names or shapes differ.
     """
-    wanted = {name: tuple(parameter.shape) for name, parameter in policy.named_parameters()}
-    with weights.of_file(file) if isinstance(file, Path) else file as opened:
-        tensors = {name: opened.tensor(name, as_stored=name.startswith(VLM)) for name in opened.keys()}  # noqa: SIM118
-        where = opened.where
-    if tied(policy):
-        shared = tensors.get(EMBEDDINGS, tensors.get(LANGUAGE_HEAD))
-        tensors |= {} if shared is None else {EMBEDDINGS: shared, LANGUAGE_HEAD: shared}
-    heads.check_tensors(wanted, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, where)
-    for name, tensor in tensors.items():
-        tensors[name] = tensor.to(device, (dtype or tensor.dtype) if name.startswith(VLM) else torch.float32)
-    policy.load_state_dict(tensors, assign=True)
-    policy.to(device)  # buffers
+
+    def names(keys: Iterable[str]) -> dict[str, str]:
+        found = {key: key for key in keys}
+        shared = found.get(EMBEDDINGS, found.get(LANGUAGE_HEAD))
+        return found | ({EMBEDDINGS: shared, LANGUAGE_HEAD: shared} if shared and tied(policy) else {})
+
+    def dtype_of(name: str) -> torch.dtype | None:
+        return dtype if name.startswith(VLM) else torch.float32
+
+    fill_policy(policy, opened, names=names, dtype_of=dtype_of, device=device)
 
 
 def tied(policy: SmolVLAPolicy) -> bool:
-    """Whether the VLM's language head, which no action depends on, is its embeddings."""
+    """Return True if the VLM's language head, which no action depends on, is its embeddings."""
     return bool(policy.model.vlm_with_expert.config.tie_word_embeddings)
 
 
@@ -116,45 +97,6 @@ def build_pipelines(
     )
     inputs = [steps.rename_observations, steps.add_batch_dim, NewLineTaskProcessorStep(), words, steps.to_device]
     return make_policy_processor_pipelines([*inputs, steps.normalize], [steps.unnormalize, steps.to_cpu])
-
-
-def load_pipelines(
-    folder: Path,
-    config: SmolVLAConfig,
-    tokenizer: Any,
-    *,
-    renames: Mapping[str, str] | None = None,
-    max_length: int | None = None,
-) -> tuple[Any, Any]:
-    """Return the pipelines saved in `folder`, normalising as `config` says.
-
-    Args:
-        folder: holds both.
-        config: the policy's.
-        tokenizer: to use.
-        renames: cameras of the data that have another name in the policy; None keeps the saved ones.
-        max_length: tokens of the longest instruction; None keeps the saved one.
-    """
-    processors.check_pipelines(folder, INPUT_STEPS, processors.OUTPUT_STEPS)
-    mapping = {"norm_map": config.normalization_mapping}
-    words: dict[str, Any] = {"tokenizer": tokenizer, "tokenizer_name": None}
-    overrides: dict[str, Any] = {
-        "tokenizer_processor": words | ({} if max_length is None else {"max_length": max_length}),
-        "device_processor": {"device": config.device},
-        "normalizer_processor": mapping,
-    }
-    if renames is not None:
-        table = camera_names.all_renames(folder / PREPROCESSOR, renames, config.image_features)
-        overrides["rename_observations_processor"] = {"rename_map": table}
-    try:
-        return make_pre_post_processors(
-            config,
-            pretrained_path=str(folder),
-            preprocessor_overrides=overrides,
-            postprocessor_overrides={"unnormalizer_processor": mapping},
-        )
-    except Exception as error:  # LeRobot raises KeyError, ValueError, TypeError, its own ... on what does not fit
-        raise PolicyError(f"the processors in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def check_instructions(processed: Mapping[str, Any], words: TokenizerProcessorStep) -> None:
