@@ -103,11 +103,11 @@ THIRD_PARTY = {
     "serving": NUMBERS | {"lerobot", "websockets", "msgpack"},
     "robots": NUMBERS | {"lerobot", "draccus", "rich", "gymnasium", "safetensors", "filelock"},
     "evaluation": NUMBERS | {"rich"},
-    "report": {"numpy", "pandas", "matplotlib", "rich"},
+    "report": {"numpy", "pandas", "matplotlib", "jinja2", "rich"},
     "training": NUMBERS | {"accelerate", "lerobot", "safetensors", "huggingface_hub", "peft"},
     "hub": PURE | {"safetensors", "huggingface_hub", "httpx", "peft"},
     "lerobot_rl": NUMBERS | {"lerobot"},
-    "cli": {"tyro", "rich"},
+    "cli": {"tyro", "rich", "transformers"},  # --tiny makes an image encoder
 }
 """Room of poco_vla -> packages beside the standard library."""
 

@@ -100,13 +100,37 @@ def test_the_ablation_changes_one_value_at_a_time_and_starts_from_one_policy():
     assert len({config.output_dir for config in [sft, *runs.values()]}) == len(runs) + 1
 
 
+ROBOT_TASKS = {
+    "pick_cube": (150, 0.1),
+    "route_cable": (300, 0.1),
+    "insert_usb": (450, 0.08),
+    "assemble_ssd": (750, 0.08),
+}
+
+
+@pytest.mark.parametrize("task", ROBOT_TASKS)
+def test_the_robot_recipe_has_the_papers_numbers(task):
+    """Real robot, MLP: batch 256, learning rate 3e-4, gamma 0.99, H 4, N 32, eta 0.001, zeta 0.08 to 0.1, warm-up 5k,
+    15 Hz, episodes of 150 to 750 steps, a frozen ResNet-10, sparse reward; the policy is served to the robot."""
+    recipe = runpy.run_path(str(RECIPES / "robot_mlp.py"))
+    config = recipe["config"](task)
+    assert (15 * recipe["TASKS"][task].seconds, config.poco.zeta) == ROBOT_TASKS[task]
+    assert (config.optim.batch_size, config.optim.actor_lr, config.optim.critic_lr) == (256, 3e-4, 3e-4)
+    assert (config.horizon, config.poco.num_candidates, config.poco.eta, config.poco.beta) == (4, 32, 0.001, 1.0)
+    assert (config.poco.gamma, config.warmup_steps, config.poco.critic_hidden) == (0.99, 5000, (512,) * 4)
+    assert config.policy_options == {"vision_encoder": "lerobot/resnet10"}
+    assert (config.reward, config.env, config.interaction.mode) == (RewardConfig.named("sparse"), None, "remote")
+    assert (config.dataset.repo_id, config.output_dir) == (f"you/{task}", Path(f"runs/robot_mlp_{task}/{{time}}"))
+    assert list(recipe["TASKS"]) == list(ROBOT_TASKS)
+
+
 def launch(name, folder, *arguments):
     # Rays need no driver, and the pictures are few.
     env = os.environ | {"OMP_NUM_THREADS": "1", "MUJOCO_GL": "disable"}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     return subprocess.run(
-        [*command, RECIPES / name, "--smoke", *arguments],
+        [*command, RECIPES / name, *arguments],
         cwd=folder,
         env=env,
         capture_output=True,
@@ -119,7 +143,7 @@ def launch(name, folder, *arguments):
 @pytest.mark.parametrize("name", ["offline_to_online_scene", "online_lift"])
 def test_smoke_runs_every_stage_of_a_recipe(name, tmp_path):
     setting, task = chosen(name)
-    done = launch("simulations.py", tmp_path, "--task", task, f"--setting={setting}")
+    done = launch("simulations.py", tmp_path, "--smoke", "--task", task, f"--setting={setting}")
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = (tmp_path / "runs" / "smoke" / name).iterdir()
     result = json.loads((run / "result.json").read_text())
@@ -136,18 +160,35 @@ def test_smoke_runs_every_stage_of_a_recipe(name, tmp_path):
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
+def test_the_robot_recipe_runs_with_tiny(tmp_path):
+    """Both cameras through an image encoder of transformers, every stage, in a simulation in the robot's place."""
+    steps = ["--sft-steps", "4", "--warmup-steps", "3", "--online-steps", "160", "--updates-per-step", "0.06"]
+    few = ["--log-every", "2", "--demonstrations.episodes", "2", "--eval.episodes", "2", "--output-dir", "run"]
+    done = launch("robot_mlp.py", tmp_path, "--tiny", "--task", "insert_usb", *steps, *few)
+    assert done.returncode == 0, done.stderr[-3000:]
+    stages = {json.loads(line)["stage"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()}
+    assert stages == {"sft", "warmup", "online"}
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["horizon"], config["interaction"]["mode"]) == (4, "synchronous")
+    held = json.loads((tmp_path / "run" / "policy" / "config.json").read_text())
+    cameras = {"observation.images.front", "observation.images.wrist"}
+    assert cameras < set(held["input_features"])
+    assert Path(held["vision_encoder"]).name == "encoder"
+
+
+@pytest.mark.slow
 def test_the_sweep_runs_what_is_asked_for_once_and_writes_one_report(tmp_path):
-    first = launch("ablation_square.py", tmp_path, "--only", "sft", "zeta-0.08")
+    first = launch("ablation_square.py", tmp_path, "--smoke", "--only", "sft", "zeta-0.08")
     assert first.returncode == 0, first.stderr[-3000:]
     root = tmp_path / "runs" / "smoke" / "ablation_square"
     assert sorted(p.name for p in (root / "seed0").iterdir()) == ["sft", "zeta-0.08"]
     assert json.loads((root / "seed0" / "zeta-0.08" / "config.json").read_text())["policy"].endswith("seed0/sft/policy")
     assert (root / "report.html").stat().st_size > 10_000
     made = {path: path.stat().st_mtime_ns for path in (root / "seed0").rglob("*")}
-    again = launch("ablation_square.py", tmp_path, "--only", "sft", "zeta-0.08")
+    again = launch("ablation_square.py", tmp_path, "--smoke", "--only", "sft", "zeta-0.08")
     assert again.returncode == 0, again.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in (root / "seed0").rglob("*")} == made
-    unknown = launch("ablation_square.py", tmp_path, "--only", "zeta-9")
+    unknown = launch("ablation_square.py", tmp_path, "--smoke", "--only", "zeta-9")
     assert unknown.returncode == 1
     assert 'no variant named "zeta-9"' in unknown.stderr
 

@@ -7,10 +7,19 @@ simulation's task stays, and data, networks and steps are few.
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from poco_vla.config import DatasetConfig, DemonstrationConfig, EnvSpec, EvalConfig, TrainConfig
+from poco_vla.config import (
+    DatasetConfig,
+    DemonstrationConfig,
+    EnvSpec,
+    EvalConfig,
+    InteractionConfig,
+    TrainConfig,
+)
+from poco_vla.files import atomic_folder
 
 
 def tiny_pick_task(config: TrainConfig) -> TrainConfig:
@@ -18,17 +27,16 @@ def tiny_pick_task(config: TrainConfig) -> TrainConfig:
     from poco_vla.registry import load_adapter  # loads torch, for which no recipe's --help waits
 
     root = Path("runs/tiny")
-    base = root / f"{config.adapter}_base"
-    if not base.is_dir():
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            load_adapter(config.adapter).tiny().save_pretrained(base)
-        for _ in range(600):  # another process of this launch is writing it
-            if base.is_dir():
-                break
-            time.sleep(0.1)
+    policy, options = None, config.policy_options
+    if config.policy is None:  # a small network in the place of a large one, random like that
+        encoder = _written(root / "encoder", _save_encoder)
+        options = options | {"hidden_dims": [32, 32], "num_inference_steps": 2, "vision_encoder": str(encoder)}
+    else:
+        policy = str(_written(root / f"{config.adapter}_base", load_adapter(config.adapter).tiny().save_pretrained))
     return replace(
         config,
-        policy=str(base),
+        policy=policy,
+        policy_options=options,
         statistics="dataset",
         dataset=DatasetConfig(),
         demonstrations=DemonstrationConfig(episodes=8, root=root / "data"),
@@ -38,6 +46,7 @@ def tiny_pick_task(config: TrainConfig) -> TrainConfig:
             options={"cameras": ["front", "wrist"], "image_size": 64, "episode_length": 80},
             num_envs=2,
         ),
+        interaction=InteractionConfig() if config.interaction.mode == "remote" else config.interaction,
         # The paper's clip is for a pretrained model, whose flow error is a hundred times smaller.
         poco=replace(config.poco, num_candidates=4, zeta="auto", critic_hidden=(64, 64)),
         optim=replace(config.optim, batch_size=16, actor_lr=1e-3),
@@ -47,6 +56,26 @@ def tiny_pick_task(config: TrainConfig) -> TrainConfig:
         online_steps=640,
         output_dir=root / config.adapter / "{time}",
     )
+
+
+def _written(folder: Path, write: Callable[[Path], object]) -> Path:
+    """Return `folder`, which one process of a launch writes unless it is there."""
+    if not folder.is_dir() and os.environ.get("LOCAL_RANK", "0") == "0":
+        write(folder)
+    for _ in range(600):  # another process of this launch is writing it
+        if folder.is_dir():
+            break
+        time.sleep(0.1)
+    return folder
+
+
+def _save_encoder(folder: Path) -> None:
+    """Write an image encoder of transformers with small random weights."""
+    from transformers import ResNetConfig, ResNetModel
+
+    sizes = {"depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "embedding_size": 8, "layer_type": "basic"}
+    with atomic_folder(folder) as partial:
+        ResNetModel(ResNetConfig(**sizes)).save_pretrained(partial)
 
 
 def smoke_run(config: TrainConfig) -> TrainConfig:
