@@ -20,7 +20,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; it takes `path`'s place when the block ends well."""
+    """Yield a temporary path to write to; the file replaces `path` when the block ends without an error."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -30,7 +30,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """JSON, whole or not at all."""
+    """Write JSON to a file atomically."""
     with atomic_file(path) as partial:
         partial.write_text(json.dumps(values, indent=2, default=str) + "\n")
 
@@ -141,7 +141,7 @@ def _old(final: Path) -> Path:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """An empty folder to fill; it takes `path`'s place when the block ends well, and goes away when it does not.
+    """Yield an empty folder to fill; it replaces `path` when the block ends without an error, and is removed otherwise.
 
     Raises:
         PocoError: at `path` is something that is no policy's folder, which would be lost.
@@ -165,7 +165,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _share(folder: Path) -> None:
-    """Give files the rights that the umask gave their folder; safetensors makes its files for the owner alone."""
+    """Give files the permissions that the umask gave their folder; safetensors creates files that only the owner can
+    read."""
     rights = stat.S_IMODE(folder.stat().st_mode) & 0o666
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -187,7 +188,7 @@ def sync(path: Path) -> None:
 
 
 def is_out_of_space(error: BaseException | None) -> bool:
-    """Whether a full disk is behind this error.
+    """True if a full disk caused this error.
 
     pyarrow and PyAV keep the system's number; safetensors and encoders in threads pass on its text alone.
     """
@@ -207,7 +208,7 @@ def wait_for_space[T](
     give_up: Callable[[], bool] = lambda: False,
     every: float = 5.0,
 ) -> T:
-    """What `write` returns. While the disk is full, it is called again and again.
+    """Return the result of `write`, which is called again while the disk is full.
 
     Args:
         write: must leave nothing half done when it fails.

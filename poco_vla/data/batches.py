@@ -36,17 +36,18 @@ class Prefixes(Protocol):
 
 
 def network_obs(policy: FlowPolicy, obs: Mapping[str, np.ndarray], tasks: Sequence[str]) -> dict[str, Any]:
-    """B raw observations, processed for the network: the one way in, for training and for acting."""
+    """Return B raw observations as the network takes them. Training and acting both preprocess through this
+    function."""
     return _observations(policy.preprocess(_tensors(obs) | {"task": list(tasks)}))
 
 
 def pipeline_of(policy: FlowPolicy) -> Any:
-    """LeRobot's pre-processor itself, in front of which an adapter's `preprocess` may check batches."""
+    """Return LeRobot's pre-processor itself, without the checks that an adapter's `preprocess` may add."""
     return getattr(policy, "preprocessor", None) or policy.preprocess
 
 
 def chunk_batch(policy: FlowPolicy, raw: Transitions, *, bootstrap: bool = True) -> ChunkBatch:
-    """A batch ready for :class:`poco_vla.algorithm.Poco`, on the device of the policy's processors.
+    """Return a batch for the algorithm, on the device of the policy's processors.
 
     Chunks are normalised together with the state they start from (a processor may express them relative to it) and
     padded with zeros to the network's width. Without `bootstrap`, ``next_obs`` stays empty: imitation reads none.
@@ -64,7 +65,8 @@ def encoded_batch(
     *,
     bootstrap: bool = True,
 ) -> ChunkBatch:
-    """As `chunk_batch`, of transitions without pictures: it brings its prefixes along instead of observations."""
+    """Return the batch that `chunk_batch` returns, with prefixes in place of observations, from transitions without
+    pictures."""
     prefix, next_prefix = prefixes.prefixes(raw, ahead, bootstrap=bootstrap)
     actions = policy.preprocess_actions(_with_actions(raw))
     return _batch(policy, raw, actions, obs={}, next_obs={}, prefix=prefix, next_prefix=next_prefix)
@@ -86,11 +88,12 @@ def _with_actions(raw: Transitions) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Prefetched:
-    """Transitions that were drawn before they are due, as they would be drawn then if nothing has changed by that time.
+    """Transitions that were sampled before they are needed; valid if generator and replay buffer have not changed
+    since.
 
     Attributes:
         before: state of the generator that they were drawn from, and `after` that.
-        version: the pool's.
+        version: the replay buffer's.
         bootstrap: whether bootstrap states are loaded, too.
         raw: the transitions.
         loading: what the store has of their prefixes.
@@ -105,10 +108,10 @@ class _Prefetched:
 
 
 class BatchSource(Iterator[ChunkBatch]):
-    """Endless batches from a pool. Every process draws the same global batch and keeps its own rows.
+    """Endless batches from a replay buffer. Every process samples the same global batch and keeps its own rows.
 
     Args:
-        replay: the pool.
+        replay: the replay buffer.
         policy: whose processors are used.
         batch_size: transitions per global batch.
         seed: of the sampling order, the same on every process.
@@ -149,7 +152,7 @@ class BatchSource(Iterator[ChunkBatch]):
         return self.draw()
 
     def draw(self, *, bootstrap: bool = True) -> ChunkBatch:
-        """The next batch; imitation needs none of the bootstrap states."""
+        """Return the next batch; without `bootstrap` (imitation), without the bootstrap states."""
         if self.prefixes is None or not self.prefixes.is_used:
             return chunk_batch(self.policy, self._sample(self.rng, pictures=True), bootstrap=bootstrap)
         raw, loading = self._take_prefetched(bootstrap=bootstrap) or (self._sample(self.rng, pictures=False), None)
@@ -162,15 +165,15 @@ class BatchSource(Iterator[ChunkBatch]):
         return self.rng.bit_generator.state
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; what was drawn ahead is dropped."""
+        """Continue from `state`; a prefetched batch is dropped."""
         self.rng.bit_generator.state = state
 
     def _sample(self, rng: np.random.Generator, *, pictures: bool) -> Transitions:
         return self.replay.sample(self.batch_size, rng, pictures=pictures).rows(self.rows)
 
     def _prefetch(self, prefixes: Prefixes, *, bootstrap: bool) -> None:
-        """Draw the next batch, and let its prefixes be loaded while this one is learned from. `rng` stays where it
-        is."""
+        """Sample the next batch and start loading its prefixes while the current one is trained on. `rng` is not
+        advanced."""
         rng, before = np.random.Generator(type(self.rng.bit_generator)()), self.rng.bit_generator.state
         rng.bit_generator.state = before
         raw = self._sample(rng, pictures=False)
@@ -178,7 +181,8 @@ class BatchSource(Iterator[ChunkBatch]):
         self._ahead = _Prefetched(before, rng.bit_generator.state, self.replay.version, bootstrap, raw, loading)
 
     def _take_prefetched(self, *, bootstrap: bool) -> tuple[Transitions, Future[Any] | None] | None:
-        """What was drawn ahead, if it is what would be drawn now: not after an episode has come, nor after a resume."""
+        """Return the prefetched batch, or None if it is not the one that would be sampled now, as after a new episode
+        or a resume."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or (ahead.before, ahead.version) != (self.rng.bit_generator.state, self.replay.version):
             return None
@@ -193,7 +197,8 @@ def _observations(processed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(obs: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Images uint8 [B, height, width, 3] become float32 [B, 3, height, width] in [0, 1], as LeRobot loads them."""
+    """Convert to tensors; images uint8 [B, height, width, 3] become float32 [B, 3, height, width] in [0, 1], as in
+    LeRobot."""
     out = {}
     for key, column in obs.items():
         tensor = torch.from_numpy(column)

@@ -24,7 +24,7 @@ class MemoryColumn:
         self.rows = np.empty((0, *shape), dtype)
 
     def hold(self, steps: int, limit: int | None) -> None:
-        """Make room for at least `steps` rows and at most `limit`; `rows` becomes another array, what it held stays."""
+        """Grow to at least `steps` rows and at most `limit`. `rows` becomes another array with the same content."""
         if steps > len(self.rows):
             size = max(steps, 2 * len(self.rows)) if limit is None else _share(limit, steps)
             # Not zeros: the system gives memory as rows are written.
@@ -34,8 +34,8 @@ class MemoryColumn:
 
 
 def _share(limit: int, steps: int) -> int:
-    """The smallest of limit, limit / 2, limit / 4, ... that holds `steps`: the last copy moves half of the limit, so
-    that no copy ever takes more memory than the full column."""
+    """Return the smallest of limit, limit / 2, limit / 4, ... that holds `steps`: the last copy moves half of the
+    limit, so that no copy takes more memory than the full column."""
     while limit // 2 >= steps:
         limit //= 2
     return limit
@@ -57,7 +57,7 @@ class MappedColumn:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as the column lives
 
     def hold(self, steps: int, limit: int | None) -> None:
-        """As :meth:`MemoryColumn.hold`, without a copy.
+        """Grow to at least `steps` rows and at most `limit`, without a copy.
 
         Raises:
             DataError: the disk has no room; the column stays as it was.
@@ -81,7 +81,7 @@ class MappedColumn:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise DataError(
-                f"{self._folder} has no room for pictures of the pool: {end / 1e9:.2f} GB are needed "
+                f"{self._folder} has no room for pictures of the replay buffer: {end / 1e9:.2f} GB are needed "
                 f"({error.strerror}). Free disk, make replay.capacity or replay.max_bytes smaller, or use another disk."
             ) from error
 

@@ -39,7 +39,7 @@ FRAMES_PER_CALL = 256
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a policy is built from.
+    """Description of a dataset, from which a policy is built.
 
     Attributes:
         features: LeRobot's feature table: key -> dtype, shape, names.
@@ -122,7 +122,7 @@ def _open(config: DatasetConfig, root: Path | None, name: str) -> Any:
 
 
 def _reason(error: Exception, config: DatasetConfig, root: Path | None) -> str:
-    """Say what went wrong and what to do, of an error that is not ours."""
+    """Return the cause of an error of LeRobot or the Hub client, and its remedy."""
     from lerobot.datasets.utils import BackwardCompatibilityError, ForwardCompatibilityError
 
     reason = str(error).strip().split("\n")[0].rstrip(".")
@@ -154,7 +154,7 @@ def _reason(error: Exception, config: DatasetConfig, root: Path | None) -> str:
 
 
 def info_of(dataset: Any) -> DatasetInfo:
-    """Features, statistics and rate of an open dataset.
+    """Return features, statistics and frame rate of an open dataset.
 
     Vectors' statistics are of the episodes in use, images' of the whole dataset.
     """
@@ -270,7 +270,7 @@ def _tasks_of(dataset: Any, columns: Mapping[str, np.ndarray], name: str) -> lis
 
 
 def _whole_reward(dataset: Any) -> Callable[[], np.ndarray] | None:
-    """Return what reads next.reward of all rows on disk, where only some episodes are in use."""
+    """Return a function that reads next.reward of all rows on disk; None if all episodes are in use."""
     if dataset.episodes is None:
         return None
 

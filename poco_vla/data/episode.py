@@ -1,4 +1,4 @@
-"""One episode as column arrays: what environments produce, recorders write, datasets hold and the pool takes."""
+"""One episode as column arrays, for environments, recorders, datasets and the replay buffer."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -54,7 +54,7 @@ class Episode:
 
     @property
     def succeeded(self) -> bool:
-        """Success at any step."""
+        """True if any step reached success."""
         return bool(self.success.any())
 
     @property
@@ -79,7 +79,7 @@ class Episode:
         return (config.step + earned).astype(np.float32)
 
     def with_images(self, change: Callable[[np.ndarray], np.ndarray]) -> "Episode":
-        """The same episode, its pictures changed."""
+        """Return the episode with `change` applied to its pictures."""
         return replace(self, obs={k: change(v) if v.dtype == np.uint8 else v for k, v in self.obs.items()})
 
     def check(self, where: str) -> None:

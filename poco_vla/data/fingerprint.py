@@ -46,7 +46,7 @@ def content_hash(episodes: Iterable[Episode]) -> str:
 
 
 def fingerprint(episodes: Sequence[Episode], stats: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return what demonstrations are known by, as plain JSON values for a checkpoint.
+    """Return a fingerprint of demonstrations, as plain JSON values for a checkpoint.
 
     Args:
         episodes: the demonstrations in use, as :func:`poco_vla.data.read_episodes` gives them.

@@ -78,7 +78,7 @@ def _inside(root: Path, template: Any, name: str, place: Mapping[str, Any]) -> P
 
 
 def check_folder(root: Path) -> Any:
-    """Check that a dataset's metadata and rows are in its folder; gives LeRobot's description of it.
+    """Check that a dataset's metadata and rows are in its folder, and return LeRobot's description of it.
 
     Raises:
         DataError: something is missing; the message says what.
@@ -256,7 +256,7 @@ def _check_version(root: Path, values: Mapping[str, Any]) -> None:
 
 
 def old_format(version: str, name: str, root: Path | None) -> str:
-    """Say that a dataset's format is too old, with LeRobot's own remedy."""
+    """Return the message for a dataset of an older format, with LeRobot's conversion command."""
     where = "" if root is None else f" --root={root} --push-to-hub=false"
     first = "" if version.startswith("v2.1") else " after LeRobot's older scripts have made v2.1 of it"
     return (

@@ -45,7 +45,7 @@ def read_columns(dataset: Any, names: Iterable[str] | None = None) -> dict[str, 
 
 
 def _is_large(feature: Mapping[str, Any]) -> bool:
-    """True for pictures that are stored as numbers, of which nothing but cameras asks."""
+    """True for pictures that are stored as numbers, which only cameras read."""
     return len(feature.get("shape", ())) > 2
 
 

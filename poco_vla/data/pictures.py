@@ -88,7 +88,7 @@ class _Camera:
             out[begin:end] = frames
 
     def pieces(self) -> list[tuple[int, int]]:
-        """Begin and end of steps that are decoded at once, which belong to one episode."""
+        """Return begin and end of the steps that are decoded together; each range lies within one episode."""
         raise NotImplementedError
 
     def frames(self, begin: int, end: int) -> np.ndarray:
@@ -192,7 +192,7 @@ class _Video(_Camera):
         return frames.permute(0, 2, 3, 1).numpy()
 
     def _late(self, said: str) -> str:
-        """Say how far rows and frames are apart in time, from LeRobot's message, and which option accepts it."""
+        """Describe the time gap between rows and frames, from LeRobot's message, and the option that accepts it."""
         tolerance, frame = self.dataset.tolerance_s, 1 / self.dataset.meta.fps
         found = re.search(r"tolerance \(tensor\(\[(.*?)\]", said, re.DOTALL)
         gaps = [float(number) for number in re.findall(r"\d[\d.]*(?:e[-+]?\d+)?", found[1])] if found else []

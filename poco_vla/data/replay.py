@@ -1,4 +1,4 @@
-"""The pool D: offline demonstrations and online episodes as chunk transitions over column arrays.
+"""The replay buffer D: offline demonstrations and online episodes as chunk transitions over column arrays.
 
 Episodes enter whole and lie contiguously, so that no chunk crosses an episode or the ring's write pointer. What a
 transition's return, bootstrap state and masks are is decided here, once, for offline and online data alike.
@@ -46,7 +46,7 @@ class Transitions:
     next_tasks: list[str] = field(default_factory=list)
 
     def rows(self, rows: slice) -> "Transitions":
-        """Some of the transitions."""
+        """Return some of the transitions."""
         columns: dict[str, Any] = {
             name: {key: column[rows] for key, column in value.items()} if isinstance(value, Mapping) else value[rows]
             for name, value in vars(self).items()
@@ -54,7 +54,7 @@ class Transitions:
         return Transitions(**columns)
 
     def split(self, size: int) -> "Iterator[Transitions]":
-        """Pieces of at most `size` transitions."""
+        """Yield slices of at most `size` transitions."""
         return (self.rows(slice(i, i + size)) for i in range(0, len(self.actions), size))
 
 
@@ -110,19 +110,19 @@ class Replay:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the steps that it holds, in memory and in mapped files."""
+        """Return the bytes of all stored steps, in memory and in mapped files."""
         return (self.num_demo_steps + self.num_online_steps) * bytes_per_step(self._rows)
 
     def add(self, episode: Episode, *, is_demo: bool) -> int:
-        """Append a finished episode; gives the id of its first step, whose successors' follow one by one. The first
-        episode settles the pool's columns; what later ones have beside is left out.
+        """Append a finished episode and return the id of its first step; the ids of later steps follow one by one. The
+        first episode fixes the replay buffer's columns; additional columns of later episodes are left out.
 
         Raises:
-            DataError: it has no step, lacks a column of the pool or has another shape or kind of numbers, is longer
-                than the capacity, or the disk of mapped pictures is full.
+            DataError: it has no step, lacks a column of the replay buffer or has another shape or kind of numbers, is
+                longer than the capacity, or the disk of mapped pictures is full.
         """
         if len(episode) == 0:
-            raise DataError("an episode without a single step cannot enter the pool")
+            raise DataError("an episode without a single step cannot enter the replay buffer")
         # Environments that go on after success mark no end there: the rule is the same as for datasets.
         terminal = episode.terminal | episode.success
         columns = self._match_columns(
@@ -150,8 +150,9 @@ class Replay:
             self.add(episode, is_demo=is_demo)
 
     def sample(self, batch_size: int, rng: np.random.Generator, *, pictures: bool = True) -> Transitions:
-        """`batch_size` transitions, uniform over start steps (of the pool, or of each side under `demo_fraction`);
-        under `consecutive` in runs. Without `pictures`, observations lack them: `observations` has them."""
+        """Return `batch_size` transitions, uniform over start steps (of all data, or of demonstrations and online data
+        under `demo_fraction`); under `consecutive` in runs. Without `pictures`, observations have none; `observations`
+        returns them."""
         num_demos = self._num_demos(batch_size, rng)
         runs = {"run": self.config.consecutive, "stride": self.horizon}
         parts = []
@@ -163,7 +164,7 @@ class Replay:
         return self._join(parts, pictures=pictures)
 
     def observations(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], list[str]]:
-        """Raw observations of states that the pool holds, by their ids, and their tasks."""
+        """Return the raw observations of stored states by their ids, and their tasks."""
         order, indices, rings, tasks = [], [], [], []
         for ring, first, chosen in ((self._demos, 0, ids < ONLINE), (self._online, ONLINE, ids >= ONLINE)):
             if chosen.any():
@@ -177,16 +178,16 @@ class Replay:
         return obs, [self._tasks[tasks[i]] for i in back.tolist()]
 
     def demo_transitions(self, limit: int, rng: np.random.Generator) -> Transitions:
-        """Up to `limit` demonstration transitions, without repetition (zeta = "auto" is calibrated on them)."""
+        """Return up to `limit` demonstration transitions, without repetition (zeta = "auto" is calibrated on them)."""
         order = rng.permutation(self._demos.num_starts)[:limit]
         return self._join([self._part(self._demos, self._demos.starts(order), is_demo=True)])
 
     def _num_demos(self, batch_size: int, rng: np.random.Generator) -> int:
-        """How many transitions of a batch are demonstrations."""
+        """Return the number of demonstration transitions in a batch."""
         demos, online, fraction = self._demos.num_starts, self._online.num_starts, self.config.demo_fraction
         if demos + online == 0:
             raise DataError(
-                "the pool holds no transition to sample: every episode is a single cut-off step, or none is"
+                "the replay buffer holds no transition to sample: every episode is a single cut-off step, or none is"
             )
         if online == 0:
             return batch_size
@@ -237,18 +238,20 @@ class Replay:
         return [name for name in names if pictures or not _is_picture(self._rows[name])]
 
     def _match_columns(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The pool's columns of an episode: demonstrations and online episodes meet in one batch."""
+        """Return the replay buffer's columns of an episode, in their types: demonstrations and online episodes share
+        batches."""
         self._rows = self._rows or {name: column[:0].copy() for name, column in columns.items()}
         for name, rows in self._rows.items():
             if name not in columns:
                 raise DataError(
-                    f'the episode has no "{name}", which the pool holds; its columns: {", ".join(sorted(columns))}'
+                    f'the episode has no "{name}", which the replay buffer holds; its columns: '
+                    + ", ".join(sorted(columns))
                 )
             found, shape = columns[name], rows.shape[1:]
             if found.shape[1:] != shape:
-                raise DataError(f'"{name}" has shape {found.shape[1:]} per step, the pool holds {shape}')
+                raise DataError(f'"{name}" has shape {found.shape[1:]} per step, the replay buffer holds {shape}')
             if not np.can_cast(found.dtype, rows.dtype, "same_kind"):
-                raise DataError(f'"{name}" is {found.dtype}, the pool holds {rows.dtype}; record both alike')
+                raise DataError(f'"{name}" is {found.dtype}, the replay buffer holds {rows.dtype}; record both alike')
         return {name: columns[name].astype(rows.dtype, copy=False) for name, rows in self._rows.items()}
 
     def _column(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Column:
@@ -269,17 +272,17 @@ def _is_picture(column: np.ndarray) -> bool:
 
 
 def _folder_of(config: ReplayConfig, folder: Path | None) -> Path | None:
-    """The folder of mapped pictures; None where they stay in memory."""
+    """Return the folder of mapped pictures; None if they stay in memory."""
     if config.images == "memory":
         return None
     if folder is None:
-        raise ConfigError('replay.images is "mapped", but the pool was given no folder for the files')
+        raise ConfigError('replay.images is "mapped", but the replay buffer was given no folder for the files')
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def _gather(columns: list[np.ndarray], indices: list[np.ndarray]) -> np.ndarray:
-    """Rows of several columns, one behind the other, each copied once."""
+    """Return rows of several columns, concatenated, each copied once."""
     out = np.empty((sum(map(len, indices)), *indices[0].shape[1:], *columns[0].shape[1:]), dtype=columns[0].dtype)
     end = 0
     for column, index in zip(columns, indices, strict=True):
@@ -303,7 +306,7 @@ class _Part:
     is_demo: bool
 
     def ids(self, steps: np.ndarray) -> np.ndarray:
-        """[B] ids of a step of each transition's episode."""
+        """Return the id of a step of each transition's episode, [B]."""
         return steps + self.starts.number + (0 if self.is_demo else ONLINE)
 
     def next_tasks(self) -> np.ndarray:

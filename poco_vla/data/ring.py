@@ -24,7 +24,7 @@ class Capacity:
     max_bytes: int | None = None
 
     def limit(self, bytes_per_step: int) -> tuple[int | None, str]:
-        """Steps that fit, and the field that says so."""
+        """Return the largest number of steps, and the configuration field that sets it."""
         fit = None if self.max_bytes is None else self.max_bytes // bytes_per_step
         if fit is None or (self.steps is not None and self.steps <= fit):
             return self.steps, self.name
@@ -83,7 +83,7 @@ class EpisodeRing:
         return self._spans.tail - self._spans.head
 
     def reserve(self, steps: int) -> None:
-        """Take room for `steps` more at once, when the next episode comes."""
+        """Allocate space for `steps` more steps when the next episode is added."""
         self._reserved = self._pointer + steps
 
     def add(
@@ -95,7 +95,8 @@ class EpisodeRing:
         task: int,
         step_tasks: np.ndarray | None = None,
     ) -> int:
-        """Append an episode of which the first `num_starts` steps start transitions; gives its first step's number.
+        """Append an episode of which the first `num_starts` steps start transitions, and return its first step's
+        number.
 
         Args:
             columns: [T, ...] each.
@@ -110,7 +111,7 @@ class EpisodeRing:
         length = len(columns["action"])
         limit, name = self._capacity.limit(bytes_per_step(columns))
         if limit is not None and length > limit:
-            raise DataError(f"an episode of {length} steps does not fit a pool of {limit}; raise {name}")
+            raise DataError(f"an episode of {length} steps does not fit a replay buffer of {limit} steps; raise {name}")
         # The rest of the columns stays unused until the pointer comes round: episodes are never split.
         begin = 0 if limit is not None and self._pointer + length > limit else self._pointer
         end = begin + length
@@ -129,7 +130,7 @@ class EpisodeRing:
         return number
 
     def sample(self, count: int, rng: np.random.Generator, *, run: int = 1, stride: int = 1) -> Starts:
-        """`count` start steps, each of them uniform; in runs of `run` that lie `stride` apart in one episode.
+        """Sample `count` start steps, each of them uniform; in runs of `run` that lie `stride` apart in one episode.
 
         Start steps of an episode that lie a multiple of `stride` apart form a circle, and a run is an arc of it: after
         the last comes the first again. Of the arcs that begin anywhere, equally often, none of the steps is in more.
@@ -138,11 +139,11 @@ class EpisodeRing:
         return self.starts(begin if run == 1 else self._spans.arcs(begin, run, stride)[:count])
 
     def starts(self, order: np.ndarray) -> Starts:
-        """The start steps of these numbers, counted from the oldest episode on."""
+        """Return the start steps of these numbers, counted from the oldest episode on."""
         return self._spans.starts(order)
 
     def steps(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the steps of these numbers, which it holds, and the number of each one's task."""
+        """Return the column indices of stored steps by their numbers, and the number of each one's task."""
         return self._spans.steps(numbers)
 
     def tasks(self, starts: Starts, steps: np.ndarray) -> np.ndarray:
@@ -166,7 +167,7 @@ class EpisodeRing:
 
 
 def bytes_per_step(columns: Mapping[str, np.ndarray]) -> int:
-    """Bytes of one row of all columns."""
+    """Return the bytes of one row of all columns."""
     return sum(rows.dtype.itemsize * int(np.prod(rows.shape[1:])) for rows in columns.values())
 
 
@@ -197,7 +198,7 @@ class _Spans:
         self.tail += 1
 
     def starts(self, order: np.ndarray) -> Starts:
-        """The start steps of these numbers."""
+        """Return the start steps of these numbers."""
         row, within = self._find(order)
         begin = self.begin[row]
         return Starts(
@@ -219,7 +220,8 @@ class _Spans:
         return task
 
     def arcs(self, order: np.ndarray, run: int, stride: int) -> np.ndarray:
-        """Numbers of start steps, [len(order) * run]: from each one on, `stride` apart, round the episode's end."""
+        """Return the numbers of start steps, [len(order) * run]: from each given one on, `stride` apart, continuing at
+        the episode's first step after its last."""
         row, within = self._find(order)
         ends = np.append(self.before[: self.tail], self.total)
         count = ends[row + 1] - ends[row]
@@ -229,7 +231,7 @@ class _Spans:
         return (order - within + phase)[:, None].repeat(run, 1).ravel() + (places * stride).ravel()
 
     def steps(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the steps of these numbers, and each one's task."""
+        """Return the column indices of the steps of these numbers, and each one's task."""
         first = self.first[self.head : self.tail]
         row = np.searchsorted(first, numbers, side="right") - 1 + self.head
         within = numbers - self.first[row]
@@ -238,14 +240,14 @@ class _Spans:
         return self.begin[row] + within, self.tasks(row, within)
 
     def _find(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Row of each start step's episode, and which of its steps it is."""
+        """Return the row of each start step's episode, and the step's index in it."""
         before = self.before[self.head : self.tail]
         rank = order + before[0]
         row = np.searchsorted(before, rank, side="right") - 1 + self.head
         return row, rank - self.before[row]
 
     def _make_room(self) -> None:
-        """Twice as many rows as live ones, which move to the front."""
+        """Allocate twice as many rows as there are live ones, and move those to the front."""
         live = slice(self.head, self.tail)
         count = self.tail - self.head
         for name in ("begin", "length", "first", "before", "succeeded", "task"):

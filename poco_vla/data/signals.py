@@ -45,7 +45,7 @@ def signals_of(
     name: str,
     whole_reward: Callable[[], np.ndarray] | None = None,
 ) -> Signals:
-    """Tell success, end and reward of each step.
+    """Return success, end and reward of each step.
 
     Args:
         columns: [S, ...] each, of the episodes in use; those of the signals among them.

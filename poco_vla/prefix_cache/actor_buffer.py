@@ -1,4 +1,4 @@
-"""Prefixes that acting has encoded, kept until the episodes of their states enter the pool."""
+"""Prefixes that acting has encoded, kept until the episodes of their states enter the replay buffer."""
 
 import hashlib
 import threading
@@ -15,13 +15,13 @@ from poco_vla.prefix_cache.store import MemoryTier
 
 
 class ActorPrefixBuffer:
-    """What an acting policy made of the states it saw, found again by the very bytes of their observations and task:
-    a state that differs in a single bit is not found. What is not asked for goes once there is too much.
+    """Prefixes that the actor computed, by the exact bytes of their observations and task: a state that differs in a
+    single bit is not found. The least recently used are dropped beyond the budget.
 
     `add` may be called from another thread than `take`.
 
     Args:
-        policy: packs; what its `resize_images` leaves of a picture is what the pool has of it.
+        policy: packs; what its `resize_images` leaves of a picture is what the replay buffer has of it.
         to_ram: moves an entry there.
         budget: most bytes of all entries.
         dtype: of what is kept.
@@ -45,7 +45,7 @@ class ActorPrefixBuffer:
 
     @torch.no_grad()
     def add(self, obs: Mapping[str, np.ndarray], tasks: Sequence[str], prefix: Prefix) -> None:
-        """Keep the prefixes of B raw observations."""
+        """Store the prefixes of B raw observations."""
         if self._entries.budget == 0:
             return
         seen = {key: obs[key] for key in self._policy.input_keys}
@@ -57,7 +57,7 @@ class ActorPrefixBuffer:
                 self._entries.put(self._key(shrunk, i, task), entry)
 
     def take(self, episode: Episode) -> dict[int, Entry]:
-        """Prefixes of an episode's steps, by their number in it, where there are any. They are given away."""
+        """Remove and return the stored prefixes of an episode's steps, by the step's index."""
         steps = range(len(episode) if len(self._entries) else 0)
         keys = [self._key(episode.obs, step, episode.task_at(step)) for step in steps]
         with self._lock:  # a state may come several times
@@ -67,7 +67,7 @@ class ActorPrefixBuffer:
         return found
 
     def close(self) -> None:
-        """Keep nothing any more."""
+        """Drop all entries and store none any more."""
         with self._lock:
             self._entries = MemoryTier(0)
 

@@ -19,7 +19,7 @@ type Layout = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
 
 @dataclass(frozen=True)
 class Entry:
-    """Tensors of one state, one behind the other.
+    """Tensors of one state, concatenated as bytes.
 
     Attributes:
         layout: name, dtype and shape of each.
@@ -31,7 +31,7 @@ class Entry:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], *, dtype: Literal["exact", "fp8"] = "exact") -> "Entry":
-        """A copy of these tensors, on their device."""
+        """Return a copy of these tensors, on their device."""
         tensors = quantize(tensors) if dtype == "fp8" else tensors
         layout = tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
         size = sum(_padded(tensor.nbytes) for tensor in tensors.values())
@@ -42,11 +42,11 @@ class Entry:
         return entry
 
     def tensors(self) -> dict[str, Tensor]:
-        """As they were packed: views of the bytes, or, of 8-bit floats, what they stand for."""
+        """Return the tensors as they were packed: views of the bytes, or dequantized copies of 8-bit floats."""
         return dequantize(self._views())
 
     def to(self, device: torch.device) -> "Entry":
-        """The same on another device; from page-locked memory without waiting."""
+        """Return a copy on another device; from page-locked memory without waiting."""
         return Entry(self.layout, self.data.to(device, non_blocking=True))
 
     @property
@@ -75,7 +75,8 @@ def _padded(size: int) -> int:
 
 
 def quantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices of floats as 8-bit ones (4 bits exponent, 3 mantissa) with a scale per row; vectors stay as they are.
+    """Convert matrices of floats to 8-bit floats (4 bits exponent, 3 mantissa) with a scale per row; vectors are
+    unchanged.
 
     A number is off by at most a 16th of itself, or by a 2^-10th of the scale where it is tiny beside its row's largest;
     that is the rounding of 3 bits. The scale has the tensor's own dtype, by which `dequantize` knows it again.
@@ -95,7 +96,7 @@ def quantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dequantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `quantize` was given, but for rounding."""
+    """Return the tensors that `quantize` was given, up to rounding."""
     return {
         name: (tensor.float() * tensors[f"{name}{SCALE}"].float()).to(tensors[f"{name}{SCALE}"].dtype)
         if tensor.dtype == FP8

@@ -31,20 +31,20 @@ class DiskFullError(Exception):
 
 @dataclass
 class DiskBudget:
-    """Bytes that all files together may take."""
+    """Bytes that all files together may use."""
 
     limit: int
     taken: int = 0
     is_full: bool = False
 
     def take(self, size: int) -> None:
-        """Raises DiskFullError where they do not fit."""
+        """Reserve `size` bytes. Raises DiskFullError if they exceed the limit."""
         if self.is_full or self.taken + size > self.limit:
             raise DiskFullError
         self.taken += size
 
     def write(self, file: int, blob: bytes, offset: int) -> None:
-        """Raises DiskFullError where the disk has no room; from then on the files grow no more."""
+        """Write `blob` at `offset`. Raises DiskFullError if the disk is full; the files do not grow after that."""
         try:
             view = memoryview(blob)
             while view:
@@ -63,7 +63,7 @@ def to_blob(entry: Entry) -> bytes:
 
 
 def from_blob(blob: bytearray, layouts: dict[bytes, Layout]) -> Entry:
-    """`layouts` keeps those that were read before: most entries have one of few."""
+    """Return the entry that `to_blob` wrote. `layouts` caches parsed layouts: most entries share one of few."""
     (length,) = HEAD.unpack_from(blob)
     text, begin = bytes(blob[HEAD.size : HEAD.size + length]), HEAD.size + length
     layout = layouts.setdefault(text, layout_from_json(text.decode()))
@@ -73,7 +73,7 @@ def from_blob(blob: bytearray, layouts: dict[bytes, Layout]) -> Entry:
 
 
 def read_at(file: int, size: int, offset: int) -> bytearray:
-    """Raises OSError where the file is shorter."""
+    """Read `size` bytes at `offset`. Raises OSError if the file is shorter."""
     blob = bytearray(size)
     view = memoryview(blob)
     while view:
@@ -85,8 +85,8 @@ def read_at(file: int, size: int, offset: int) -> bytearray:
 
 
 class PersistentFiles:
-    """Entries that stay for later runs: files that only ever grow. Of several processes each writes files of its own,
-    and reads those that were there before.
+    """Entries that stay for later runs, in files that only grow. Each of several processes writes files of its own, and
+    reads those that existed when it started.
 
     A file ``N.data`` holds entries one behind the other, ``N.index`` a `RECORD` for each, which is written after its
     bytes: what a killed process left unfinished is in no index. After a loss of power, which may keep the index and
@@ -126,7 +126,7 @@ class PersistentFiles:
         return len(self._places)
 
     def get(self, key: int) -> Entry | None:
-        """The entry; None where there is none, or its bytes are not those that were written."""
+        """Return the entry; None if there is none or its bytes are not those that were written."""
         if key not in self._places:
             return None
         file, offset, size, checksum = self._places[key]
@@ -143,7 +143,7 @@ class PersistentFiles:
         return from_blob(blob, self._layouts)
 
     def put(self, key: int, entry: Entry) -> None:
-        """Raises DiskFullError."""
+        """Append an entry. Raises DiskFullError."""
         if key in self._places:
             return
         blob = to_blob(entry)
@@ -168,7 +168,8 @@ class PersistentFiles:
         self._lock.release()
 
     def _own_number(self) -> tuple[FileLock, int]:
-        """The first number that no living process writes; the system gives a lock back however a process ends."""
+        """Return the first number that no living process writes; the system releases the lock however a process
+        ends."""
         for number in itertools.count():
             lock = FileLock(self.folder / f"{number}.lock")
             with suppress(Timeout):
@@ -198,8 +199,8 @@ def _checksum(key: int, blob: bytes | bytearray) -> int:
 
 
 class RingFile:
-    """Entries that go with the process: a ring in a file without a name, in which new ones take the place of the
-    oldest, as in the pool itself.
+    """Entries that end with the process: a ring in an unnamed temporary file, in which new entries replace the oldest,
+    as in the replay buffer.
 
     Args:
         folder: on whose disk it lies.
@@ -227,7 +228,7 @@ class RingFile:
         return from_blob(read_at(self._file.fileno(), size, offset), self._layouts)
 
     def put(self, key: int, entry: Entry) -> None:
-        """Raises DiskFullError where not even an empty ring has room for it."""
+        """Store an entry. Raises DiskFullError if not even an empty ring has space for it."""
         if key in self._places:
             return
         blob = to_blob(entry)
@@ -248,7 +249,8 @@ class RingFile:
         self._file.close()
 
     def _begin(self, size: int) -> int:
-        """Where the next entry goes: behind the last one, or, where the file may grow no more, at its beginning."""
+        """Return the offset of the next entry: behind the last one, or the file's beginning if the file may not
+        grow."""
         end = self._pointer + size
         if end > self._size:
             try:
@@ -261,7 +263,7 @@ class RingFile:
         return self._pointer
 
     def _evict(self, begin: int, end: int) -> None:
-        """Drop what lies in [begin, end): the oldest, as the pointer goes round."""
+        """Drop the entries in [begin, end), which are the oldest."""
         while self._places:
             key, (offset, size) = next(iter(self._places.items()))
             if not (offset < end and begin < offset + size):

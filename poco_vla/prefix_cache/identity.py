@@ -23,14 +23,14 @@ PROBES = 64
 
 
 def identity(policy: FlowPolicy, demos: Sequence[Episode], **settings: Any) -> dict[str, Any]:
-    """What a stored prefix of these demonstrations is of.
+    """Return all that a stored prefix of these demonstrations depends on.
 
     Content counts, not names: every byte of the observations and of the frozen weights, the pre-processor's
     configuration and statistics, and what it makes of some observations, which depends on its code and tokenizer, too.
 
     Args:
         policy: whose prefixes.
-        demos: as they are in the pool; ids count their steps.
+        demos: as they are in the replay buffer; ids count their steps.
         settings: whatever else settles what an entry holds.
     """
     kind = type(policy)
@@ -49,12 +49,12 @@ def identity(policy: FlowPolicy, demos: Sequence[Episode], **settings: Any) -> d
 
 
 def digest_of(about: Mapping[str, Any]) -> str:
-    """Name of the folder for an identity."""
+    """Return the folder name for an identity."""
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def cache_folder(root: Path, about: Mapping[str, Any]) -> Path:
-    """The folder of an identity below `root`; what it is of lies in it, to be read by people."""
+    """Return the folder of an identity below `root`, with a readable description of the identity in it."""
     folder = root / digest_of(about)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "about.json"
@@ -64,13 +64,13 @@ def cache_folder(root: Path, about: Mapping[str, Any]) -> Path:
 
 
 def _hash_frozen(policy: FlowPolicy) -> str:
-    """All that does not train: parameters, buffers."""
+    """Return the digest of frozen parameters and of buffers."""
     named = {name: p for name, p in policy.named_parameters() if not p.requires_grad} | dict(policy.named_buffers())
     return _hash(part for name in sorted(named) for part in (name, named[name]))
 
 
 def _hash_processors(policy: FlowPolicy) -> str:
-    """Configuration and state of each step, of pipelines that have steps."""
+    """Return the digest of each step's configuration and state, of pipelines that have steps."""
     parts: list[Any] = []
     for step in getattr(pipeline_of(policy), "steps", ()):
         parts += [type(step).__name__, json.dumps(step.get_config(), sort_keys=True, default=str)]
@@ -80,7 +80,7 @@ def _hash_processors(policy: FlowPolicy) -> str:
 
 
 def _hash_processed(policy: FlowPolicy, demos: Sequence[Episode]) -> str:
-    """Observations as the network gets them: some, and one of each instruction."""
+    """Return the digest of some processed observations, one of each instruction among them."""
     ends = np.cumsum([len(episode) for episode in demos])
     chosen = {int(step) for step in np.linspace(0, ends[-1] - 1, PROBES)}
     firsts = {
@@ -111,7 +111,7 @@ def _hash_episodes(demos: Sequence[Episode]) -> str:
 
 
 def _hash(parts: Iterable[Any]) -> str:
-    """SHA-256 of texts, arrays and tensors, their kinds and shapes included."""
+    """Return the SHA-256 of texts, arrays and tensors, including types and shapes."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -127,7 +127,7 @@ def _hash(parts: Iterable[Any]) -> str:
 
 
 def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
-    """Versions of those of these distributions that are installed."""
+    """Return the versions of these distributions, without those that are not installed."""
     found = {}
     for name in distributions:
         with suppress(PackageNotFoundError):

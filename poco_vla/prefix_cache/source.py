@@ -68,18 +68,19 @@ class Demand:
     disk: int
 
     def hit_rate(self, num_bytes: float) -> float:
-        """Share of the draws that will be found: of states that there is room for, after each one's first time."""
+        """Return the share of sampled states that will be found: of states that fit into the store, after each one's
+        first time."""
         kept = min(1.0, (self.memory + self.disk) / (num_bytes * max(1, self.states)))
         return kept * max(0.0, 1 - self.states / max(1, self.draws))
 
     def from_disk(self, num_bytes: float) -> float:
-        """Share of what is found that will be found on disk."""
+        """Return the share of found states that will be read from disk."""
         kept = min(num_bytes * self.states, self.memory + self.disk)
         return max(0.0, 1 - self.memory / max(1.0, kept))
 
 
 def saves_time(costs: Costs, demand: Demand) -> bool:
-    """Whether a store saves at least a tenth of the time that encoding takes."""
+    """True if a store saves at least a tenth of the time that encoding takes."""
     rate = demand.hit_rate(costs.num_bytes)
     load = costs.load + demand.from_disk(costs.num_bytes) * costs.read
     return rate * load + (1 - rate) * (costs.encode + costs.keep) < WORTH * costs.encode
@@ -131,13 +132,13 @@ class PrefixSource:
 
     @property
     def is_used(self) -> bool:
-        """Whether batches get their prefixes here."""
+        """True if batches get their prefixes from this source."""
         return self.shares or self.store is not None
 
     def prefixes(
         self, raw: Transitions, ahead: "Future[dict[int, Entry]] | None" = None, *, bootstrap: bool = True
     ) -> tuple[Prefix, Prefix | None]:
-        """Of the states that transitions start from, and of those that they bootstrap from.
+        """Return the prefixes of the states that transitions start from, and of those that they bootstrap from.
 
         Args:
             raw: the transitions.
@@ -165,23 +166,24 @@ class PrefixSource:
         return first, second[0] if second else None
 
     def prefetch(self, raw: Transitions, *, bootstrap: bool = True) -> "Future[dict[int, Entry]] | None":
-        """Begin to load what `prefixes` will be asked for; None where there is nothing to load from."""
+        """Start loading the entries that `prefixes` will read; None without a store."""
         if self.store is None:
             return None
         return self._thread.submit(self._fetch, np.unique(np.concatenate(_wanted(raw, bootstrap=bootstrap))))
 
     def add_from_actor(self, episode: Episode, first: int) -> None:
-        """Keep what acting has encoded of an episode that has entered the pool.
+        """Store the prefixes that the actor computed of an episode that is in the replay buffer now.
 
         Args:
-            episode: as the pool has it.
+            episode: as the replay buffer has it.
             first: id of its first step.
         """
         if self.actor_buffer is not None and self.store is not None:
             self.store.put_in_ram({first + step: entry for step, entry in self.actor_buffer.take(episode).items()})
 
     def rates(self) -> dict[str, float]:
-        """Since the last call: share of states found, megabytes loaded per second, seconds saved per second."""
+        """Return rates since the last call: share of states found, megabytes loaded per second, seconds saved per
+        second."""
         if self.store is None or self.costs is None:
             return {}
         counts, clock = (self.hits, self.encoded, self.store.loads.num_bytes), time.monotonic()
@@ -195,7 +197,7 @@ class PrefixSource:
         }
 
     def figures(self) -> dict[str, Any]:
-        """Of the whole run, for its result."""
+        """Return statistics of the whole run, for result.json."""
         if self.store is None or self.costs is None:
             return {"on": False}
         return {
@@ -238,8 +240,8 @@ class PrefixSource:
         return made
 
     def _try(self, store: PrefixStore, missing: list[int], found: Mapping[int, Entry]) -> dict[int, Entry]:
-        """Encode and keep what is missing, with a look at the clock. Of what was found some is encoded as well: it must
-        come out the same, and where next to nothing is missing, it says what encoding takes."""
+        """Encode and store missing states, and measure the time. Some of the found states are encoded as well: they
+        must come out the same, and give the time of encoding where next to nothing is missing."""
         known = list(found)[: max(1, TRIED - len(missing))]
         times = [self._now(store)]
 
@@ -278,7 +280,7 @@ class PrefixSource:
         return made
 
     def _now(self, store: PrefixStore) -> float:
-        """Seconds, once all that was asked of the device is done."""
+        """Return the time in seconds, after the device has finished its queued work."""
         if store.device.type == "cuda":
             torch.cuda.synchronize(store.device)
         return time.perf_counter()
@@ -298,7 +300,7 @@ class PrefixSource:
 
 
 def _alike(entry: Entry, other: Entry) -> bool:
-    """Whether two entries hold the same but for the rounding of other batch mates."""
+    """True if two entries are equal up to the rounding of another batch."""
     if [(name, shape) for name, _, shape in entry.layout] != [(name, shape) for name, _, shape in other.layout]:
         return False
     mine, its = entry.tensors(), other.tensors()
@@ -310,5 +312,6 @@ def _rms(x: torch.Tensor) -> float:
 
 
 def _wanted(raw: Transitions, *, bootstrap: bool) -> Sequence[np.ndarray]:
-    """Ids of the states of transitions. Where nothing follows, the bootstrap state is any: the first serves."""
+    """Return the ids of the states of transitions. Where nothing follows, the bootstrap state is arbitrary: the first
+    state serves."""
     return (raw.ids, np.where(raw.discount == 0, raw.ids, raw.next_ids)) if bootstrap else (raw.ids,)

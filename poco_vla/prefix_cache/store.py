@@ -49,7 +49,7 @@ class MemoryTier:
         return self.taken + entry.num_bytes <= self.budget
 
     def put(self, key: int, entry: Entry) -> list[tuple[int, Entry]]:
-        """What has to leave for it; itself where it is larger than the whole tier."""
+        """Store an entry and return the evicted ones; the entry itself if it is larger than the whole tier."""
         self.pop(key)
         if entry.num_bytes > self.budget:
             return [(key, entry)]
@@ -85,9 +85,9 @@ class Loads:
 
 
 class PrefixStore:
-    """Three tiers. A new entry goes to the fastest; what has to leave a tier for it goes to the next. An entry that is
-    found moves up where there is room without another's leaving: under uniform sampling no entry is worth more than
-    another. Demonstrations' are written to disk at once, where they stay for later runs.
+    """Three tiers: device memory, RAM, disk. A new entry goes to the fastest; an entry that is evicted from a tier goes
+    to the next. An entry that is found moves up if it fits without evicting another: under uniform sampling no entry is
+    worth more than another. Entries of demonstrations are written to disk at once, where they stay for later runs.
 
     Each process stores what its own rows of the batches need: every process draws other rows at every update, so that
     a share of the states for each would make most of them travel between processes instead of out of memory.
@@ -115,7 +115,7 @@ class PrefixStore:
         self._lock = threading.RLock()
 
     def fetch(self, keys: Sequence[int]) -> dict[int, Entry]:
-        """The entries that it has of these, on the device, ready for whichever stream calls `use`."""
+        """Return the stored entries of these keys, on the device, ready for the stream that calls `use`."""
         found: dict[int, Entry] = {}
         sources: list[Entry] = []  # stay until they are copied, wherever they are evicted from meanwhile
         with self._stream():
@@ -129,13 +129,13 @@ class PrefixStore:
         return found
 
     def use(self, entries: Mapping[int, Entry]) -> None:
-        """The current stream will read them: their memory is not given away before it has."""
+        """Record that the current stream reads these entries, so that their memory is not reused before it has."""
         if self._copying is not None:
             for entry in entries.values():
                 entry.data.record_stream(torch.cuda.current_stream(self.device))
 
     def put(self, entries: Mapping[int, Entry]) -> None:
-        """Keep new entries, which are on the device."""
+        """Store new entries, which are on the device."""
         with self._lock:
             if self._copying is not None:  # what was just copied to the device may have to leave it
                 torch.cuda.current_stream(self.device).wait_stream(self._copying)
@@ -148,19 +148,19 @@ class PrefixStore:
                     self._demote(old, cpu if cpu is not None and old == key else self.to_ram(its))
 
     def put_in_ram(self, entries: Mapping[int, Entry]) -> None:
-        """Keep new entries of online states, which are in RAM (`to_ram`)."""
+        """Store new entries of online states, which are in RAM (`to_ram`)."""
         with self._lock:
             for key, entry in entries.items():
                 self._demote(key, entry)
 
     def from_disk(self, keys: Sequence[int]) -> dict[int, Entry]:
-        """Those that lie on disk, read from there wherever else they lie, in RAM."""
+        """Return the entries that are on disk, read from there even if RAM has them, too."""
         with self._lock:
             found = {key: self._read_disk(key) for key in keys}
         return {key: entry for key, entry in found.items() if entry is not None}
 
     def discard_persistent(self) -> None:
-        """Do not use what was on disk before, nor write there."""
+        """Stop reading and writing the persistent files, and drop all entries in memory."""
         with self._lock:
             if self._persistent is not None:
                 self._persistent.close()
@@ -176,23 +176,23 @@ class PrefixStore:
             self._fast, self._ram = MemoryTier(0), MemoryTier(0)
 
     def __len__(self) -> int:
-        """Entries in memory and on disk, those in several tiers once for each."""
+        """Return the number of entries in memory and on disk; an entry in several tiers counts once for each."""
         files = [file for file in (self._persistent, self._file) if file is not None]
         return sum(map(len, (self._fast, self._ram, *files)))
 
     @property
     def num_damaged(self) -> int:
-        """Entries on disk that were not what had been written."""
+        """Return the number of entries on disk that failed their checksum."""
         return 0 if self._persistent is None else self._persistent.num_damaged
 
     @property
     def num_kept(self) -> int:
-        """Entries on disk that stay for later runs."""
+        """Return the number of entries on disk that stay for later runs."""
         return 0 if self._persistent is None else len(self._persistent)
 
     @property
     def num_bytes(self) -> dict[str, int]:
-        """What each tier takes."""
+        """Return the bytes of each tier."""
         return {"device": self._fast.taken, "ram": self._ram.taken, "disk": self._disk.taken}
 
     def _get(self, key: int, sources: list[Entry]) -> Entry | None:
@@ -236,7 +236,7 @@ class PrefixStore:
             self.disk_is_full = self._disk.is_full
 
     def to_ram(self, entry: Entry) -> Entry:
-        """In RAM, page-locked where there is a GPU to copy from it."""
+        """Return a copy of the entry in RAM, page-locked if there is a GPU to copy from it."""
         if self._copying is None or entry.num_bytes < LOCKED_FROM:
             return Entry(entry.layout, entry.data.cpu())
         data = torch.from_numpy(allocate_page_locked(entry.num_bytes))
@@ -249,8 +249,8 @@ class PrefixStore:
 
 
 def allocate_page_locked(size: int) -> np.ndarray:
-    """uint8 [size] that a GPU reads without the CPU's help. torch's own pinned memory comes in powers of two: up to
-    twice what a budget counts."""
+    """Return uint8 [size] of page-locked memory. torch's own pinned memory comes in powers of two: up to twice the
+    bytes that a budget counts."""
     memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)  # pages of its own: none is registered twice
     runtime: Any = torch.cuda.cudart()
     if int(runtime.cudaHostRegister(memory.ctypes.data, size, 0)) == 0:

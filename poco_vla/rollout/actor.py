@@ -18,7 +18,7 @@ from poco_vla.simulators.observations import require_pictures
 
 
 class Actor:
-    """Samples chunks from a policy: plain samples (paper), or the critic's favourite of `best_of_n`.
+    """Samples chunks from a policy: plain samples (paper), or the best of `best_of_n` by the critic.
 
     Args:
         policy: the policy that acts.
@@ -54,7 +54,8 @@ class Actor:
     def chunks(
         self, obs: Mapping[str, np.ndarray], tasks: Sequence[str], *, best_of_n: int | None = None
     ) -> np.ndarray:
-        """One chunk per state: [B, H, action_dim] float32, in the robot's units. `best_of_n` is the actor's when None.
+        """Return one chunk per state: [B, H, action_dim] float32, in the robot's units. `best_of_n` None takes the
+        actor's own.
 
         Raises:
             NonFiniteError: an observation or a sampled action is NaN or infinite.
@@ -79,7 +80,7 @@ class Actor:
 
 @dataclass
 class WeightsVersion:
-    """When a learner's weights may be read by another thread: between two updates, never inside one.
+    """Version and lock of a learner's weights: another thread may read them between two updates, never inside one.
 
     Attributes:
         version: updates that made them.
@@ -93,7 +94,7 @@ class WeightsVersion:
 
     @contextmanager
     def change(self, version: int) -> Iterator[None]:
-        """The learner changes them within this block; `version` is theirs from then on."""
+        """Hold the lock while the learner changes its weights; they have `version` afterwards."""
         with self.lock:
             yield
             self.version = version
@@ -125,7 +126,7 @@ class ActingCopy(Actor):
     def chunks(
         self, obs: Mapping[str, np.ndarray], tasks: Sequence[str], *, best_of_n: int | None = None
     ) -> np.ndarray:
-        """As :meth:`Actor.chunks`, of the newest weights."""
+        """Return what :meth:`Actor.chunks` returns, with the newest weights."""
         if self._seen != self.weights.changes:
             self._renew()
         return super().chunks(obs, tasks, best_of_n=best_of_n)
@@ -138,7 +139,7 @@ class ActingCopy(Actor):
 
 
 def _frozen(policy: FlowPolicy) -> dict[int, object]:
-    """A memo for deepcopy: what is in it is taken over, not copied."""
+    """Return a memo for deepcopy: the tensors in it are shared, not copied."""
     tensors = [p for p in policy.parameters() if not p.requires_grad] + list(policy.buffers())
     return {id(tensor): tensor for tensor in tensors}
 

@@ -41,7 +41,7 @@ def instruction_of(env: Any) -> str:
 
 
 def success_of(info: Any, name: str) -> bool | None:
-    """Read info["is_success"]: None where it is not told; NaN is no success.
+    """Return info["is_success"]; None if it is missing. NaN is no success.
 
     Raises:
         ConfigError: info is no dict, or the value is no truth value.
@@ -60,7 +60,7 @@ def success_of(info: Any, name: str) -> bool | None:
 
 
 def _single(value: Any, what: str, expected: str) -> float:
-    """Take one number out of a scalar or an array of one element. Raises ConfigError for anything else."""
+    """Return the number in a scalar or an array of one element. Raises ConfigError for anything else."""
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError):
@@ -76,7 +76,7 @@ def _shown(value: Any) -> str:
 
 
 def declared_limit(env: Any) -> int | None:
-    """Control steps per episode that an environment declares, None where it declares none."""
+    """Return the control steps per episode that an environment declares; None if it declares none."""
     inner = getattr(env, "unwrapped", env)
     spec = getattr(env, "spec", None)
     for value in (
@@ -156,17 +156,17 @@ class ChunkEnv(gym.Env):
         return text
 
     def describe(self) -> dict[str, Any]:
-        """Give what a pool wants to know before the first episode."""
+        """Return the action dimension and step limits of the environment."""
         return {"action_dim": self.env.action_space.shape[-1], "declared": self.declared, "limit": self.most_steps}  # type: ignore[index]
 
     def begin(self, first: int, end: int | None = None) -> dict[str, Any]:
-        """Begin the episode of seed `first`; those of `end` and beyond are not played."""
+        """Begin the episode of seed `first`; seeds of `end` and beyond are not played."""
         self._next, self._end = first, end
         self._begin_episode()
         return self.state()
 
     def play(self, action: np.ndarray) -> dict[str, Any]:
-        """Execute a chunk up to the episode's end; give the control steps that it brought."""
+        """Execute a chunk up to the episode's end and return its control steps."""
         steps = _Steps(self._seed)
         if not self._idle and np.isfinite(action).all():
             for one in action:
@@ -177,13 +177,13 @@ class ChunkEnv(gym.Env):
         return steps.columns(self._now)
 
     def settle(self) -> dict[str, Any]:
-        """Begin the next episode where one has ended; give the state to act on."""
+        """Begin the next episode if one has ended, and return the state to act on."""
         if self._ended:
             self._begin_episode()
         return self.state()
 
     def state(self) -> dict[str, Any]:
-        """Give the state to act on, and what there is to say of it."""
+        """Return the state to act on and its instruction, messages and flags."""
         return {
             "now": self._now,
             "idle": self._idle,
@@ -264,7 +264,7 @@ class ChunkEnv(gym.Env):
             self._now = {key: np.asarray(value) for key, value in sample.items()}
 
     def _result(self, steps: dict[str, Any]) -> dict[str, Any]:
-        """Give `steps` and the state to act on in the form of the observation space."""
+        """Return `steps` and the state to act on in the form of the observation space."""
         length = steps["length"]
 
         def padded(column: np.ndarray) -> np.ndarray:
@@ -290,7 +290,7 @@ def _parts(answer: Any) -> str:
 
 @dataclass
 class _Steps:
-    """Control steps that one chunk brought."""
+    """Control steps of one chunk."""
 
     seed: int
     obs: list[dict[str, np.ndarray]] = field(default_factory=list)
@@ -306,7 +306,7 @@ class _Steps:
         self.terminal.append(terminal)
 
     def columns(self, like: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Give one array per column, observations like those of `like`."""
+        """Return one array per column, observations in the types of `like`."""
         frames = {
             key: np.stack([one[key] for one in self.obs]) if self.obs else np.empty((0, *column.shape), column.dtype)
             for key, column in like.items()

@@ -65,7 +65,7 @@ PUBLISHING = 0.1
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a worker is to do.
+    """All that a worker needs to build its environments and its actor.
 
     Attributes:
         policy: [reference to (policy, critic, aggregation)].
@@ -143,7 +143,7 @@ class Failed:
 
 
 class Worker:
-    """Environments and an actor in a process of their own. Ray runs it; nothing in it knows of the learner.
+    """Environments and an actor in a Ray process. It knows nothing of the learner.
 
     Every call answers: what went wrong is an answer, too. Only death is not.
     """
@@ -155,7 +155,7 @@ class Worker:
         return _answer(lambda: self._begin(spec))
 
     def play(self, published: Published, best_of_n: int) -> Played | Failed:
-        """One chunk in each environment, by the newest weights."""
+        """Play one chunk in each environment, with the newest weights."""
         return _answer(lambda: self._play(published, best_of_n))
 
     def close(self) -> None:
@@ -215,7 +215,7 @@ def _answer(act: Callable[[], Played]) -> Played | Failed:
 
 
 def _move(policy: FlowPolicy, device: str) -> str:
-    """Let the processors of a policy put their tensors on `device`; gives it back."""
+    """Set the device on which the processors of a policy put their tensors, and return it."""
     from lerobot.processor import DeviceProcessorStep
 
     for step in getattr(pipeline_of(policy), "steps", ()):
@@ -229,18 +229,18 @@ def _move(policy: FlowPolicy, device: str) -> str:
 
 
 def trained(policy: FlowPolicy, critic: ChunkCritic | None) -> list[Tensor]:
-    """What changes while the learner learns, in an order that both sides know."""
+    """Return the tensors that training changes, in the same order for learner and workers."""
     learned: list[Tensor] = [p for p in policy.parameters() if p.requires_grad]
     return learned + list(critic.parameters() if critic is not None else [])
 
 
 def to_bytes(tensor: Tensor) -> np.ndarray:
-    """[bytes] uint8, of any dtype; of a CPU tensor a view where it can be one."""
+    """Return the bytes of a tensor of any dtype as uint8; a view of a CPU tensor if possible."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def from_bytes(data: np.ndarray, dtype: torch.dtype, shape: Any) -> Tensor:
-    """A view of :func:`to_bytes`' result."""
+    """Return a view of :func:`to_bytes`' result as a tensor."""
     return torch.from_numpy(data).view(dtype).reshape(shape)
 
 
@@ -253,14 +253,14 @@ def _tensor(parts: tuple[np.ndarray, torch.dtype, tuple[int, ...], bool]) -> Ten
 
 
 def _parameter(parts: tuple[np.ndarray, torch.dtype, tuple[int, ...], bool]) -> nn.Parameter:
-    """What is frozen stays a view of the store's only copy, which nobody can write to."""
+    """Return a parameter; if it is frozen, as a view of the object store's only copy, which is read-only."""
     data = from_bytes(*parts[:3])
     return nn.Parameter(data.clone() if parts[3] else data, requires_grad=parts[3])
 
 
 @contextmanager
 def _tensors_as_bytes() -> Iterator[None]:
-    """Ray pickles tensors through an archive of torch's, which costs several copies; within this, as plain bytes."""
+    """Let Ray pickle tensors as plain bytes within this context: torch's own archive costs several copies."""
     from ray.util import deregister_serializer, register_serializer
 
     kinds: dict[type, Callable[[Any], Tensor]] = {Tensor: _tensor, nn.Parameter: _parameter}
@@ -275,7 +275,7 @@ def _tensors_as_bytes() -> Iterator[None]:
 
 @contextmanager
 def _read_only_tensors() -> Iterator[None]:
-    """Without torch's warning that one could write to them."""
+    """Suppress torch's warning about tensors over read-only memory within this context."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
         yield
@@ -286,7 +286,7 @@ def _read_only_tensors() -> Iterator[None]:
 
 @dataclass
 class _WorkerSlot:
-    """A worker's place.
+    """A worker's place, which keeps its number when the worker is replaced.
 
     Attributes:
         index: of the place.
@@ -362,7 +362,7 @@ class ClusterInteraction(BackgroundInteraction):
 
     @property
     def stride(self) -> int:
-        """Environments of all workers."""
+        """Return the number of environments of all workers."""
         return self.settings.workers * self.env.num_envs
 
     def close(self) -> None:
@@ -391,7 +391,7 @@ class ClusterInteraction(BackgroundInteraction):
                 raise ConfigError(f"this policy cannot be sent to Ray's workers: {error}") from error
 
     def _spawn_worker(self, slot: _WorkerSlot) -> None:
-        """Put a new worker in a place and let it begin."""
+        """Start a new worker in a slot and begin its episodes."""
         import ray
 
         settings = self.settings
@@ -422,7 +422,8 @@ class ClusterInteraction(BackgroundInteraction):
             self._take_in()
 
     def _send_out(self) -> None:
-        """A round for every idle worker, as long as acting may go on even if all rounds bring what they can."""
+        """Start a round on every idle worker, as long as acting may continue even if all running rounds take their most
+        steps."""
         while self._idle:
             promised = sum(slot.promised for slot in self._running.values())
             with self._changed:
@@ -471,7 +472,7 @@ class ClusterInteraction(BackgroundInteraction):
         self._idle.append(slot)
 
     def _place_of(self, episode: Episode, slot: _WorkerSlot) -> int:
-        """Which of a worker's environments an episode is of."""
+        """Return the index of the worker's environment that played an episode."""
         assert episode.seed is not None
         return (episode.seed - self._first_seed) % self.stride - slot.index * self.env.num_envs
 
@@ -493,7 +494,7 @@ class ClusterInteraction(BackgroundInteraction):
         self._spawn_worker(slot)
 
     def _publish(self) -> None:
-        """Put the newest weights into the object store, unless they are there or were published a moment ago."""
+        """Put the newest weights into the object store, unless they are there or others were published a moment ago."""
         import ray
 
         now = time.monotonic()
@@ -538,7 +539,7 @@ def check(settings: InteractionConfig) -> None:
 
 
 def connect(settings: InteractionConfig) -> bool:
-    """Connect this process to the cluster of `settings`; says whether it was not before.
+    """Connect this process to the cluster of `settings`; return True if it was not connected before.
 
     Raises:
         ConfigError: no cluster answers there, or this machine has not the GPUs for one.
@@ -590,7 +591,7 @@ def _too_few_gpus(settings: InteractionConfig, found: float) -> str:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Ray puts a handler of its own in the place of ours for SIGTERM, which would end a run without saving it."""
+    """Keep our handler of SIGTERM: Ray installs its own, which would end a run without saving it."""
     own = signal.getsignal(signal.SIGTERM)
     try:
         yield

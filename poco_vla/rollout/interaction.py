@@ -19,7 +19,7 @@ from poco_vla.rollout.pool import EnvPool
 
 @dataclass(frozen=True)
 class Received:
-    """What interaction brought.
+    """Result of `Interaction.receive`.
 
     Attributes:
         episodes: those that ended, each of them on disk.
@@ -41,7 +41,7 @@ class Interaction(ABC):
 
     @abstractmethod
     def act(self, *, best_of_n: int, until: float) -> None:
-        """Go on acting.
+        """Continue acting.
 
         Args:
             best_of_n: candidates per acting step from here on.
@@ -50,28 +50,28 @@ class Interaction(ABC):
 
     @abstractmethod
     def receive(self, *, wait: bool) -> Received:
-        """What has come since the last call; `wait` for something, for a while, when there is nothing else to do.
+        """Return the episodes and steps since the last call; with `wait`, wait some time for the first.
 
         Raises:
             PocoError: acting or recording failed.
         """
 
     def tell(self, progress: Mapping[str, Any]) -> None:  # noqa: B027 (nobody listens in a simulation)
-        """How training goes, for whoever looks on from the robot's side."""
+        """Report the progress of training to clients on the robot's side."""
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on where a checkpoint was taken."""
+        """Return the state from which `restore` continues after a checkpoint."""
         return {}
 
     @abstractmethod
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's state."""
+        """Continue from a checkpoint's state."""
 
     def pause(self) -> None:  # noqa: B027
-        """No more is wanted: what goes on by itself begins nothing new."""
+        """Begin no new rounds: no more steps are needed."""
 
     def finish(self) -> None:  # noqa: B027
-        """Training is over: whoever acts may end what it is doing."""
+        """End acting: training is over."""
 
     @abstractmethod
     def close(self) -> None:
@@ -112,7 +112,7 @@ class SynchronousInteraction(Interaction):
         return Received(episodes, steps, np.full(steps, self._version))
 
     def state(self) -> dict[str, Any]:
-        """Seeds and chunks of the running episodes; the actor's generator is its owner's to keep."""
+        """Return seeds and chunks of the running episodes; the owner of the actor saves its generator."""
         return {} if self._first_seed is not None else self.envs.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -146,7 +146,7 @@ class BackgroundInteraction(Interaction):
 
     @abstractmethod
     def _play(self) -> None:
-        """Act until `_stop`, in the thread."""
+        """Act in the thread until `_stop`."""
 
     def act(self, *, best_of_n: int, until: float) -> None:
         with self._changed:
@@ -174,7 +174,7 @@ class BackgroundInteraction(Interaction):
             self._until = 0.0
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Episodes that were running are not taken up again: another would have been as good."""
+        """Do nothing: running episodes are not continued, as other episodes serve as well."""
 
     def close(self) -> None:
         with self._changed:
@@ -192,7 +192,7 @@ class BackgroundInteraction(Interaction):
                 self._changed.notify_all()
 
     def _brought(self, episodes: list[Episode], steps: int, version: int) -> None:
-        """Record what a round brought, then hand it over."""
+        """Record the episodes of a round, then pass them to the learner."""
         episodes = _record(self.recorder, episodes)
         with self._changed:
             self._taken += steps
@@ -238,7 +238,7 @@ class AsynchronousInteraction(BackgroundInteraction):
 
 
 def _record(recorder: EpisodeRecorder | None, episodes: list[Episode]) -> list[Episode]:
-    """Record episodes; gives those that training can bear. The others are set aside, and that is said."""
+    """Record episodes and return those that can be trained on. The others are set aside with a message."""
     if recorder is None:
         return episodes
     kept = []

@@ -164,8 +164,8 @@ class EnvPool:
         self.close()
 
     def reset(self, first_seed: int | list[int], count: int | None = None) -> None:
-        """Begin episodes with seeds first_seed, first_seed + 1, ...: `count` of them, or without end. Without end, each
-        environment may be given a first seed of its own."""
+        """Begin episodes with seeds first_seed, first_seed + 1, ...: `count` of them, or without end. Without end, a
+        list gives each environment its own first seed."""
         if isinstance(first_seed, list):
             self._begin(list(first_seed), None)
         else:
@@ -174,7 +174,7 @@ class EnvPool:
 
     @property
     def obs(self) -> dict[str, np.ndarray]:
-        """LeRobot key -> [num_envs, ...]: the states to act on."""
+        """Return the states to act on: LeRobot key -> [num_envs, ...]."""
         return self._obs
 
     @property
@@ -184,7 +184,7 @@ class EnvPool:
 
     @property
     def idle(self) -> np.ndarray:
-        """[num_envs] bool: environments that have played all their episodes."""
+        """Return [num_envs] bool: True for environments that have played all their episodes."""
         return np.array([bool(state["idle"]) for state in self._states])
 
     @property
@@ -194,7 +194,7 @@ class EnvPool:
 
     @property
     def steps_in_flight(self) -> int:
-        """Control steps of episodes that have not ended yet."""
+        """Return the control steps of episodes that have not ended yet."""
         return sum(len(row["reward"]) for running in self._running for row in running.rows)
 
     def send(self, chunks: np.ndarray, version: int = 0) -> None:
@@ -212,7 +212,7 @@ class EnvPool:
             worker.ask("settle", within=self._limits.reset)
 
     def receive(self) -> tuple[list[Episode], int]:
-        """Wait for the chunks; give the episodes that ended, and the number of control steps taken."""
+        """Wait for the chunks; return the episodes that ended, and the number of control steps taken."""
         assert self._chunks is not None, "receive() without send()"
         wait(self._envs.workers, self.give_up)
         chunks, self._chunks = self._chunks, None
@@ -234,13 +234,13 @@ class EnvPool:
         return finished, taken
 
     def step(self, chunks: np.ndarray, version: int = 0) -> tuple[list[Episode], int]:
-        """`send` and `receive`."""
+        """Call `send` and `receive`."""
         self.send(chunks, version)
         return self.receive()
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to bring the running episodes back: their seeds, and the chunks sent so far with their
-        weights' versions."""
+        """Return the state from which `restore` replays the running episodes: their seeds, and the chunks sent so far
+        with their weights' versions."""
         empty = np.zeros((0, self.horizon, self.action_dim), dtype=np.float32)
         return {
             "seeds": [running.seed for running in self._running],
@@ -249,8 +249,8 @@ class EnvPool:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Replay the running episodes of a checkpoint: same seeds, same chunks, hence the same states. One that fails
-        or ends meanwhile is not gone on with."""
+        """Replay the running episodes of a checkpoint: same seeds, same chunks, hence the same states. An episode that
+        fails or ends during the replay is not continued."""
         seeds = list(state["seeds"])
         self._begin(seeds, None)
         nothing = np.full((self.horizon, self.action_dim), np.nan, dtype=np.float32)
@@ -261,7 +261,7 @@ class EnvPool:
             self.receive()
 
     def check(self) -> None:
-        """Raise what keeps the environments from going on, which `receive` leaves to the next call."""
+        """Raise the error that stopped the environments, which `receive` leaves to the next call."""
         if self._error is not None:
             raise self._error
 
@@ -286,7 +286,7 @@ class EnvPool:
         self._look()
 
     def _ask_to_begin(self, indices: Iterable[int]) -> set[int]:
-        """Begin the episodes of `_running`; give the environments that failed at it."""
+        """Begin the episodes of `_running`; return the indices of environments that failed."""
         indices = list(indices)
         workers = self._envs.workers
         for i in indices:
@@ -306,7 +306,7 @@ class EnvPool:
         return failed
 
     def _collect(self, i: int, chunk: np.ndarray, steps: Mapping[str, Any]) -> list[Episode]:
-        """Note what a chunk brought; give the episode where it has ended."""
+        """Append the steps of a chunk; return the episode if it has ended."""
         length = steps["length"]
         if length == 0:
             return []
@@ -326,7 +326,7 @@ class EnvPool:
         return self.spec.instruction if self.spec.instruction is not None else state["task"]
 
     def _look(self) -> None:
-        """Take over what the environments' states say."""
+        """Update instructions, messages and observations from the environments' states."""
         for i, state in enumerate(self._states):
             if i not in self._lost:
                 self._running[i].task = self._task(state)
@@ -349,7 +349,7 @@ class EnvPool:
     # -- failures -----------------------------------------------------------------------------------------------------
 
     def _describe(self) -> dict[str, Any]:
-        """Ask every environment what it is. One that dies or hangs at the start gets a second chance."""
+        """Describe the environments. One that dies or hangs at the start is restarted once."""
         for last in (False, True):
             for worker in self._envs.workers:
                 worker.ask("describe", within=self._limits.reset)
@@ -368,7 +368,7 @@ class EnvPool:
         return found[0]
 
     def _set_aside(self, i: int, failure: Failure) -> None:
-        """Drop the episode that environment i is in, and count it."""
+        """Drop the running episode of environment i after a failure, and count the failure."""
         running = self._running[i]
         self._running[i] = _Running(running.seed + self.stride)
         if failure.kind == "stopped":
@@ -407,7 +407,8 @@ class EnvPool:
         return f" (env.step_timeout {self._limits.step:g} s, env.reset_timeout {self._limits.reset:g} s)"
 
     def _revive(self, failed: Iterable[int]) -> None:
-        """Replace environments that failed and begin the next episode of each; which were lost are tried again."""
+        """Restart environments that failed and begin the next episode of each; environments that were lost are tried
+        again."""
         failed = set(failed)
         while failed and self._error is None:
             self._lost |= failed

@@ -72,12 +72,12 @@ class Failure:
         return cls("raised", words, "" if advice else details)
 
     def cause(self) -> Exception | None:
-        """Return the bug's traceback as an exception to chain to, None where there is none."""
+        """Return the worker's traceback as an exception to chain to, None if there is none."""
         return RemoteBugError(self.details) if self.details else None
 
 
 def graphics_advice(details: str) -> str:
-    """Give advice where a traceback shows that MuJoCo found no OpenGL context, else ""."""
+    """Return advice if a traceback shows that MuJoCo found no OpenGL context, else ""."""
     signs = ("gladLoadGL", "GLContext", "OpenGL", "GLFWError", "mujoco/egl", "mujoco/glfw", "mujoco/osmesa", "EGL")
     if not any(sign in details for sign in signs):
         return ""
@@ -150,7 +150,7 @@ def _serve(connection: multiprocessing.connection.Connection, build: Callable[[]
 
 
 def _send_all(connection: multiprocessing.connection.Connection, answers: "SimpleQueue[memoryview | None]") -> None:
-    """Send answers in their order, until None comes or nobody reads them any more."""
+    """Send answers in order, until None comes or the pipe closes."""
     with suppress(OSError):
         while (answer := answers.get()) is not None:
             connection.send_bytes(answer)
@@ -163,7 +163,7 @@ _processes: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
 
 @atexit.register  # after multiprocessing's own, and so called before it
 def _kill_workers() -> None:
-    """End workers that nobody has closed. Multiprocessing would send them SIGTERM, which they ignore, and wait."""
+    """Kill workers that were not closed. Multiprocessing would send them SIGTERM, which they ignore, and wait."""
     for process in _processes:
         process.kill()
 
@@ -210,7 +210,7 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Return True while an answer is to come."""
+        """True while an answer is outstanding."""
         return bool(self._pending) and self.failure is None
 
     def ask(self, method: str, *arguments: Any, within: float = 0.0) -> None:
@@ -224,7 +224,7 @@ class Worker:
             self._died()
 
     def take(self) -> None:
-        """Take in one answer."""
+        """Receive one answer."""
         try:
             good, value, seconds = self.connection.recv()
         except (OSError, EOFError, pickle.UnpicklingError):
@@ -239,7 +239,7 @@ class Worker:
         self._restart_clock()
 
     def check_clock(self) -> None:
-        """Kill the process where it is overdue."""
+        """Kill the process if its call is overdue."""
         if self.busy and time.monotonic() > self._deadline:
             self.kill(Failure("timeout", f"{self._pending[0][0]} did not return in time"))
 
@@ -251,7 +251,7 @@ class Worker:
         self._reap()
 
     def close(self, deadline: float) -> None:
-        """Let the object close and the process end, by force at `deadline` (monotonic seconds)."""
+        """Close the object and end the process, by force at `deadline` (monotonic seconds)."""
         with suppress(OSError, EOFError):
             self.connection.send(("close", ()))
         self.process.join(max(0.0, deadline - time.monotonic()))
@@ -289,7 +289,7 @@ class Worker:
 
 
 class LocalWorker:
-    """The same door to an object in this process, which no time limit can end. It works when it is waited for."""
+    """An object in this process behind the interface of `Worker`, without time limits. Its calls run in `work`."""
 
     def __init__(self, build: Callable[[], Any]) -> None:
         self.failure: Failure | None = None
@@ -299,12 +299,12 @@ class LocalWorker:
         self._try(lambda: setattr(self, "target", build()))
 
     def ask(self, method: str, *arguments: Any, within: float = 0.0) -> None:
-        """Note a call of a method of the object."""
+        """Queue a call of a method of the object."""
         del within
         self._pending.append((method, arguments))
 
     def work(self) -> None:
-        """Make the calls."""
+        """Run the queued calls."""
         while self._pending and self.failure is None:
             method, arguments = self._pending.popleft()
             self._try(lambda: self.answers.append(getattr(self.target, method)(*arguments)))  # noqa: B023 (at once)
@@ -326,7 +326,7 @@ class LocalWorker:
 
 
 def wait(workers: Sequence[Worker | LocalWorker], give_up: Callable[[], bool] = lambda: False) -> None:
-    """Wait until no worker owes an answer. Once `give_up` says so, those that take much longer than ever before are
+    """Wait until all answers have come. Once `give_up` returns True, workers that take much longer than ever before are
     killed."""
     for worker in workers:
         if isinstance(worker, LocalWorker):
@@ -341,7 +341,7 @@ def wait(workers: Sequence[Worker | LocalWorker], give_up: Callable[[], bool] = 
 
 
 def wait_for_one(workers: Sequence[Worker | LocalWorker]) -> None:
-    """Wait for a while until one of the workers has an answer, or has failed."""
+    """Wait some time until one of the workers has an answer, or has failed."""
     for worker in workers:
         if isinstance(worker, LocalWorker):
             worker.work()
@@ -349,7 +349,7 @@ def wait_for_one(workers: Sequence[Worker | LocalWorker]) -> None:
 
 
 def _look(workers: Sequence[Worker | LocalWorker]) -> list[Worker]:
-    """Take in what workers have answered within `POLL`, end those that are overdue; give those that were busy."""
+    """Receive answers that come within `POLL` and kill overdue workers; return the workers that were busy."""
     busy = {w.connection: w for w in workers if isinstance(w, Worker) and w.busy}
     if busy:
         for connection in multiprocessing.connection.wait(list(busy), timeout=POLL):
@@ -371,6 +371,6 @@ def close_all(workers: Sequence[Worker | LocalWorker]) -> None:
 
 
 def worker_context(preload: Sequence[str]) -> multiprocessing.context.BaseContext:
-    """Give the context that forks workers from a clean process which has imported all they need, never the learner."""
+    """Return a context that forks workers from a clean process with all imports done, never from the learner."""
     multiprocessing.set_forkserver_preload(["__main__", "poco_vla.rollout.pool", *preload])
     return multiprocessing.get_context("forkserver")

@@ -474,9 +474,9 @@ def test_demonstrations_are_evicted_when_that_is_asked_for_and_only_then(episode
 @pytest.mark.parametrize(
     ("settings_", "is_demo", "words"),
     [
-        ({"max_bytes": 4 * STEP_BYTES + 3}, False, "pool of 4; raise replay.max_bytes"),
-        ({"max_bytes": 9 * STEP_BYTES, "capacity": 4}, False, "pool of 4; raise replay.capacity"),
-        ({"demo_capacity": 4}, True, "pool of 4; raise replay.demo_capacity"),
+        ({"max_bytes": 4 * STEP_BYTES + 3}, False, "replay buffer of 4 steps; raise replay.max_bytes"),
+        ({"max_bytes": 9 * STEP_BYTES, "capacity": 4}, False, "replay buffer of 4 steps; raise replay.capacity"),
+        ({"demo_capacity": 4}, True, "replay buffer of 4 steps; raise replay.demo_capacity"),
     ],
 )
 def test_an_episode_that_is_too_long_is_told_which_limit_to_raise(settings_, is_demo, words):
@@ -614,7 +614,7 @@ def test_a_disk_that_is_full_is_an_error_and_not_the_processes_end(tmp_path):
         pytest.skip("this machine lets nobody mount in a name space of their own")
     assert ran.returncode == 0, ran.stderr
     told, left = ran.stdout.splitlines()
-    assert f"{tmp_path} has no room for pictures of the pool" in told
+    assert f"{tmp_path} has no room for pictures of the replay buffer" in told
     assert left == "200 1"
 
 
@@ -649,7 +649,7 @@ def test_an_episode_without_steps_is_refused():
 def test_an_episode_longer_than_the_capacity_is_refused_and_the_pool_left_as_it_was():
     replay = Replay(horizon=2, gamma=0.9, config=ReplayConfig(capacity=4))
     replay.add(make([0] * 4, [0, 0, 0, 1]), is_demo=False)
-    with pytest.raises(DataError, match=r"of 5 steps does not fit a pool of 4; raise replay.capacity"):
+    with pytest.raises(DataError, match=r"of 5 steps does not fit a replay buffer of 4 steps; raise replay.capacity"):
         replay.add(make([0] * 5, [0, 0, 0, 0, 1]), is_demo=False)
     assert live_numbers(replay) == {0, 1, 2, 3}
 
@@ -667,7 +667,8 @@ def test_episodes_of_another_shape_are_refused_when_they_come(first_is_demo, sec
     """A dataset of another task beside the environment's episodes must not surface as an error in mid-training."""
     replay = Replay(horizon=2, gamma=0.9)
     replay.add(make([0] * 3, [0, 0, 1]), is_demo=first_is_demo)
-    with pytest.raises(DataError, match=r'"observation.state" has shape \(2,\) per step, the pool holds \(1,\)'):
+    message = r'"observation.state" has shape \(2,\) per step, the replay buffer holds \(1,\)'
+    with pytest.raises(DataError, match=message):
         replay.add(make([0] * 3, [0, 0, 1], state_dim=2), is_demo=second_is_demo)
 
 
@@ -677,7 +678,7 @@ def test_pictures_as_fractions_do_not_meet_pictures_as_bytes():
     episode = pictured(make([0] * 3, [0, 0, 1]))
     replay.add(episode, is_demo=True)
     fractions = replace(episode, obs={k: v.astype(np.float32) for k, v in episode.obs.items()})
-    with pytest.raises(DataError, match=r'"observation.image" is float32, the pool holds uint8'):
+    with pytest.raises(DataError, match=r'"observation.image" is float32, the replay buffer holds uint8'):
         replay.add(fractions, is_demo=False)
 
 
@@ -693,7 +694,7 @@ def test_an_episode_that_lacks_a_column_is_refused_when_it_comes(second_is_demo)
     replay.add(make([0] * 3, [0, 0, 1]), is_demo=True)
     other = renamed(make([0] * 3, [0, 0, 1]), "observation.other")
     with pytest.raises(
-        DataError, match=r'no "observation.state", which the pool holds; its columns: .*observation.other'
+        DataError, match=r'no "observation.state", which the replay buffer holds; its columns: .*observation.other'
     ):
         replay.add(other, is_demo=second_is_demo)
 
