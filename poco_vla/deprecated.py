@@ -55,7 +55,7 @@ class _Loader:
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the module its own spec again, which the import machinery has just replaced by that of its old name."""
+        """Restore the module's own spec, which the import machinery has just replaced by that of its old name."""
         module.__spec__, module.__loader__ = self.spec, self.loader
 
 

@@ -52,8 +52,8 @@ def read_json(path: Path) -> Any:
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Put a finished folder in the place of an older one, which stays whole until then. A process that is killed in
-    between leaves the older one as ``.NAME.old``; :func:`recover_folder` puts it back."""
+    """Replace an older folder by a finished one; the older one stays whole until then. A process that is killed in
+    between leaves the older one as ``.NAME.old``; :func:`recover_folder` restores it."""
     recover_folder(final)
     old = _old(final)
     for attempt in range(3):
@@ -69,8 +69,8 @@ def replace_folder(partial: Path, final: Path) -> None:
 
 
 def recover_folder(final: Path) -> bool:
-    """Put a folder back whose replacement was cut short; True if it was. Where the new one is in its place already,
-    what is left of the older one goes."""
+    """Restore a folder whose replacement was interrupted; return True if it was. If the new folder is in its place
+    already, the rest of the older one is removed."""
     old = _old(final)
     if not old.is_dir():
         return False

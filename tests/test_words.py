@@ -9,7 +9,7 @@ REFUSED = {
     "Likewise",
 }
 NOT_YET = {"adapting", "cli", "conformance", "demonstrations", "hub", "lerobot_rl.py", "recording", "simulators"} | {
-    *{"training", "serving", "robots", "report"},
+    "training",
     *{"algorithm.py", "algorithms", "dense.py", "distill.py", "policy.py"},
 }
 """Folders and files of the library whose docstrings have not been rewritten."""

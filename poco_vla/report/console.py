@@ -102,7 +102,7 @@ class _ResultTable:
 
 
 def _so_far(run: Run) -> str:
-    """How far an unfinished run is, and what it brought until then."""
+    """Return the progress of an unfinished run and its success so far, as text."""
     figures = run.latest
     return run.status + (
         f"; success {_rate(figures)} at {figures['env_steps']:,}" if figures else "; not evaluated yet"
@@ -110,7 +110,7 @@ def _so_far(run: Run) -> str:
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """Folders' names; from their common parent on where two are alike."""
+    """Return the folders' names, or their paths from the common parent on if two names are equal."""
     if len({run.name for run in runs}) == len(runs):
         return [run.name for run in runs]
     above = Path(os.path.commonpath([run.absolute().parent for run in runs]))

@@ -42,7 +42,7 @@ class Curve:
     label: str
 
     def at(self, step: float | int) -> float:
-        """The rate at a step, on the line between its neighbours."""
+        """Return the rate at a step, interpolated linearly."""
         return float(np.interp(step, self.steps, self.mean))
 
 
@@ -54,8 +54,8 @@ def write_curve(run: Path) -> Path:
 
 
 def read_curve(run: Path) -> pd.DataFrame:
-    """A run's points, one per row: kind ("evaluation" or "training"), env_steps, success in 0..1, low and high (95 %,
-    Wilson; NaN for training), episodes, update (where it is known).
+    """Read a run's points, one per row: kind ("evaluation" or "training"), env_steps, success in 0..1, low and high (95
+    %, Wilson; NaN for training), episodes, update (where it is known).
 
     Taken from ``curve.parquet``, or from what it is made of where that is newer.
     """
@@ -84,7 +84,7 @@ def _evaluated(figures: dict[str, Any]) -> tuple[object, ...]:
 
 
 def _trained(lines: list[dict[str, Any]]) -> list[tuple[object, ...]]:
-    """Averages over the last episodes; over what there is, once a quarter of the window is filled."""
+    """Return averages over the last episodes, or over all so far once a quarter of the window is filled."""
     rows = []
     for i in range(WINDOW // 4 - 1, len(lines)):
         window = [line["success"] for line in lines[max(0, i + 1 - WINDOW) : i + 1]]
@@ -95,15 +95,15 @@ def _trained(lines: list[dict[str, Any]]) -> list[tuple[object, ...]]:
 
 
 def points(run: Path, kind: str) -> pd.DataFrame:
-    """A run's points of one kind, by environment steps, the last of several at the same step."""
+    """Return a run's points of one kind, by environment steps, the last of several at the same step."""
     table = read_curve(run)
     kept = table.loc[table["kind"] == kind]
     return kept.drop_duplicates(subset=["env_steps"], keep="last").sort_values("env_steps")
 
 
 def curve_of(group: Group) -> Curve | None:
-    """Mean over a group's finished seeds, or over all where none is finished, and its 95 % interval; None where nothing
-    was evaluated."""
+    """Return the mean over a group's finished seeds, or over all if none is finished, and its 95 % interval; None if
+    nothing was evaluated."""
     tables = [points(run.path, "evaluation") for run in group.finished or group.runs]
     tables = [table for table in tables if len(table)]
     if not tables:
@@ -117,14 +117,16 @@ def curve_of(group: Group) -> Curve | None:
 
 
 def common_grid(seeds: list[Floats]) -> Floats:
-    """[P] the evaluation steps of the seed that ended first, where every seed has begun: none is extrapolated."""
+    """Return [P] the evaluation steps of the seed that ended first, where every seed has begun: none is
+    extrapolated."""
     shortest = min(seeds, key=lambda steps: steps[-1])
     grid = shortest[shortest >= max(steps[0] for steps in seeds)]
     return grid if len(grid) else shortest[-1:]
 
 
 def over_seeds(rates: Floats, episodes: Floats) -> tuple[Floats, Floats, Floats]:
-    """Mean over seeds and its 95 % interval: bootstrap over seeds from three on (as QC), else Wilson of all episodes.
+    """Return the mean over seeds and its 95 % interval: bootstrap over seeds from three on (as QC), else Wilson of all
+    episodes.
 
     Args:
         rates: [S P] success of each seed at each point.
@@ -141,7 +143,7 @@ def over_seeds(rates: Floats, episodes: Floats) -> tuple[Floats, Floats, Floats]
 
 
 def bootstrap_interval(values: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[Floats, Floats]:
-    """[P] ends of the 95 % percentile bootstrap of the mean over the first axis of `values` [S P]."""
+    """Return [P] ends of the 95 % percentile bootstrap of the mean over the first axis of `values` [S P]."""
     count = len(values)
     draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=resamples)
     low, high = np.quantile(draws @ values / count, (0.025, 0.975), axis=0)
@@ -149,14 +151,15 @@ def bootstrap_interval(values: Floats, *, resamples: int = RESAMPLES, seed: int 
 
 
 def interval_label(seeds: int, episodes: int) -> str:
-    """Which interval it is, for legends."""
+    """Return the name of the interval, for legends."""
     if seeds >= ENOUGH_SEEDS:
         return f"95 % bootstrap over {seeds} seeds"
     return f"95 % Wilson, {episodes} episodes" + (" of 2 seeds" if seeds > 1 else "")
 
 
 def rate_of(group: Group, when: str) -> tuple[float, float, float] | None:
-    """Mean and 95 % interval over a group's finished seeds of "before" or "after"; None where nothing was evaluated."""
+    """Return mean and 95 % interval over a group's finished seeds of "before" or "after"; None if nothing was
+    evaluated."""
     figures = [run.result[when] for run in group.finished]
     if not figures or any(f is None for f in figures):
         return None

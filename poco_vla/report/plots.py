@@ -54,7 +54,7 @@ BINS = 120
 
 
 def draw_curves(runs: Sequence[Path], path: Path) -> Path:
-    """Success against environment steps, one panel per task and setting: seeds, their mean, its 95 % interval.
+    """Draw success against environment steps, one panel per task and setting: seeds, their mean, its 95 % interval.
 
     Args:
         runs: folders of runs.
@@ -82,7 +82,7 @@ def draw_curves(runs: Sequence[Path], path: Path) -> Path:
 
 
 def _caption(group: Group) -> str:
-    """Task and setting, and what band and lines are."""
+    """Return task and setting, and a legend of band and lines."""
     curve, single = curve_of(group), len(group.runs) == 1
     band = f"band: {curve.label}; " if curve else ""
     thin = f"thin: training episodes, average of {WINDOW}" if single else "thin: single seeds"
@@ -94,7 +94,7 @@ def _caption(group: Group) -> str:
 
 
 def curve_svg(group: Group, *, width: int, height: int) -> str:
-    """A group's learning curve beside the published ones, as SVG of that size in CSS pixels."""
+    """Draw a group's learning curve beside the published ones, as SVG of that size in CSS pixels."""
     figure = Figure(figsize=(width / 72, height / 72))
     axes = figure.subplots()
     draw_group(axes, group, published(group.task))
@@ -104,7 +104,7 @@ def curve_svg(group: Group, *, width: int, height: int) -> str:
 
 
 def metric_svg(group: Group, name: str, *, width: int = 300, height: int = 170) -> str | None:
-    """One scalar of a group's runs, a line per seed, as SVG; None where no run has it."""
+    """Draw one scalar of a group's runs, a line per seed, as SVG; None if no run has it."""
     lines = [line for run in group.runs if len(line := metric(run, name))]
     if not lines:
         return None
@@ -122,7 +122,8 @@ def metric_svg(group: Group, name: str, *, width: int = 300, height: int = 170) 
 
 
 def metric(run: Run, name: str) -> Floats:
-    """[P 2] a scalar of metrics.jsonl against environment steps (updates, for a run that never acted), in bins."""
+    """Return [P 2] a scalar of metrics.jsonl against environment steps (updates, for a run that never acted), in
+    bins."""
     acted = run.result["env_steps"] > 0
     lines = run.metrics.loc[run.metrics["stage"] != "sft"] if acted else run.metrics
     if name not in lines:
@@ -134,7 +135,8 @@ def metric(run: Run, name: str) -> Floats:
 
 
 def draw_group(axes: Axes, group: Group, others: Mapping[str, Curve]) -> None:
-    """Seeds thin, their mean bold with its interval, published curves dashed and light; names at the lines' ends."""
+    """Draw seeds thin, their mean bold with its interval, published curves dashed and light; names at the lines'
+    ends."""
     curve, end = curve_of(group), max(group.env_steps, 1)
     labels = _draw_published(axes, others, end)
     _draw_seeds(axes, group)
@@ -166,8 +168,8 @@ def _draw_published(axes: Axes, others: Mapping[str, Curve], end: int) -> list[L
 
 
 def _draw_seeds(axes: Axes, group: Group) -> None:
-    """Each seed's evaluations, of an unfinished one the running average over its training episodes, too; of a single
-    run that alone."""
+    """Draw each seed's evaluations, of an unfinished one the running average over its training episodes, too; of a
+    single run that alone."""
     single = len(group.runs) == 1
 
     def draw(run: Run, kind: str, style: str, alpha: float) -> None:
@@ -201,7 +203,7 @@ def _draw_mean(axes: Axes, curve: Curve) -> Label:
 
 
 def _write_labels(axes: Axes, labels: Sequence[Label]) -> None:
-    """Names at the right edge, each at its line's end or as near as the others let it."""
+    """Write names at the right edge, each at its line's end or as near as the others allow."""
     beside = blended_transform_factory(axes.transAxes, axes.transData)
     ordered = sorted(labels)
     heights = spread([label[0] for label in ordered], 0.068)
@@ -213,7 +215,7 @@ def _write_labels(axes: Axes, labels: Sequence[Label]) -> None:
 
 
 def spread(heights: Sequence[float], gap: float, top: float = 1.0) -> list[float]:
-    """Rising `heights`, moved as little as a `gap` between them needs (least squares), none above `top`."""
+    """Return rising `heights`, moved as little as a `gap` between them needs (least squares), none above `top`."""
     blocks: list[list[float]] = []  # of heights - i * gap, which may stand level: isotonic regression
     for i, height in enumerate(heights):
         blocks.append([height - i * gap])
@@ -224,7 +226,7 @@ def spread(heights: Sequence[float], gap: float, top: float = 1.0) -> list[float
 
 
 def _shade(axes: Axes, group: Group) -> None:
-    """Mark the critic's warm-up, while the actor is frozen."""
+    """Shade the critic's warm-up, while the actor is frozen."""
     if group.warmup_steps:
         axes.axvspan(0, group.warmup_steps, color=COLOURS["shade"], linewidth=0, zorder=0)
 
@@ -240,7 +242,7 @@ def _plain(axes: Axes) -> None:
 
 
 def short(number: float | int) -> str:
-    """A count as an axis shows it: 500, 12k, 1.5M."""
+    """Return a count as an axis label: 500, 12k, 1.5M."""
     for unit, letter in ((1e6, "M"), (1e3, "k")):
         if abs(number) >= unit:
             return f"{number / unit:g}{letter}"
@@ -248,8 +250,8 @@ def short(number: float | int) -> str:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """A figure as an <svg> element for an HTML page: text as text in the page's font, colours as the page's variables,
-    every id its own, no reference to anything outside."""
+    """Return a figure as an <svg> element for an HTML page: text as text in the page's font, colours as the page's
+    variables, every id its own, no reference to anything outside."""
     out = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})

@@ -26,12 +26,12 @@ def _file() -> dict[str, Any]:
 
 
 def source() -> str:
-    """Where the curves come from, and whose work they are."""
+    """Return the source of the curves and its authors."""
     return f"{_file()['source']}. {_file()['credit']}"
 
 
 def published_name(task: str) -> str | None:
-    """The name of an environment's task in the published file; None for a task that is not in it."""
+    """Return the name of an environment's task in the published file; None for a task that is not in it."""
     if found := OGBENCH.fullmatch(task):
         scene, number = found.groups()
         return f"{scene}-play-task{number or DEFAULT_TASK[scene]}"
@@ -40,7 +40,7 @@ def published_name(task: str) -> str | None:
 
 
 def published(task: str) -> dict[str, Curve]:
-    """Published curves of a task by method, online part only; none for a task that was not published.
+    """Return published curves of a task by method, online part only; none for a task that was not published.
 
     Args:
         task: as an environment names it ("scene-singletask-task1-v0", "lift"), or as the file does; an OGBench scene's

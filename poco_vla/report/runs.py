@@ -29,7 +29,7 @@ EVALUATED = ("env_steps", "success_rate", "episodes", "interval_95")
 
 
 def read_result(run: Path) -> dict[str, Any]:
-    """``result.json`` of a finished run.
+    """Read ``result.json`` of a finished run.
 
     Raises:
         DataError: the folder holds none, a damaged one, or one that lacks what a report needs.
@@ -49,7 +49,7 @@ def read_result(run: Path) -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> "Run":
-    """A run, finished or not.
+    """Read a run, finished or not.
 
     Raises:
         DataError: the folder holds none, or a damaged one.
@@ -73,8 +73,8 @@ def read_run(folder: Path) -> "Run":
 
 
 def _so_far(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What result.json would say of a run up to now; it has no last evaluation. Raises KeyError or TypeError where a
-    line of its logs or its configuration is of another kind."""
+    """Return what result.json would hold of a run up to now, without a last evaluation. Raises KeyError or TypeError if
+    a line of its logs or its configuration is malformed."""
     evaluations = read_lines(folder / "evaluations.jsonl", EVALUATED)
     metrics = read_lines(folder / "metrics.jsonl", ("update", "env_steps"))
     episodes = read_lines(folder / "episodes.jsonl", ("env_steps",))
@@ -99,7 +99,7 @@ def _so_far(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _told(path: Path, advice: str) -> Iterator[None]:
-    """KeyError and TypeError of a file's content, as a DataError that names the file."""
+    """Raise KeyError and TypeError of a file's content as a DataError that names the file."""
     try:
         yield
     except (KeyError, TypeError) as error:
@@ -108,7 +108,7 @@ def _told(path: Path, advice: str) -> Iterator[None]:
 
 
 def _check(result: Any) -> None:
-    """Raises KeyError or TypeError where `result` does not hold what a report is made of."""
+    """Raise KeyError or TypeError if `result` lacks what a report needs."""
     if not isinstance(result, dict):
         raise TypeError("it holds no JSON object")
     evaluations = [
@@ -127,7 +127,7 @@ def _check(result: Any) -> None:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """``config.json`` as one flat table "poco.eta" -> 0.1; empty where there is none.
+    """Return ``config.json`` as one flat table "poco.eta" -> 0.1; empty if there is none.
 
     Raises:
         DataError: it is damaged.
@@ -141,7 +141,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; none where there is no file. A line that a crash cut short is left out, as is one
+    """Read the objects of a .jsonl file; none if there is no file. A line that a crash cut short is left out, as is one
     without the `needed` names."""
     lines = []
     for number, text in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else [], 1):
@@ -154,7 +154,7 @@ def read_lines(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def defaults() -> dict[str, Any]:
-    """Every default of :class:`TrainConfig`, of its environment and of its demonstrations, flat."""
+    """Return all defaults of :class:`TrainConfig`, of its environment and of its demonstrations, flat."""
     return flat(to_json(TrainConfig(env=EnvSpec(), demonstrations=DemonstrationConfig())))
 
 
@@ -181,19 +181,20 @@ class Run:
 
     @property
     def latest(self) -> dict[str, Any] | None:
-        """Its last evaluation so far."""
+        """Return the run's last evaluation so far."""
         return self.result["evaluations"][-1] if self.result["evaluations"] else None
 
     @property
     def status(self) -> str:
-        """How far an unfinished run is: nobody can tell from its files whether it still runs."""
+        """Return the progress of an unfinished run as text: its files do not show whether it still runs."""
         steps, planned = self.result["env_steps"], self.config.get("online_steps")
         of = f" of {planned:,}" if isinstance(planned, int) else ""
         return f"running or stopped at {steps:,}{of} steps" + ("" if steps else f", {self.result['updates']:,} updates")
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What makes it the same experiment as another run: the fields of its configuration whose role says so."""
+        """Return the fields of the configuration that distinguish experiments, by their role: equal settings are one
+        experiment."""
         own = dict(self.config) or {"adapter": self.result.get("adapter")} | flat({"env": self.result["env"] or {}})
         siblings, policy = Path(str(own.get("output_dir"))).parent, Path(str(own.get("policy")))
         if policy.is_relative_to(siblings):  # an earlier run of the same sweep and seed
@@ -202,20 +203,21 @@ class Run:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """metrics.jsonl, a row per line: stage, update, env_steps, seconds and scalars, NaN where a line lacks one."""
+        """Read metrics.jsonl, a row per line: stage, update, env_steps, seconds and scalars, NaN where a line lacks
+        one."""
         needed = ("stage", "update", "env_steps")
         table = pd.DataFrame(read_lines(self.path / "metrics.jsonl", needed))
         return table if len(table) else pd.DataFrame({name: [] for name in needed})
 
     @property
     def warmup_steps(self) -> int:
-        """Environment steps until the actor began to learn."""
+        """Return the environment steps until the actor began to learn."""
         steps = self.metrics.loc[self.metrics["stage"] == "warmup", "env_steps"]
         return int(steps.max()) if len(steps) else 0
 
     @property
     def differences(self) -> dict[str, Any]:
-        """Fields of its configuration that are not the library's defaults."""
+        """Return the fields of its configuration that are not the library's defaults."""
         usual = defaults()
         return {name: v for name, v in self.config.items() if name not in usual or usual[name] != v}
 
@@ -238,29 +240,29 @@ class Group:
 
     @property
     def warmup_steps(self) -> int:
-        """Environment steps until the last of its actors began to learn."""
+        """Return the environment steps until the last of its actors began to learn."""
         return max(run.warmup_steps for run in self.runs)
 
     @property
     def finished(self) -> tuple[Run, ...]:
-        """Runs that ended well."""
+        """Return the runs that ended without an error."""
         return tuple(run for run in self.runs if run.finished)
 
     @property
     def unfinished(self) -> tuple[Run, ...]:
-        """Runs that still run or were stopped."""
+        """Return the runs that still run or were stopped."""
         return tuple(run for run in self.runs if not run.finished)
 
     @property
     def env_steps(self) -> int:
-        """Environment steps of the shortest finished run; of the longest where none is finished."""
+        """Return the environment steps of the shortest finished run; of the longest if none is finished."""
         if not self.finished:
             return max(run.result["env_steps"] for run in self.runs)
         return min(run.result["env_steps"] for run in self.finished)
 
 
 def group_runs(paths: Sequence[Path]) -> list[Group]:
-    """Runs grouped by (task, setting), tasks and settings in the order in which they first appear."""
+    """Return runs grouped by (task, setting), tasks and settings in the order in which they first appear."""
     tasks: dict[str, dict[str, list[Run]]] = {}
     for path in paths:
         run = read_run(path)
@@ -283,7 +285,7 @@ def _named(settings: list[list[Run]]) -> list[Group]:
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Runs in `folders`, finished or not, each a run or a folder with runs up to three levels below.
+    """Find runs in `folders`, finished or not, each a run or a folder with runs up to three levels below.
 
     Returns:
         The runs that can be reported, and one sentence about each that cannot.
@@ -305,7 +307,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """Folders below that a run has begun to write; `folder` itself where it is one, or where there is none."""
+    """Return the folders below that a run has begun to write; `folder` itself if it is one, or if there is none."""
     begun = (folder / "config.json").is_file() and any((folder / name).is_file() for name in LOGS)
     if begun or (folder / "result.json").is_file():
         return [folder]
@@ -316,7 +318,7 @@ def _candidates(folder: Path) -> list[Path]:
 
 
 def eval_command(run: Path) -> str | None:
-    """The lerobot-eval command line of a run's exported policy."""
+    """Return the lerobot-eval command line of a run's exported policy."""
     result = read_result(run)
     env = result["env"]
     if env is None:
@@ -332,7 +334,7 @@ def eval_command(run: Path) -> str | None:
 
 
 def train_command(run: Run) -> str | None:
-    """The command line that runs it again; None where result.json does not tell one that can be given again."""
+    """Return the command line that repeats a run; None if result.json has none that can be repeated."""
     command = run.result.get("command") or [""]
     given, seed = _without(command[1:], ("--seeds", "--seed", "--only", "--resume")), str(run.result["seed"])
     if command[0].endswith(".py"):
@@ -341,7 +343,7 @@ def train_command(run: Run) -> str | None:
 
 
 def _without(words: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """A command line without these flags and their values."""
+    """Return a command line without these flags and their values."""
     kept, left_out = [], False
     for word in words:
         if word.startswith("--"):

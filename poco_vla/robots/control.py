@@ -120,7 +120,7 @@ class RobotEpisode:
 
 @dataclass(frozen=True)
 class Sent:
-    """A control step that is done, for whoever looks on.
+    """A finished control step, for `on_step`.
 
     Attributes:
         observation: what the robot saw before, by the robot's names.
@@ -149,7 +149,7 @@ class Pace:
         self._deadline = 0.0
 
     def wait(self, poll: Callable[[], None]) -> None:
-        """Until the next control step begins, calling `poll` meanwhile."""
+        """Wait until the next control step begins, calling `poll` meanwhile."""
         if self._begun is None or not self.period:
             self._begun = time.monotonic()
             self._deadline = self._begun + self.period
@@ -167,7 +167,7 @@ class Pace:
         self._deadline += self.period
 
     def pause(self) -> None:
-        """What held the step up was waited for on purpose: where it cost the deadline, count anew from here."""
+        """Restart the clock if an intended wait has exceeded the deadline."""
         if time.monotonic() > self._deadline:
             self._begun = None
 
@@ -184,7 +184,7 @@ class _Request:
 
 @dataclass
 class _Run:
-    """The episode that is being driven."""
+    """State of the running episode."""
 
     pace: Pace
     standstill: Standstill
@@ -210,7 +210,7 @@ class _Run:
 
     @property
     def left(self) -> int:
-        """Actions of the plan that have not been sent."""
+        """Return the number of planned actions that have not been sent."""
         return 0 if self.plan is None else len(self.plan) - self.k
 
     def drop_plan(self) -> None:
@@ -312,11 +312,11 @@ class RobotInteraction:
         self.close()
 
     def close(self) -> None:
-        """Ask the policy no more. The robot stays as it is."""
+        """Stop asking the policy. The robot stays as it is."""
         self._policy.shutdown(wait=False, cancel_futures=True)
 
     def release(self) -> None:
-        """After an emergency stop: somebody has looked, and episodes may be run again."""
+        """Allow episodes again after an emergency stop, once a person has checked the robot."""
         _heard(self.signals)  # the stop key, pressed more than once, was meant for then
         self.stopped = False
 
@@ -362,7 +362,7 @@ class RobotInteraction:
             return ended
 
     def _step(self, run: _Run) -> None:
-        """One control step; sends one action, or none while the robot waits at rest."""
+        """Run one control step: send one action, or none while the robot waits at rest."""
         run.pace.wait(lambda: self._hear(run))
         run.observation = self.robot.get_observation()
         run.obs = self._converted(run.observation)
@@ -395,13 +395,13 @@ class RobotInteraction:
                 run.drop_plan()
 
     def _forget_plan(self, run: _Run, why: str) -> None:
-        """Drop a plan that was made for another moment; the next control step asks the policy anew."""
+        """Drop a plan that was made for an earlier state; the next control step asks the policy again."""
         if run.plan is not None or run.request is not None:
             logger.warning("%s: the rest of its chunk is not sent, and the policy is asked anew", why)
             run.drop_plan()
 
     def _planned(self, run: _Run) -> bool:
-        """There is an action of the plan to send now."""
+        """Return True if there is a planned action to send now."""
         age = awake_and_asleep() - run.adopted
         if run.left > 0 and age > oldest_chunk(self.horizon, run.pace.period):
             self._forget_plan(run, f"the chunk of {self.horizon} actions is {age:.1f} s old")
@@ -429,7 +429,7 @@ class RobotInteraction:
         return self.policy_call(batch, self.task), time.monotonic() - began
 
     def _await(self, run: _Run, request: _Request) -> None:
-        """Wait for an answer; a robot that still moves for one control step at most."""
+        """Wait for an answer; if the robot still moves, for one control step at most."""
         began = time.monotonic()
         moves = bool(run.pace.period) and self._moves(run)
         while run.request is request and not request.future.done():
@@ -451,7 +451,7 @@ class RobotInteraction:
             )
 
     def _adopt(self, run: _Run, request: _Request) -> bool:
-        """Make the answer the plan; False when the policy could not be reached, and is asked again."""
+        """Make the answer the plan; return False if the policy could not be reached and is asked again."""
         error = request.future.exception()
         if isinstance(error, self.retry_on):
             self._try_again(run, error)
@@ -469,7 +469,7 @@ class RobotInteraction:
         return True
 
     def _try_again(self, run: _Run, error: BaseException) -> None:
-        """Hold, wait a little; the next control step asks anew, with what the robot sees then."""
+        """Hold and wait a moment; the next control step asks again, with the observation of that time."""
         run.drop_plan()
         run.retries += 1
         now = time.monotonic()
@@ -509,7 +509,7 @@ class RobotInteraction:
             self.on_step(Sent(run.observation, wanted | sent, len(run.actions), run.missed, run.version, intervention))
 
     def _moves(self, run: _Run) -> bool:
-        """The last action keeps the robot moving: it is not what holds it."""
+        """True if the last action keeps the robot moving."""
         return run.last is not None and not np.array_equal(self._rest_action(run), run.last)
 
     def _rest_action(self, run: _Run) -> np.ndarray:
@@ -519,7 +519,7 @@ class RobotInteraction:
         return self._vector(self.hold(run.observation, last), "hold")
 
     def _rest(self, run: _Run) -> None:
-        """After the last row: what still moves is told to hold."""
+        """Send a hold action after the last row if the robot still moves."""
         if self._moves(run):
             self.robot.send_action(dict(zip(self.names, self._rest_action(run).tolist(), strict=True)))
 
@@ -544,7 +544,7 @@ class RobotInteraction:
         return vector
 
     def _converted(self, observation: RobotObservation) -> dict[str, np.ndarray]:
-        """The observation by LeRobot's dataset names: state float32, pictures uint8 [height, width, 3]."""
+        """Return the observation by LeRobot's dataset names: state float32, pictures uint8 [height, width, 3]."""
         if missing := [name for name in self.robot.observation_features if name not in observation]:
             raise DataError(f"{self.robot} gave no {missing}: is a camera or a cable unplugged?")
         frame = build_dataset_frame(self._features, observation, OBS_STR)
@@ -581,7 +581,7 @@ _MOTION = re.compile(r"(^|\.)delta_|\.(vel|delta)$")
 
 
 def hold_still(names: Sequence[str], observed: Mapping[str, object]) -> Hold:
-    """The hold action by the names of LeRobot's robots.
+    """Return the hold action that the names of LeRobot's robots imply.
 
     `*.pos` holds the last goal, or the present position when there is none; velocities and changes hold at 0.
 
@@ -603,7 +603,7 @@ def hold_still(names: Sequence[str], observed: Mapping[str, object]) -> Hold:
 
 
 def _heard(signals: Signals) -> list[Signal]:
-    """All that waits to be heard; of a source that never falls silent, enough."""
+    """Return all pending signals, at most 100 of a source that never ends."""
     return list(islice(iter(signals.poll, None), 100))
 
 
@@ -624,7 +624,7 @@ def _action_names(robot: Robot) -> list[str]:
 
 
 def observation_features(robot: Robot) -> dict[str, dict]:
-    """What the robot sees, as the features of a LeRobot dataset.
+    """Return the robot's observations as the features of a LeRobot dataset.
 
     Raises:
         ConfigError: something that is neither a number nor a colour picture.

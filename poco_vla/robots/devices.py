@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_devices(words: Sequence[str]) -> tuple[Robot, Teleoperator | None]:
-    """The robot and, where there is one, the teleoperator; neither is connected.
+    """Return the robot and, if one is configured, the teleoperator; neither is connected.
 
     Args:
         words: ``--robot.type=...`` and the like, ``--teleop.type=...`` and the like.
@@ -77,7 +77,7 @@ def _import(name: str) -> None:
 
 
 def _config[T: draccus.ChoiceRegistry](base: type[T], name: str, words: Sequence[str]) -> T | None:
-    """The options `--name.*`, by the class that their `type` stands for; None without any."""
+    """Return the options `--name.*` as the configuration class that their `type` names; None without any."""
     given = [word for word in words if word.startswith(f"--{name}.")]
     if not given:
         return None
@@ -97,7 +97,7 @@ def _types(base: type[draccus.ChoiceRegistry]) -> list[str]:
 
 
 def _joined(words: Sequence[str]) -> list[str]:
-    """`--option value` as `--option=value`."""
+    """Return the arguments with each `--option value` joined to `--option=value`."""
     joined: list[str] = []
     for word in words:
         if joined and not word.startswith("--") and "=" not in joined[-1]:

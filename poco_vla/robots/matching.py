@@ -19,7 +19,7 @@ WIDENED = 0.05
 
 
 def check_match(robot: Robot, metadata: Mapping[str, Any], *, joints: ByName = "by-name") -> list[str]:
-    """The robot's observations that the policy does not read.
+    """Check that the robot fits the policy, and return the robot's observations that the policy does not read.
 
     Args:
         robot: need not be connected.
@@ -59,7 +59,7 @@ def limits_of(
     max_step: Sequence[float] | None = None,
     joints: ByName = "by-name",
 ) -> ActionLimits:
-    """What may be sent, in mode "clip": the given bounds, else the demonstrations' range and 5 % of it beyond.
+    """Return the action limits of mode "clip": the given bounds, else the demonstrations' range and 5 % beyond it.
 
     Args:
         metadata: what the learner said on connecting, with "action_low" and "action_high".

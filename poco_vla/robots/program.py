@@ -129,7 +129,7 @@ def _run(session: RobotSession) -> None:
 
 
 def _learner_at(url: str, token: str | None, certificate: Path | None, view: View) -> PolicyClient:
-    """Connected, however long that takes, to a server that wants episodes."""
+    """Return a client that is connected to a server which takes episodes, however long connecting takes."""
     view.note(f"connecting to {url}")
     client = patiently(lambda: PolicyClient(url, token, certificate, timeout=TIMEOUT, retry=RETRY), view)
     if not client.metadata.get("takes_episodes"):
@@ -142,7 +142,7 @@ def _learner_at(url: str, token: str | None, certificate: Path | None, view: Vie
 
 
 def _connect(robot: Robot, teleoperator: Teleoperator | None, stack: ExitStack) -> None:
-    """As LeRobot's own programs do, calibration included; disconnected when `stack` is closed."""
+    """Connect as LeRobot's own programs do, calibration included; disconnect when `stack` is closed."""
     for device in filter(None, (robot, teleoperator)):
         try:
             device.connect()
@@ -154,7 +154,7 @@ def _connect(robot: Robot, teleoperator: Teleoperator | None, stack: ExitStack) 
 
 
 def _judges(rewards: str, robot: Robot, stack: ExitStack) -> tuple[Signals, KeySignals | None]:
-    """Who judges. A terminal's emergency key is heard whoever does."""
+    """Return the sources of success and failure. The emergency key of a terminal always works."""
     sources: list[Signals] = []
     keys = None
     if "keys" in rewards or sys.stdin.isatty():
@@ -170,7 +170,7 @@ def _judges(rewards: str, robot: Robot, stack: ExitStack) -> tuple[Signals, KeyS
 
 
 def _put_back(robot: Robot, prompt: bool, view: View, keys: KeySignals | None) -> None:
-    """Robot and scene for the next episode: by itself where the robot can, by a person where it cannot."""
+    """Prepare robot and scene for the next episode: the robot does it if it can, a person if it cannot."""
     if prompt or not isinstance(robot, Resets):
         if keys is None:
             raise ConfigError("a person has to put the scene back, but there is no terminal to ask at")
@@ -182,7 +182,7 @@ def _put_back(robot: Robot, prompt: bool, view: View, keys: KeySignals | None) -
 
 
 def _looking_on(view: View, show: bool, stack: ExitStack) -> Callable[[Sent], None]:
-    """What follows each control step."""
+    """Return the function that is called after each control step."""
     if not show:
         return view.step
     try:
@@ -216,7 +216,7 @@ def _header(drive: RobotInteraction, url: str, by_demonstrations: bool, keys: Ke
 
 @contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
-    """A terminal that hangs up and `kill` are Ctrl-C: the robot is told to hold before this process goes."""
+    """Treat SIGHUP and SIGTERM as Ctrl-C within this context: the robot holds before the process ends."""
     before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield

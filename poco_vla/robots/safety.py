@@ -54,7 +54,7 @@ class ActionLimits:
                 raise ConfigError(f"max_step is {step}; it must be above 0, or None for no limit")
 
     def vectors(self, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """low, high and max_step, each [action_dim], in the order of `names`.
+        """Return low, high and max_step, each [action_dim], in the order of `names`.
 
         Raises:
             ConfigError: a limit for a name that the robot does not have, or a bound that is missing.
@@ -71,13 +71,13 @@ class ActionLimits:
     def apply(
         self, chunk: Float[np.ndarray, "H A"], names: Sequence[str], last: Float[np.ndarray, " A"]
     ) -> Float[np.ndarray, "H A"]:
-        """The chunk that may be sent after the action `last`: refused or clipped, as `mode` says."""
+        """Return the chunk that may be sent after the action `last`: checked or clipped, as `mode` says."""
         return self.clip(chunk, names, last) if self.mode == "clip" else self.check(chunk, names, last)
 
     def check(
         self, chunk: Float[np.ndarray, "H A"], names: Sequence[str], last: Float[np.ndarray, " A"]
     ) -> Float[np.ndarray, "H A"]:
-        """The same chunk, when all of it may be sent after the action `last`.
+        """Return the same chunk if all of it may be sent after the action `last`.
 
         Raises:
             ActionError: it may not; names the joint, the step in the chunk, what was found and what is allowed.
@@ -103,7 +103,7 @@ class ActionLimits:
     def clip(
         self, chunk: Float[np.ndarray, "H A"], names: Sequence[str], last: Float[np.ndarray, " A"]
     ) -> Float[np.ndarray, "H A"]:
-        """The nearest chunk that may be sent after the action `last`.
+        """Return the nearest chunk that may be sent after the action `last`.
 
         The step has the last word: from outside the bounds the robot comes back at most `max_step` at a time.
         """
@@ -124,7 +124,7 @@ def check_finite(chunk: Float[np.ndarray, "H A"], names: Sequence[str]) -> None:
 
 
 def _worst(excess: np.ndarray) -> tuple[int, int] | None:
-    """Step and joint of the largest excess; None when there is none beyond rounding (float32)."""
+    """Return step and joint of the largest excess; None if there is none beyond rounding (float32)."""
     k, j = np.unravel_index(int(excess.argmax()), excess.shape)
     return (int(k), int(j)) if excess[k, j] > 1e-5 else None
 

@@ -44,18 +44,18 @@ class Learner:
         self._one_at_a_time = threading.Lock()
 
     def chunk(self, batch: Mapping[str, np.ndarray], task: str) -> Chunk:
-        """A chunk for a batch of one state; raises what `PolicyClient.chunk` does."""
+        """Return a chunk for a batch of one state; raises what `PolicyClient.chunk` does."""
         with self._one_at_a_time:
             obs = self.order.observation({key: batch[key][0] for key in self.observations})
             chunk = self.client.chunk(obs, task)
         return replace(chunk, actions=self.order.to_robot(chunk.actions)) if self.order.action else chunk
 
     def status(self) -> Mapping[str, Any]:
-        """How training goes; waits for a learner that is away."""
+        """Return the status of training; waits while the learner cannot be reached."""
         return self._patiently(self.client.status)
 
     def record(self, episode: Episode, key: str) -> None:
-        """Returns when the learner has it on disk; waits for a learner that is away.
+        """Send an episode and return when the learner has it on disk; waits while the learner cannot be reached.
 
         Raises:
             RefusedError: it does not take this one.
@@ -70,7 +70,7 @@ class Learner:
 
 
 def patiently[T](talk: Callable[[], T], view: View) -> T:
-    """Talk to the learner, again and again while it is away; said once. Ctrl-C ends it."""
+    """Call `talk` until the learner can be reached, with one message about the wait. Ctrl-C ends it."""
     away = False
     while True:
         try:
@@ -118,7 +118,8 @@ class RobotSession:
         self._recent: deque[bool] = deque(maxlen=RECENT)
 
     def run(self) -> None:
-        """Until training is over, `episodes` are kept, or a person ends it after an emergency stop.
+        """Run episodes until training is over, `episodes` are kept, or a person ends the session after an emergency
+        stop.
 
         Raises:
             StoppedError: the robot was stopped, and there is nobody who could release it.
@@ -132,7 +133,7 @@ class RobotSession:
                 self._keep(kept)
 
     def _may_begin(self) -> bool:
-        """Wait until the learner wants an episode; False when training is over."""
+        """Wait until the learner wants an episode; return False when training is over."""
         while not (status := self.learner.status())["done"]:
             self.view.learner(status)
             if status["act"]:
@@ -156,7 +157,7 @@ class RobotSession:
         return found
 
     def _released(self) -> bool:
-        """After an emergency stop: a person has looked, and the session may go on."""
+        """Wait after an emergency stop until a person releases the robot; return False if the session is to end."""
         self.view.say("emergency stop: nothing is sent to the robot. Look at it.", "bold red")
         self.view.note("Enter or r releases it, q ends", "bold")
         answer = None
@@ -169,7 +170,7 @@ class RobotSession:
         return answer != "q"
 
     def _keep(self, found: RobotEpisode) -> None:
-        """To this side's disk, to the learner, and only then away from here."""
+        """Write an episode to this machine's disk, send it to the learner, and remove it here after that."""
         episode = replace(found.episode, policy_version=found.weights_version, interventions=found.interventions)
         key = new_key()
         self.view.note(f"episode {self._begun} is on its way to the learner")
@@ -186,7 +187,7 @@ class RobotSession:
         self.view.finished(self._begun, found.stats, int(found.weights_version.max(initial=NOBODY)), fate, rate)
 
     def _send(self, episode: Episode, key: str) -> str:
-        """What became of it, in words."""
+        """Send an episode and return the outcome in words."""
         try:
             self.learner.record(episode, key)
         except RefusedError as error:
@@ -196,7 +197,7 @@ class RobotSession:
         return "recorded"
 
     def _send_waiting(self) -> None:
-        """What an earlier session left: it was killed, or the learner was, before the learner had said yes."""
+        """Send the episodes of earlier sessions that the learner has not confirmed."""
         for key in self.spool.waiting():
             episode = self.spool.get(key)
             if episode is None:

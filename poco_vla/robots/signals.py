@@ -37,13 +37,13 @@ class Signals(ABC):
 
     @abstractmethod
     def poll(self) -> Signal | None:
-        """The oldest signal that has not been given yet, None when there is none. Never waits."""
+        """Return the oldest signal that has not been returned yet, None if there is none. Never waits."""
 
     def begin(self) -> None:  # noqa: B027 (most sources have nothing to do)
-        """An episode begins: what was said about the last one is forgotten, but never a STOP."""
+        """Begin an episode: drop signals about the last one, but never a STOP."""
 
     def observe(self, obs: Mapping[str, np.ndarray]) -> None:  # noqa: B027
-        """What the robot sees at this control step, by LeRobot's names, without a batch axis."""
+        """Receive the observation of this control step, by LeRobot's names, without a batch axis."""
 
 
 KEYS = {"s": Signal.SUCCESS, "f": Signal.FAILURE, "d": Signal.DISCARD, " ": Signal.STOP}
@@ -101,7 +101,7 @@ class KeySignals(Signals):
         self.close()
 
     def close(self) -> None:
-        """The terminal as it was before; keys typed meanwhile do not reach the shell."""
+        """Restore the terminal; keys typed meanwhile do not reach the shell."""
         import termios
 
         atexit.unregister(self.close)
@@ -121,11 +121,11 @@ class KeySignals(Signals):
 
     @property
     def gone(self) -> bool:
-        """The terminal is away: nobody can answer."""
+        """True if the terminal is closed, so that nobody can answer."""
         return self._gone
 
     def ask(self, answers: Collection[str]) -> str | None:
-        """Wait for one of the keys `answers`, pressed from now on; "\n" is Enter. Nothing else that was typed stays.
+        """Wait for one of the keys `answers`, pressed from now on; " " is Enter. Other input is dropped.
 
         None when a STOP was heard, before or instead: it still is to be heard, as a signal. One that is among the
         signals already ends the wait at once, so that nobody is asked while the robot must be looked at.
@@ -156,7 +156,8 @@ class KeySignals(Signals):
                 self._waiting.appendleft(Signal.STOP)
 
     def _take(self, typed: bytes) -> None:
-        """Sequences are passed over, also one in two pieces; all else is keys, so that no space is ever lost."""
+        """Parse input: escape sequences are skipped, also in two pieces; all other characters are keys, so that no
+        space is lost."""
         typed = _SEQUENCE.sub(b"", self._rest + typed)
         begun = _BEGUN.search(typed)
         self._rest = begun.group() if begun else b""

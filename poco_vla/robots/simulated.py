@@ -76,7 +76,7 @@ class SimulatedArm(Robot):
 
     @property
     def observation_features(self) -> dict:
-        """Name -> float, or (height, width, 3) of a view."""
+        """Return name -> float, or (height, width, 3) of a camera."""
         size = self.config.image_size
         views = dict.fromkeys(self.config.views, (size, size, 3))
         beyond = 0 if views else dimensions(self.config.task)[0] - PROPRIOCEPTION
@@ -84,7 +84,7 @@ class SimulatedArm(Robot):
 
     @property
     def action_features(self) -> dict:
-        """Name -> float."""
+        """Return name -> float."""
         return dict.fromkeys(ACTION, float)
 
     @property
@@ -106,20 +106,20 @@ class SimulatedArm(Robot):
         return True
 
     def calibrate(self) -> None:
-        """Nothing to do."""
+        """Do nothing: the arm needs no calibration."""
 
     def configure(self) -> None:
-        """Nothing to do."""
+        """Do nothing: the arm has no settings."""
 
     @check_if_not_connected
     def reset(self) -> None:
-        """Put the scene up for the next episode, with the next seed; what a person does at a real robot."""
+        """Reset the scene for the next episode, with the next seed, as a person does at a real robot."""
         self._reset(self._seed + self._episodes)
         self._episodes += 1
 
     @property
     def success(self) -> bool:
-        """The task is done, as of the last action."""
+        """True if the task is done after the last action."""
         return self._success
 
     @check_if_not_connected
@@ -133,7 +133,7 @@ class SimulatedArm(Robot):
 
     @check_if_not_connected
     def send_action(self, action: RobotAction) -> RobotAction:
-        """One control step. Returns what was really sent: the action, clipped to [-1, 1].
+        """Run one control step and return the action that was sent, clipped to [-1, 1].
 
         Raises:
             ActionError: names that the arm does not have, or misses; a number that is not finite.

@@ -79,12 +79,12 @@ class Spool:
             ) from error
 
     def waiting(self) -> list[str]:
-        """Keys of the episodes that wait, the oldest first."""
+        """Return the keys of waiting episodes, oldest first."""
         paths = sorted(self.folder.glob("*.safetensors"), key=lambda path: (path.stat().st_mtime_ns, path.name))
         return [path.stem for path in paths]
 
     def get(self, key: str) -> Episode | None:
-        """The episode, None when its file is damaged: it then lies beside, and that is told."""
+        """Return the episode; None if its file is damaged, which is then renamed and reported."""
         try:
             return decoded(self._path(key))
         except (DataError, SafetensorError, OSError) as error:
@@ -93,11 +93,11 @@ class Spool:
             return None
 
     def remove(self, key: str) -> None:
-        """The learner has it."""
+        """Delete an episode that the learner has confirmed."""
         self._path(key).unlink(missing_ok=True)  # somebody may have tidied up
 
     def refuse(self, key: str) -> Path:
-        """The learner does not take it. Returns where it lies now."""
+        """Rename an episode that the learner refused, and return its new path."""
         return self._aside(key, "refused")
 
     def _path(self, key: str) -> Path:
@@ -111,5 +111,5 @@ class Spool:
 
 
 def new_key() -> str:
-    """A name for an episode that no other has."""
+    """Return a unique name for an episode."""
     return uuid.uuid4().hex

@@ -26,7 +26,7 @@ class Standstill:
         self._last: float | None = None
 
     def passed(self) -> float:
-        """Note that the loop goes on. Return the seconds for which it stood still, 0 where it did not."""
+        """Record that the loop runs. Return the seconds for which it stood still, 0 if it did not."""
         now = awake_and_asleep()
         gap = 0.0 if self._last is None else now - self._last
         self._last = now

@@ -46,7 +46,7 @@ class View:
         self._live.stop()
 
     def header(self, rows: Mapping[str, str]) -> None:
-        """What is driven, for whom, and by which keys."""
+        """Print the robot, the learner, and the keys."""
         table = Table.grid(padding=(0, 2))
         for name, text in rows.items():
             table.add_row(Text(name, style="dim"), Text(text))
@@ -55,19 +55,19 @@ class View:
         self.console.print()
 
     def say(self, text: str, style: str = "") -> None:
-        """A line that stays."""
+        """Print a line."""
         self.console.print(Text(text, style=style))
 
     def note(self, text: str, style: str = "") -> None:
-        """The live line."""
+        """Set the live line."""
         self._line = lambda: Text(text, style)
 
     def learner(self, status: Mapping[str, Any]) -> None:
-        """How training goes, in grey behind whatever the live line says."""
+        """Set the status of training, shown in grey behind the live line."""
         self._learner = learner_words(status)
 
     def waiting(self, status: Mapping[str, Any]) -> None:
-        """The learner lets no episode begin."""
+        """Show that the learner lets no episode begin."""
         text = f"the robot rests: {status.get('note') or 'waiting for the learner'}"
         self.note(text)
         if not self.console.is_terminal and text != self._told:
@@ -75,11 +75,11 @@ class View:
         self._told = text
 
     def begin(self, number: int, max_steps: int, fps: int | float) -> None:
-        """An episode is about to begin: the robot may have to be put back first."""
+        """Show that an episode is about to begin: the robot may have to be put back first."""
         self._episode = number, max_steps, fps
 
     def step(self, sent: Sent) -> None:
-        """A control step is done."""
+        """Show a finished control step."""
         self._line = lambda: _episode_line(*self._episode, sent)
 
     def _rendered(self) -> Text:
@@ -87,7 +87,8 @@ class View:
         return line.append(f"   {self._learner}" if line and self._learner else "", "dim")
 
     def finished(self, number: int, stats: EpisodeStats, version: int, fate: str, rate: tuple[int, float]) -> None:
-        """An episode is over and was kept: `rate` is how many of the last ones count, and how many of these succeed."""
+        """Print a finished episode that was kept; `rate` is the number of recent episodes and the share of these that
+        succeed."""
         style = {"success": "green", "failure": "yellow"}.get(stats.ending.value, "")
         details = [f"{stats.steps} steps", f"weights {version:,}" if version >= 0 else "", _odd(stats), fate]
         words = ", ".join(filter(None, details))
@@ -96,12 +97,12 @@ class View:
         self.console.print(line.append(f"success of the last {count}: {success:.0%}".replace("%", " %"), style="dim"))
 
     def dropped(self, number: int, stats: EpisodeStats) -> None:
-        """An episode is over and is not kept."""
+        """Print a finished episode that is not kept."""
         self.say(f"episode {number}: {stats.ending.value} after {stats.steps} steps, not kept", "dim")
 
 
 def learner_words(status: Mapping[str, Any]) -> str:
-    """A learner's numbers for people."""
+    """Return a learner's status as text."""
     words = [f"{status[key]:,} {name}" for key, name in _SHOWN.items() if isinstance(status.get(key), int | float)]
     if isinstance(total := status.get("online_steps"), int | float) and words:
         words[0] += f" of {total:,}"
@@ -114,8 +115,8 @@ def learner_words(status: Mapping[str, Any]) -> str:
 
 @contextmanager
 def log_lines(view: View, silent: str) -> Iterator[None]:
-    """Within it, log records are lines of the view, not writes across its live line; of the logger `silent`, errors
-    only."""
+    """Print log records as lines of the view within this context, so that they do not overwrite its live line; only
+    errors of the logger `silent`."""
     root, handler = logging.getLogger(), _Lines(view)
     handler.addFilter(lambda record: record.name != silent or record.levelno >= logging.ERROR)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -144,6 +145,6 @@ def _episode_line(number: int, max_steps: int, fps: int | float, sent: Sent) -> 
 
 
 def _odd(stats: EpisodeStats) -> str:
-    """What did not go to plan, or differs from most episodes."""
+    """Return the counts that are unusual in an episode, as text."""
     found = {"by hand": stats.interventions, "missed": stats.missed, "late": stats.overruns}
     return ", ".join(f"{count} {name}" for name, count in found.items() if count)

@@ -266,7 +266,7 @@ class EnvPool:
             raise self._error
 
     def tell(self, instruction: str | None) -> None:
-        """Tell this instruction from here on; None: what the environment says."""
+        """Set the instruction of all episodes from now on; None takes the environment's."""
         self.spec = replace(self.spec, instruction=instruction)
         self._look()
 

@@ -47,7 +47,8 @@ def write_episode_video(episode: Episode, env: EnvSpec, path: Path, *, every: in
 
 
 def _played(episode: Episode, env: EnvSpec, config: Any, every: int) -> list[np.ndarray]:
-    """Frames of an episode that is run again, in a worker process unless the environment is to stay in this one."""
+    """Yield the frames of an episode that is played again, in a worker process unless the environment runs in this
+    one."""
     limits = Limits(env.step_timeout, env.reset_timeout)
     build = partial(_Player, config.package_name, config.gym_id, config.gym_kwargs, limits)
     context = worker_context(getattr(config, "preload", ()))

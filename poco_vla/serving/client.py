@@ -44,7 +44,7 @@ class ConnectionLostError(PocoError):
 
 @dataclass(frozen=True)
 class Retry:
-    """How a lost connection is taken up again. All in seconds.
+    """Limits for reconnecting. All in seconds.
 
     Attributes:
         budget: from the first failure to giving up; 0 gives up at once.
@@ -59,7 +59,7 @@ class Retry:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What the policy says.
+    """Reply of the policy.
 
     Attributes:
         actions: [H, action_dim] float32, in the robot's units.
@@ -120,8 +120,8 @@ class PolicyClient:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What the server said when last connected: horizon, action_dim, fps, observation, adapter, weights_version,
-        task, action_low and action_high (lists, None where not known), takes_episodes."""
+        """Return the server's metadata of the last connection: horizon, action_dim, fps, observation, adapter,
+        weights_version, task, action_low and action_high (lists, None where not known), takes_episodes."""
         return self._metadata
 
     def __enter__(self) -> "PolicyClient":
@@ -131,13 +131,13 @@ class PolicyClient:
         self.close()
 
     def close(self) -> None:
-        """Leave. May be called twice; a later `chunk` connects again."""
+        """Disconnect. May be called twice; a later `chunk` connects again."""
         if self._open is not None:
             self._open[1].close()
             self._open = None
 
     def chunk(self, obs: Mapping[str, np.ndarray], task: str) -> Chunk:
-        """A chunk for one state.
+        """Return a chunk for one state.
 
         Args:
             obs: LeRobot's keys, as `metadata["observation"]` lists them; pictures uint8 [height, width, 3].
@@ -154,8 +154,8 @@ class PolicyClient:
         return self._chunk_of(reply, time.perf_counter() - started)
 
     def status(self) -> Mapping[str, Any]:
-        """How the learner is: "act", True when an episode may begin; "done", True when training is over; more of its
-        own, numbers and texts by name.
+        """Return the learner's status: "act", True when an episode may begin; "done", True when training is over;
+        further numbers and texts by name.
 
         Raises:
             RefusedError: no learner is behind this server.
@@ -232,7 +232,8 @@ class PolicyClient:
     # -- connecting ---------------------------------------------------------------------------------------------------
 
     def _insist[T](self, talk: Callable[[ClientConnection], T]) -> T:
-        """Talk; when the connection is lost, open it again and say the same once more: asking twice does no harm."""
+        """Call `talk` with the connection; if it is lost, reconnect and call again, as repeated requests have no other
+        effect."""
         pause, deadline = self.retry.first, None
         while True:
             try:
@@ -287,7 +288,8 @@ class PolicyClient:
             raise RefusedError(f"{self.url} refused (HTTP {status}): {words}") from error
 
     def _check_metadata(self, found: Any) -> dict[str, Any]:
-        """Raises ProtocolError for another protocol, and where another policy is served since."""
+        """Return the server's metadata. Raises ProtocolError for another protocol, or if the served policy has
+        changed."""
         version = found.get("protocol_version") if _is_map(found) else None
         if version != PROTOCOL_VERSION:
             raise ProtocolError(

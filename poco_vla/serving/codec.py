@@ -44,7 +44,7 @@ class Limits:
 
 
 def pack(value: Any) -> bytes:
-    """A message that `unpack` and openpi read.
+    """Return the message that `unpack` and openpi read.
 
     Raises:
         ProtocolError: it holds what cannot be sent; the message names the type.
@@ -60,7 +60,7 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(data: bytes, limits: Limits | None = None) -> Any:
-    """The value of a message from somebody who is not trusted. Arrays are writable copies in the machine's byte order.
+    """Return the value of a message from an untrusted sender. Arrays are writable copies in the machine's byte order.
 
     Raises:
         ProtocolError: a malformed message or one beyond `limits`; no other error leaves this function.
@@ -89,8 +89,8 @@ _TEXTS = (0xD9, 0xDA, 0xDB)
 
 
 def _check_structure(data: bytes, limits: Limits) -> None:
-    """Walk over the headers. MessagePack's own limits are per list: nested ones that each declare a million values,
-    with none of them there, would cost gigabytes."""
+    """Check the headers before unpacking. MessagePack's own limits are per list: nested lists that each declare a
+    million values, with none of them present, would take gigabytes."""
     if len(data) > limits.max_bytes:
         raise ProtocolError(f"a message of {len(data)} bytes; at most {limits.max_bytes} are taken")
     at, declared, open_lists = 0, 1, [1]
@@ -114,7 +114,7 @@ def _check_structure(data: bytes, limits: Limits) -> None:
 
 
 def _skip_header(data: bytes, at: int, max_text: int) -> tuple[int, int]:
-    """(where the next value starts, how many values are inside this one)."""
+    """Return the offset of the next value, and the number of values inside this one."""
     if at >= len(data):
         raise ProtocolError("malformed message: it is empty")
     code, at = data[at], at + 1
@@ -161,7 +161,7 @@ def _from_wire(fields: dict[Any, Any]) -> Any:
 
 
 def _fields(fields: dict[Any, Any], *names: bytes) -> list[Any]:
-    """What an array's map holds, its mark left out."""
+    """Return the content of an array's map, without its marker."""
     if fields.keys() != set(names) or fields[names[0]] is not True:
         raise ProtocolError(f"malformed array: expected exactly {[n.decode() for n in names]}")
     return [fields[name] for name in names[1:]]
@@ -202,7 +202,7 @@ def _scalar(data: Any, dtype: Any) -> np.generic:
 
 
 def _checked_dtype(dtype: Any) -> np.dtype:
-    """From its name, which is matched first: numpy would build structures and subarrays from one."""
+    """Return the dtype of a name that is matched first: numpy would build structures and subarrays from others."""
     if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
         raise ProtocolError(
             f"arrays of dtype {str(dtype)[:40]!r} are not sent: booleans, integers and floats up to 8 bytes are"

@@ -22,12 +22,12 @@ class Feature:
     dtype: str
 
     def rows(self, count: int) -> "Feature":
-        """`count` of it, stacked."""
+        """Return the feature of `count` stacked values."""
         return Feature((count, *self.shape), self.dtype)
 
     @property
     def nbytes(self) -> int:
-        """Of one."""
+        """Return the bytes of one value."""
         return int(np.prod(self.shape, dtype=object)) * np.dtype(self.dtype).itemsize
 
     def check(self, key: str, found: Any) -> np.ndarray:
@@ -65,7 +65,8 @@ def _converted(found: np.ndarray, wanted: np.dtype) -> np.ndarray | None:
 
 
 def observation_spec(features: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Feature]:
-    """What a policy is to be sent: those of a LeRobot dataset's features (`DatasetInfo.features`) that it reads.
+    """Return the observations that a policy must be sent: the features of a LeRobot dataset (`DatasetInfo.features`)
+    that it reads.
 
     Numbers are float32 whatever the dataset stores them as: training reads them so, and robots give them so.
 

@@ -96,7 +96,7 @@ class Gate(socket.socket):
     max_strangers = MAX_STRANGERS
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Accept a connection; drop the oldest stranger for it where there are too many."""
+        """Accept a connection; if there are too many unauthenticated ones, drop the oldest of them."""
         connection, address = super().accept()
         strangers = self._alive()
         for old in strangers[: max(0, len(strangers) + 1 - self.max_strangers)]:
@@ -106,12 +106,12 @@ class Gate(socket.socket):
         return connection, address
 
     def let_in(self, number: int) -> None:
-        """Count the connection of this file number among the strangers no more."""
+        """Stop counting the connection of this file number as unauthenticated."""
         self._accepted = [ref(one) for one in self._alive() if one.fileno() != number]
 
     @property
     def num_strangers(self) -> int:
-        """Connections that are no clients yet."""
+        """Return the number of unauthenticated connections."""
         return len(self._alive())
 
     def _alive(self) -> list[socket.socket]:
@@ -136,7 +136,7 @@ class Intake:
             greedy.transport.abort()
 
     def release(self, connection: "BoundedConnection") -> None:
-        """Forget a connection's bytes: its message was read, or it is gone."""
+        """Release a connection's bytes, after its message was read or the connection closed."""
         self.held.pop(connection, None)
 
 
@@ -148,7 +148,7 @@ class BoundedConnection(ServerConnection):
 
     @classmethod
     def kind(cls, intake: Intake) -> Callable[..., "BoundedConnection"]:
-        """Return what makes connections that count their bytes in `intake`."""
+        """Return a factory of connections that count their bytes in `intake`."""
 
         def make(*args: Any, **kwargs: Any) -> BoundedConnection:
             connection = cls(*args, **kwargs)
@@ -158,7 +158,7 @@ class BoundedConnection(ServerConnection):
         return make
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes, or end the connection."""
+        """Accept bytes, or close the connection."""
         if self.protocol.state is State.CONNECTING:
             self._head += len(data)
             if self._head > MAX_HEAD:
@@ -171,16 +171,16 @@ class BoundedConnection(ServerConnection):
         super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Release what the connection held."""
+        """Release the bytes that the connection held."""
         self.intake.release(self)
         super().connection_lost(exc)
 
     def message_read(self) -> None:
-        """Note that a message was handed over whole."""
+        """Record that a whole message was read."""
         self.heard = time.monotonic()
         self.intake.release(self)
 
     @property
     def number(self) -> int:
-        """File number of its socket."""
+        """Return the file number of the connection's socket."""
         return self.transport.get_extra_info("socket").fileno()

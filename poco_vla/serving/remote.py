@@ -65,7 +65,7 @@ class RemoteInteraction(Interaction):
             self._best_of_n, self._until = best_of_n, until
 
     def open(self) -> str:
-        """Let robots in; gives the address."""
+        """Start serving robots and return the address."""
         self.server.__enter__()
         return self.server.url
 
@@ -83,14 +83,14 @@ class RemoteInteraction(Interaction):
         self._progress = dict(progress)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Robots begin anew: what they were doing is theirs to keep or to send."""
+        """Do nothing: robots begin anew, and send or keep the episodes that they had."""
 
     def pause(self) -> None:
         with self._changed:
             self._until = 0.0
 
     def finish(self) -> None:
-        """Tell robots that training is over, and let them end and send their episodes; who has heard it leaves."""
+        """Report to robots that training is over, and wait until they have ended and sent their episodes."""
         self._done = True
         deadline = time.monotonic() + FAREWELL
         while self.server.num_clients and time.monotonic() < deadline:
@@ -102,13 +102,13 @@ class RemoteInteraction(Interaction):
     # -- the server's side, in its threads ----------------------------------------------------------------------------
 
     def chunks(self, obs: Mapping[str, np.ndarray], tasks: Sequence[str]) -> np.ndarray:
-        """[B, H, action_dim] float32, in the robot's units."""
+        """Return [B, H, action_dim] float32, in the robot's units."""
         chunks = self.actor.chunks(obs, tasks, best_of_n=self._best_of_n)
         self.weights_version = self.actor.weights_version
         return chunks
 
     def status(self) -> dict[str, Any]:
-        """Whether an episode may begin, whether training is over, and how it goes."""
+        """Return the status for robots: whether an episode may begin, whether training is over, and progress."""
         with self._changed:
             act = self._taken < self._until and not self._done
         return {"act": act, "done": self._done, **self._progress}

@@ -68,24 +68,24 @@ _LONGEST_TEXT = 2000
 
 @runtime_checkable  # for the test run's machine-checked signatures
 class ChunkSource(Protocol):
-    """What is served: :class:`poco_vla.rollout.Actor`, or what acts like one."""
+    """Source of the chunks that are served: :class:`poco_vla.rollout.Actor` or a class with the same methods."""
 
     policy: FlowPolicy
     weights_version: int
     """Of the weights that the last chunks are samples of, or the next ones will be where there were none."""
 
     def chunks(self, obs: Mapping[str, np.ndarray], tasks: Sequence[str]) -> np.ndarray:
-        """[B, H, action_dim] float32, in the robot's units."""
+        """Return [B, H, action_dim] float32, in the robot's units."""
         ...
 
 
 @runtime_checkable
 class EpisodeSink(Protocol):
-    """Where episodes go that robots send."""
+    """Receiver of the episodes that robots send."""
 
     def status(self) -> Mapping[str, Any]:
-        """What a robot asks before an episode: numbers and texts by name. Called from the server's thread, which
-        serves nobody meanwhile.
+        """Return the status that a robot asks for before an episode: numbers and texts by name. Called from the
+        server's thread, which serves nobody meanwhile.
 
         At least "act", True when an episode may begin, False while the learner is to catch up first, and "done", True
         when training is over.
@@ -93,7 +93,8 @@ class EpisodeSink(Protocol):
         ...
 
     def take(self, episode: Episode, key: str) -> None:
-        """Keep an episode: it is on disk when this returns. May take its time, in a thread of its own; one at a time.
+        """Store an episode; it is on disk when this returns. Called in a thread of its own, one episode at a time, and
+        may block.
 
         Args:
             episode: checked against what the server announces.
@@ -107,7 +108,7 @@ class EpisodeSink(Protocol):
 
 
 def observations_of(policy: str, keys: Iterable[str]) -> dict[str, Feature]:
-    """What an exported policy is to be sent, by its LeRobot configuration.
+    """Return the observations that clients of an exported policy must send, from its LeRobot configuration.
 
     Args:
         policy: LeRobot policy folder or Hub id.
@@ -231,18 +232,18 @@ class PolicyServer:
 
     @property
     def url(self) -> str:
-        """Where clients on this machine connect to."""
+        """Return the address for clients on this machine."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'wss' if self._tls else 'ws'}://{host}:{self.port}"
 
     @property
     def num_clients(self) -> int:
-        """Open connections."""
+        """Return the number of open connections."""
         return len(self._connections)
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What a client is told on connecting."""
+        """Return the metadata that a client receives on connecting."""
         spec = self.actor.policy.spec
         return {
             "protocol_version": PROTOCOL_VERSION,
@@ -275,7 +276,7 @@ class PolicyServer:
         self.close()
 
     def close(self) -> None:
-        """Say goodbye to the clients (close code 1001) and free the port. May be called twice.
+        """Close all connections (close code 1001) and free the port. May be called twice.
 
         Waits for the episode that is being taken; its sender learns nothing of it and sends it again elsewhen.
         """
@@ -310,7 +311,7 @@ class PolicyServer:
             await forwards
 
     def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Answer instead of opening the websocket, or None."""
+        """Return a response that refuses the websocket, or None to open it."""
         if request.path == "/healthz":
             return connection.respond(HTTPStatus.OK, "OK\n")
         if request.headers.get_all("Origin"):
@@ -334,7 +335,8 @@ class PolicyServer:
         return None
 
     def _has_place(self) -> bool:
-        """Return True if another client may come; for it, the one that has been idle longest has to go."""
+        """True if another client may connect; if all places are taken, the client that has been idle longest is
+        disconnected."""
         self._connections = {one for one in self._connections if not one.transport.is_closing()}
         if len(self._connections) < self.max_clients:
             return True
@@ -355,7 +357,7 @@ class PolicyServer:
             self._connections.discard(connection)
 
     async def _answer_one(self, connection: BoundedConnection) -> None:
-        """A conversation, until the client leaves or a reply cannot be made."""
+        """Answer a client's messages until it leaves or a reply cannot be made."""
         await connection.send(pack(self.metadata))
         inbox = Inbox(self.obs_spec, self.actor.policy.spec.action_dim, self.max_episode_bytes, self._uploads)
         try:
@@ -432,8 +434,8 @@ class PolicyServer:
         return {"episode": message["episode"], "recorded": True}
 
     async def _take(self, sink: EpisodeSink, episode: Episode, key: str) -> None:
-        """Hand over an episode. One that is on its way already, its sender having lost the connection and sent it
-        again, is waited for: however often that happens, it is held in memory once."""
+        """Pass an episode to the sink. If the same episode is being stored already, because its sender lost the
+        connection and sent it again, wait for that: it is held in memory once."""
         if key not in self._taking:
             self._taking[key] = self._loop.run_in_executor(self._taker, sink.take, episode, key)
             self._taking[key].add_done_callback(lambda _: self._taking.pop(key))
@@ -443,7 +445,7 @@ class PolicyServer:
     # -- forwards -----------------------------------------------------------------------------------------------------
 
     async def _answer_all(self) -> None:
-        """One forward after another, in a thread, so that pings and refusals do not wait for it."""
+        """Run one forward after another in a thread, so that pings and refusals do not wait for it."""
         with ThreadPoolExecutor(1, "policy-server-forward") as thread:
             while True:
                 batch = [await self._waiting.get()]
@@ -473,7 +475,7 @@ class PolicyServer:
 
 
 def check_request(request: Any, spec: Mapping[str, Feature]) -> _Asked:
-    """A request's observations and instruction.
+    """Return a request's observations and instruction, checked.
 
     Raises:
         DataError: a camera is missing, an observation is unknown or of another shape or dtype, a number is not finite.
@@ -505,7 +507,8 @@ def _check_bounds(bounds: tuple[np.ndarray, np.ndarray] | None, action_dim: int)
 
 
 def check_serving(host: str, port: int, token: str | None, *, insecure: bool, encrypted: bool) -> None:
-    """Raise ConfigError, before any long work, unless this machine can serve at an address and keeps strangers out."""
+    """Raise ConfigError, before any long work, unless this machine can serve at an address with the required access
+    control."""
     _check_access(host, token, insecure, encrypted)
     listen(host, port).close()
 

@@ -32,7 +32,7 @@ _OPTIONAL = {"policy_version": "int64", "interventions": "bool"}
 
 
 def columns(episode: Episode) -> dict[str, np.ndarray]:
-    """Name -> [T, ...] of everything that an episode has per step.
+    """Return the columns of an episode by name, [T, ...] each.
 
     Raises:
         DataError: it has no steps, or a column is not as long as the others.
@@ -46,7 +46,7 @@ def columns(episode: Episode) -> dict[str, np.ndarray]:
 
 
 def pieces(episode: Episode, key: str, max_bytes: int) -> Iterator[dict[str, Any]]:
-    """The messages that carry an episode's rows, each of them at most `max_bytes` long when it is packed.
+    """Yield the messages that carry an episode's rows, each at most `max_bytes` long when it is packed.
 
     Raises:
         DataError: as `columns`, or one step alone is longer than that.
@@ -67,7 +67,7 @@ def _piece(key: str, steps: int, first: int, found: Mapping[str, np.ndarray], co
 
 
 def ending(episode: Episode, key: str) -> dict[str, Any]:
-    """The message after the last piece."""
+    """Return the message after the last piece."""
     return {"episode": key, "task": episode.task, "seed": episode.seed}
 
 
@@ -75,7 +75,7 @@ def ending(episode: Episode, key: str) -> dict[str, Any]:
 
 
 class Inbox:
-    """Where one client's episode grows until it is whole; one at a time. A piece that is refused discards it.
+    """Assembles one client's episode from its pieces, one episode at a time. A piece that is refused discards it.
 
     Args:
         observations: key -> what one step holds of it.
@@ -95,7 +95,7 @@ class Inbox:
         self._growing: _Growing | None = None
 
     def add(self, piece: Mapping[Any, Any]) -> int:
-        """Put a piece to the others. How many rows are there now.
+        """Append a piece and return the number of rows so far.
 
         Raises:
             DataError: it is not the next piece, or not of these columns; the episode is forgotten.
@@ -111,7 +111,7 @@ class Inbox:
         return filled
 
     def drop(self) -> None:
-        """Forget the episode."""
+        """Discard the episode."""
         self._growing = None
         if self._uploads is not None:
             self._uploads.release(self)
@@ -133,7 +133,7 @@ class Inbox:
         return growing.filled
 
     def finish(self, end: Mapping[Any, Any]) -> Episode:
-        """The episode, which is forgotten here.
+        """Return the complete episode and remove it from the inbox.
 
         Raises:
             DataError: it is not whole, or this is not its end.
@@ -188,7 +188,7 @@ class _Growing:
 
 
 def check_task(name: str, task: str) -> None:
-    """Raise DataError for an instruction that no policy reads to its end."""
+    """Raise DataError for an instruction that is too long for a policy."""
     if len(task) > LONGEST_TASK:
         raise DataError(f'"{name}" has {len(task)} characters; an instruction has at most {LONGEST_TASK}')
 

@@ -12,7 +12,7 @@ class Owner(Protocol):
     """A place where an episode grows."""
 
     def drop(self) -> None:
-        """Forget the episode."""
+        """Discard the episode."""
         ...
 
 
@@ -33,7 +33,8 @@ class Uploads:
         self._held: dict[Owner, tuple[int, float]] = {}
 
     def reserve(self, owner: Owner, count: int) -> None:
-        """Reserve the bytes of an owner's episode. Those who have sent nothing for `IDLE` seconds are dropped for it.
+        """Reserve the bytes of an owner's episode. Owners that have sent nothing for `IDLE` seconds are dropped if
+        space is needed.
 
         Raises:
             BusyError: others take all the room.
@@ -50,12 +51,12 @@ class Uploads:
         self._held[owner] = count, now
 
     def touch(self, owner: Owner) -> None:
-        """Note that an owner has sent something."""
+        """Record that an owner has sent something."""
         if owner in self._held:
             self._held[owner] = self._held[owner][0], time.monotonic()
 
     def release(self, owner: Owner) -> None:
-        """Give back what an owner has reserved."""
+        """Release the bytes of an owner."""
         self._held.pop(owner, None)
 
     def _is_full(self, count: int) -> bool:
