@@ -40,12 +40,13 @@ from pages import commands as commands_of
 
 NAMES = [str(path) for path in PAGES]
 IN_SMALL = {
+    '{"episode_length": 120}': '{"episode_length": 120}, num_envs=1, in_process=True',
+    "DemonstrationConfig(episodes=20)": "DemonstrationConfig(episodes=1, workers=1)",
+    "episodes=100, every=10_000": "episodes=1, videos=False",
+    "episodes=100, seed=7": "episodes=1, seed=7",
     "sft_steps=3_000": "sft_steps=4",
     "warmup_steps=3_000": "warmup_steps=2",
-    "online_steps=20_000": "online_steps=30, updates_per_step=0.1",
-    "episodes=20,": "episodes=1,",
-    "episodes=100": "episodes=1",
-    '"episode_length": 120': '"episode_length": 30',
+    "online_steps=20_000": "online_steps=150, updates_per_step=0.05",
 }
 """What takes the place of sizes in a Python block that trains."""
 SHELL = {"cd", "export", "unset", "source", "git", "hf", "ray", "cat", "nvidia-smi"}
@@ -59,7 +60,7 @@ def text_of(name):
 def every(*kinds):
     """Return the blocks of all pages in these languages, as parameters."""
     return [
-        pytest.param(name, line, code, id=f"{name}:{line}")
+        pytest.param(name, line, code, id=f"{name}:{line}", marks=[pytest.mark.slow] if "train(config)" in code else [])
         for name in NAMES
         for kind in kinds
         for line, code in blocks(text_of(name), kind)
@@ -212,7 +213,7 @@ def served_policy():
 
 
 def run_python(name, line, code):
-    exec(compile(code, f"{name}, block at line {line}", "exec"), {"__name__": "__page__"})
+    exec(compile(code, f"{name}, block at line {line}", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize(("name", "line", "code"), every("python"))
@@ -229,8 +230,8 @@ def test_python_runs(name, line, code, tmp_path, monkeypatch, request):
         code = code.replace("ws://127.0.0.1:8000", request.getfixturevalue("served_policy").url)
     if "train(" in code:
         for old, small in IN_SMALL.items():
+            assert old in code
             code = code.replace(old, small)
-        code = code.replace("TrainConfig(", "TrainConfig(output_dir='run', ", 1) if "output_dir" not in code else code
     monkeypatch.chdir(tmp_path)
     run_python(name, line, code)
 

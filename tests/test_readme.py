@@ -2,7 +2,9 @@
 
 import json
 import re
+import runpy
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +22,15 @@ def test_it_links_every_page():
     linked = {path for path, _ in links(TEXT)}
     assert {f"recipes/guides/{page.name}" for page in GUIDES.glob("*.md")} <= linked
     assert {"adapters/README.md", "tests/benchmarks/README.md"} <= linked
+
+
+def test_the_python_quickstart_has_the_values_of_the_demo():
+    """And so the success rates of the table."""
+    (code,) = [code for _, code in blocks(TEXT, "python") if "train(config)" in code]
+    shown = {"__name__": "__page__"}
+    exec(compile(code, "README.md", "exec"), shown)
+    demo = runpy.run_path(str(ROOT / "recipes" / "mlp_cube.py"))["config"]()
+    assert replace(shown["config"], output_dir=demo.output_dir) == demo
 
 
 def test_the_equation_table_points_at_names_that_exist():
