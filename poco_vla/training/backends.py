@@ -425,6 +425,7 @@ class _GroupAdam(torch.optim.Adam):
 
     learning: frozenset[int] = frozenset()
     max_norm: float | None = None
+    norms: dict[int, Tensor]
 
     def begin(self, learning: set[int]) -> None:
         """An update in which groups of these ids have a gradient; the others are left alone."""

@@ -62,7 +62,7 @@ class Logbook:
         self._sums = torch.zeros(0)
         self._num_summed = 0
         self._ages = (0, 0)
-        self.begin()
+        self._logged = (time.monotonic(), progress.update, progress.env_steps)
         self.beside: Callable[[], Mapping[str, float]] = dict
 
     def begin(self) -> None:
