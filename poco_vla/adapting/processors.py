@@ -237,7 +237,9 @@ def raw_keys(pipeline: Any, keys: Iterable[str]) -> tuple[str, ...]:
 
 def _registered(pipeline: Any, name: str) -> Any:
     """Return the step of a registered name; None where a pipeline has none."""
-    return next((step for step in pipeline.steps if getattr(type(step), "_registry_name", None) == name), None)
+    return next(
+        (step for step in getattr(pipeline, "steps", ()) if getattr(type(step), "_registry_name", None) == name), None
+    )
 
 
 # -- a batch that is to be processed -----------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
 """The control rate that a policy was trained for: it travels with the policy, in poco.json."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from poco_vla.adapting.heads import ABOUT, read_about
-from poco_vla.errors import ConfigError
-from poco_vla.files import write_json
+from poco_vla.errors import ConfigError, PocoError
+from poco_vla.files import read_json, write_json
 from poco_vla.hub.fetch import located
 
 FPS = "fps"
@@ -34,7 +33,7 @@ def rate_of(policy: str, revision: str | None = None) -> float:
     found = [read_about(folder).get(FPS)]
     for run in (Path(policy), folder, folder.parent):
         # An older run did not note it, but its online episodes were recorded at that rate.
-        found += [_read(run / "result.json").get(FPS), _read(run / "episodes" / "meta" / "info.json").get(FPS)]
+        found += [_fps_in(run / "result.json"), _fps_in(run / "episodes" / "meta" / "info.json")]
     for fps in found:
         if isinstance(fps, int | float) and not isinstance(fps, bool) and math.isfinite(fps) and fps > 0:
             return float(fps)
@@ -44,10 +43,10 @@ def rate_of(policy: str, revision: str | None = None) -> float:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return a JSON object; empty where there is none, or a damaged one."""
+def _fps_in(path: Path) -> Any:
+    """Return the rate in a JSON object; None where there is none, or a damaged file."""
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
+        values = read_json(path)
+    except PocoError:
+        return None
+    return values.get(FPS) if isinstance(values, dict) else None

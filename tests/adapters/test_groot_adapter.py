@@ -399,9 +399,9 @@ def test_a_folder_with_a_fault_is_refused(saved, tmp_path, spoil, words):
     [
         ({"lorra": 2, "colour": 1}, "groot_n1d6 has no option colour, lorra; it has .*tokenizer"),
         ({"tune_top_llm_layers": 4}, "the language model is frozen.*tune_top_llm_layers=0"),
-        ({"horizon": 17}, "chunks of 16 steps, asked for 17: choose a shorter"),
+        ({"horizon": 17}, "chunks of 16 steps, asked for 17: .* Choose a shorter"),
         ({"horizon": 0}, "horizon is 0"),
-        ({"statistics": "mine"}, 'statistics is "mine": expected auto, dataset or checkpoint'),
+        ({"statistics": "mine"}, 'statistics is "mine"; expected one of auto, checkpoint, dataset'),
         ({"statistics": "dataset"}, 'statistics="dataset" without a dataset'),
         ({"dtype": "float16"}, 'dtype is "float16": expected bfloat16 or float32'),
         ({"compute": "int8"}, 'compute is "int8": expected bfloat16 or float32'),

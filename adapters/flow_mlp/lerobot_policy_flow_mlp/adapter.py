@@ -19,6 +19,7 @@ from lerobot_policy_flow_mlp.modeling_flow_mlp import STATE_KEYS, TRUST_VARIABLE
 from lerobot_policy_flow_mlp.processor_flow_mlp import make_flow_mlp_pre_post_processors
 from poco_vla import ActionSpec, FlowPolicy, PolicyError, atomic_folder, linear, raw
 from poco_vla.adapting import camera_names, heads, naming, normalization, policy_config, processors, weights
+from poco_vla.adapting.lerobot_checkpoint import kept_order
 
 OF_DATASET = frozenset(
     {"input_features", "output_features", "chunk_size", "n_action_steps", "push_to_hub", "action_feature_names"}
@@ -59,7 +60,6 @@ class FlowMlp(FlowPolicy):
         config = model.config
         self.order = order or naming.VectorOrder()
         self.names = self.order.names
-        renamed = {new: old for old, new in _renames(preprocess).items()}
         self._pipeline = preprocess
         if self.order.index:
             preprocess = naming.Reordered(preprocess, self.order)
@@ -69,7 +69,7 @@ class FlowMlp(FlowPolicy):
         self.head.linear = linear
         self.preprocess, self.postprocess = preprocess, postprocess
         self.feature_dim = model.feature_dim
-        self.input_keys = tuple(renamed.get(key, key) for key in config.input_features or {})
+        self.input_keys = processors.raw_keys(self._pipeline, config.input_features or {})
         self.spec = ActionSpec(
             config.chunk_size, model.action_dim, model.action_dim, config.num_inference_steps, config.action_clip
         )
@@ -180,7 +180,7 @@ class FlowMlp(FlowPolicy):
         files = weights.weights_of(source, base)
         saved = camera_names.saved_cameras(source.folder / "policy_preprocessor.json", list(config.image_features))
         renames = camera_names.kept_renames(saved, features, cameras, where=source.name)
-        order = _kept_order(source, config, features, joints)
+        order = kept_order(source, config, features, joints)
         if statistics == "dataset":
             if features is None or stats is None:
                 raise PolicyError('statistics="dataset" without a dataset: give features and stats')
@@ -338,24 +338,6 @@ def _net_shapes(config: FlowMlpConfig, found: Mapping[str, tuple[int, ...]]) -> 
     for i, (inner, outer) in enumerate(pairwise(widths)):
         shapes |= {f"net.layers.{i}.weight": (outer, inner), f"net.layers.{i}.bias": (outer,)}
     return shapes
-
-
-def _kept_order(
-    source: heads.Source, config: FlowMlpConfig, features: Mapping[str, Any] | None, joints: naming.Joints
-) -> naming.VectorOrder:
-    """Return how the data's states and actions come into the order of a trained policy."""
-    columns = {**(config.input_features or {}), **(config.output_features or {})}
-    sizes = {key: columns[key].shape[0] for key in (*STATE_KEYS, ACTION) if key in columns}
-    order = naming.saved_order(source.folder, config.action_feature_names, sizes)
-    if features is None:
-        return order
-    return naming.matched_order(order, features, sizes=sizes, where=source.name, joints=joints)
-
-
-def _renames(pipeline: Any) -> Mapping[str, str]:
-    """Return the names that a pre-processor changes: old name -> new."""
-    steps = (step for step in getattr(pipeline, "steps", ()) if isinstance(step, RenameObservationsProcessorStep))
-    return next((step.rename_map for step in steps), {})
 
 
 def _pipelines(

@@ -10,10 +10,10 @@ from typing import Any, Literal, Self
 
 import torch
 from draccus.utils import DraccusException
-from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.configs.types import FeatureType
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import RenameObservationsProcessorStep
-from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from lerobot.utils.constants import ACTION
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors import SafetensorError
 from torch import Tensor
@@ -49,6 +49,14 @@ from lerobot_policy_groot_n1d6.processor_groot_n1d6 import make_groot_n1d6_pre_p
 from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, atomic_folder, inject_lora, merge_lora, raw
 from poco_vla.adapting import camera_names, heads, naming, normalization, policy_config, processors
 from poco_vla.adapting import weights as weight_files
+from poco_vla.adapting.lerobot_checkpoint import (
+    Checkpoint,
+    check_choice,
+    check_horizon,
+    kept_order,
+    tiny_features,
+    tiny_stats,
+)
 
 PROCESSED = {"embodiment", "tokenizer", "byte_ids", "letterbox", "exact_images", "augment_images"}
 """Options that the processors heed."""
@@ -175,8 +183,7 @@ class GrootN1d6Adapter(FlowPolicy):
         self.state_dim = self.embodiment.state_dim
         self.feature_dim = policy.sizes.language.width + self.state_dim
         columns = [view.column for view in self.embodiment.views] + [key.column for key in self.embodiment.state]
-        renamed = {new: old for old, new in _renaming(pipelines[0]).rename_map.items()}
-        self.input_keys = tuple(dict.fromkeys(renamed.get(column, column) for column in columns))
+        self.input_keys = tuple(dict.fromkeys(processors.raw_keys(pipelines[0], columns)))
         self.spec = ActionSpec(
             horizon=config.chunk_size,
             width=config.max_action_dim,
@@ -313,19 +320,16 @@ class GrootN1d6Adapter(FlowPolicy):
             PolicyError: files are missing or damaged, or do not fit together.
         """
         if horizon is not None and horizon < 1:
-            raise PolicyError(f"horizon is {horizon}: expected at least 1 step")
-        if statistics not in ("auto", "dataset", "checkpoint"):
-            raise PolicyError(f'statistics is "{statistics}": expected auto, dataset or checkpoint')
+            raise PolicyError(f"horizon is {horizon}; a chunk has at least one step")
+        check_choice("statistics", statistics, ("auto", "checkpoint", "dataset"))
         colours = None if features is None else camera_names.colour_features(features, cameras)
-        data, source = _Data(colours, stats, dataset_meta, cameras, joints), _located(repo_or_path, revision)
-        head = heads.read_head(source.folder, ADAPTER)
-        frozen = source if head is None else heads.base_of(head, base)
-        moved = base if head is None else None  # that of a LoRA of peft; a head's is found
-        lora = heads.chosen_lora(Lora.of(lora, LORA_TARGETS), head)
+        data = _Data(colours, stats, dataset_meta, cameras, joints)
+        found = _located(repo_or_path, revision, base, lora)
+        source = found.source
         try:
             if _type(source) == ADAPTER:
                 policy, pipelines, order = _of_lerobot(
-                    source, frozen, horizon, device, data, statistics, options, moved
+                    source, found.frozen, horizon, device, data, statistics, options, found.moved
                 )
             else:
                 policy, pipelines, order = _of_nvidia(source, horizon, device, data, options)
@@ -336,10 +340,10 @@ class GrootN1d6Adapter(FlowPolicy):
             raise PolicyError(f"{source.name} cannot be loaded: {error}") from error
         except (ValueError, TypeError, OSError) as error:
             raise PolicyError(str(error)) from error
-        heads.check_finite(policy.state_dict(), frozen.folder)
-        adapter = cls(policy, pipelines, source=frozen, recompute=recompute, lora=lora, order=order)
-        if head is not None:
-            head.put_on(policy, source.folder)
+        heads.check_finite(policy.state_dict(), found.frozen.folder)
+        adapter = cls(policy, pipelines, source=found.frozen, recompute=recompute, lora=found.lora, order=order)
+        if found.head is not None:
+            found.head.put_on(policy, source.folder)
         return adapter
 
     @classmethod
@@ -360,10 +364,8 @@ class GrootN1d6Adapter(FlowPolicy):
             language=replace(sizes.language, vocab=264, image_token=259),
             head=replace(sizes.head, state_dim=32, horizon=16, max_steps=64),
         )
-        images = {f"{OBS_IMAGES}.{name}": PolicyFeature(FeatureType.VISUAL, (3, 64, 64)) for name in ("front", "wrist")}
         config = GrootN1d6Config(
-            input_features=images | {OBS_STATE: PolicyFeature(FeatureType.STATE, (6,))},
-            output_features={ACTION: PolicyFeature(FeatureType.ACTION, (4,))},
+            **tiny_features(),
             chunk_size=16,
             n_action_steps=16,
             max_action_horizon=16,
@@ -377,9 +379,7 @@ class GrootN1d6Adapter(FlowPolicy):
         )
         policy = GrootN1d6Policy(config)
         policy.load_state_dict(random_weights(policy, seed))
-        bounds = {"min": -2.0, "max": 2.0, "mean": 0.0, "std": 1.0, "q01": -2.0, "q99": 2.0}
-        sizes_of = {OBS_STATE: 6, ACTION: 4}
-        stats = {key: {name: torch.full((n,), value) for name, value in bounds.items()} for key, n in sizes_of.items()}
+        stats = tiny_stats(min=-2.0, max=2.0, mean=0.0, std=1.0, q01=-2.0, q99=2.0)
         return cls(policy.eval(), make_groot_n1d6_pre_post_processors(config, stats))
 
     def example_obs(self, batch_size: int, seed: int = 0) -> dict[str, Any]:
@@ -429,9 +429,9 @@ class _Data:
     joints: naming.Joints = None
 
 
-def _located(repo_or_path: str | Path, revision: str | None) -> heads.Source:
+def _located(repo_or_path: str | Path, revision: str | None, base: str | Path | None, lora: Any) -> Checkpoint:
     try:
-        return heads.locate(repo_or_path, revision)
+        return Checkpoint.locate(repo_or_path, revision, adapter=ADAPTER, base=base, lora=lora, targets=LORA_TARGETS)
     except PolicyError as error:
         if "the Hub" not in str(error):
             raise
@@ -467,11 +467,7 @@ def _of_lerobot(
         name=source.name,
         limits={**policy_config.NETWORK_SIZES, "max_action_horizon": 4096},
     )
-    if horizon is not None and horizon > config.max_action_horizon:
-        raise PolicyError(
-            f"{source.name} was trained with chunks of {config.max_action_horizon} steps, asked for {horizon}: choose "
-            "a shorter horizon"
-        )
+    check_horizon(horizon, config.max_action_horizon, source.name)
     config.chunk_size = config.n_action_steps = config.max_action_horizon = horizon or config.chunk_size
     config.device = device
     changed = sorted(name for name in PROCESSED & options.keys() if options[name] != getattr(config, name))
@@ -488,27 +484,22 @@ def _of_lerobot(
         renames = _adopt(config, data, list(saved), source.name)
         config.base_model_path = None  # its statistics are not asked for, and it may be gone
         pipelines = make_groot_n1d6_pre_post_processors(config, data.stats, data.meta)
-        _renaming(pipelines[0]).rename_map = renames
+        processors.step_of(pipelines[0], RenameObservationsProcessorStep).rename_map = renames
         order = naming.new_order(data.features)
     else:
         processors.check_pipelines(folder, INPUT_STEPS, OUTPUT_STEPS)
         overrides = {"device_processor": {"device": device}}
         pipelines = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
         encode = _check_inverse(pipelines, config, source.name)
-        trained = encode.embodiment.horizon
         if data.features is not None:
             _check_features(config, encode.embodiment, data.features, source.name)
-        if config.chunk_size > trained:
-            raise PolicyError(
-                f"{source.name} was trained with chunks of {trained} steps, asked for {config.chunk_size}: choose a "
-                "shorter horizon"
-            )
+        check_horizon(config.chunk_size, encode.embodiment.horizon, source.name)
         views = [view.column for view in encode.embodiment.views]
         saved = camera_names.saved_cameras(folder / PREPROCESSOR, views)
         renames = camera_names.kept_renames(saved, data.features, data.cameras, where=source.name)
         if renames is not None:
-            _renaming(pipelines[0]).rename_map = renames
-        order = _kept_order(source, config, data)
+            processors.step_of(pipelines[0], RenameObservationsProcessorStep).rename_map = renames
+        order = kept_order(source, config, data.features, data.joints)
     config.action_feature_names = list(order.own[ACTION]) if ACTION in order.own else None
     if _type(base) != ADAPTER:
         config.base_model_path, config.base_revision = base.name, base.revision
@@ -547,21 +538,6 @@ def _check_inverse(pipelines: tuple[Any, Any], config: GrootN1d6Config, where: s
     return encode
 
 
-def _kept_order(source: heads.Source, config: GrootN1d6Config, data: "_Data") -> naming.VectorOrder:
-    """Return how the data's states and actions come into the order of a policy that keeps its own."""
-    columns = {**(config.input_features or {}), **(config.output_features or {})}
-    sizes = {key: columns[key].shape[0] for key in (OBS_STATE, ACTION) if key in columns}
-    order = naming.saved_order(source.folder, config.action_feature_names, sizes)
-    if data.features is None:
-        return order
-    return naming.matched_order(order, data.features, sizes=sizes, where=source.name, joints=data.joints)
-
-
-def _renaming(pipeline: Any) -> Any:
-    """Return the step of a pre-processor that renames observations."""
-    return next(step for step in pipeline.steps if isinstance(step, RenameObservationsProcessorStep))
-
-
 def _of_nvidia(
     source: heads.Source,
     horizon: int | None,
@@ -578,8 +554,7 @@ def _of_nvidia(
         )
     sizes = HeadSizes.from_config(described)
     steps = horizon or 16
-    if steps > sizes.horizon:
-        raise PolicyError(f"{source.name} was trained with chunks of {sizes.horizon} steps, asked for {steps}")
+    check_horizon(steps, sizes.horizon, source.name)
     config = GrootN1d6Config(
         base_model_path=source.name,
         base_revision=source.revision,
@@ -623,7 +598,7 @@ def _adopt(config: GrootN1d6Config, data: _Data, own: Sequence[str], where: str)
     states = {key: ft for key, ft in offered.items() if ft.type is FeatureType.STATE}
     config.input_features = {slot or key: images[key] for key, slot in chosen.items()} | states
     config.output_features = {key: ft for key, ft in offered.items() if ft.type is FeatureType.ACTION}
-    return {key: slot for key, slot in chosen.items() if slot not in (None, key)}
+    return camera_names.changed_slots(chosen)
 
 
 def _check_features(config: GrootN1d6Config, embodiment: Embodiment, features: Mapping[str, Any], name: str) -> None:
