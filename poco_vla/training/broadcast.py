@@ -1,4 +1,4 @@
-"""What some processes know, on every process: as JSON and plain numbers, never as pickled objects."""
+"""Broadcast of values and arrays between the processes: as JSON and plain numbers, never as pickled objects."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ from poco_vla.data import Episode
 
 
 def shared(tensor: Tensor, source: int = 0) -> Tensor:
-    """The tensor of one process (the main one's), on every process."""
+    """Return the tensor of one process (the main one's) on every process."""
     got = broadcast(tensor, from_process=source)
     assert isinstance(got, Tensor)
     return got
 
 
 class Sharing:
-    """Gives what processes have to all of them, in the order of the processes.
+    """Give what processes have to all of them, in the order of the processes.
 
     Args:
         accelerator: its processes; all of them call a method together.
@@ -33,7 +33,7 @@ class Sharing:
         self.sources = range(accelerator.num_processes if each else 1)
 
     def episodes(self, episodes: Sequence[Episode], steps: int) -> tuple[list[Episode], int]:
-        """Episodes, and a number of control steps, which adds up."""
+        """Return the episodes of all processes, and the sum of their environment steps."""
         facts = [{"task": e.task, "seed": e.seed, "step_tasks": e.step_tasks} for e in episodes]
         given = self.values({"episodes": facts, "steps": steps}, [_columns_of(e) for e in episodes])
         found = [_episode(*one) for values, columns in given for one in zip(columns, values["episodes"], strict=True)]
@@ -42,7 +42,7 @@ class Sharing:
     def values(
         self, values: Any, arrays: Sequence[Mapping[str, np.ndarray]]
     ) -> list[tuple[Any, list[dict[str, np.ndarray]]]]:
-        """JSON values and named arrays of each process that gives."""
+        """Return JSON values and named arrays of each process that gives."""
         if self.accelerator.num_processes == 1:
             return [(values, [dict(one) for one in arrays])]
         shapes = [{name: (one.dtype.str, one.shape) for name, one in some.items()} for some in arrays]

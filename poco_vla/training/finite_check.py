@@ -8,8 +8,7 @@ from torch.optim import Optimizer
 
 
 class FiniteWatch:
-    """Looks whether losses and gradients are finite, without making the host wait for the device where that would cost
-    time.
+    """Check whether losses and gradients are finite, without making the host wait for the device where that costs time.
 
     On a CPU each loss, and the norm of each gradient, is looked at before the optimizer's step. `late`, the device
     itself keeps the optimizer from changing anything from the first one on that is not finite (torch's fused optimizers
@@ -28,7 +27,7 @@ class FiniteWatch:
         self._failed: Callable[[], Exception] | None = None
 
     def see(self, loss: Tensor, error: Callable[[], Exception]) -> None:
-        """The loss of an update whose step is yet to come.
+        """Check the loss of an update whose step is yet to come.
 
         Raises:
             Exception: what `error` of the first loss that is not finite gives, be it of this update or, `late`, of the
@@ -45,8 +44,8 @@ class FiniteWatch:
             self.look()
 
     def see_gradients(self, norms: Mapping[str, Tensor]) -> None:
-        """The norms [] of the gradients of the loss that was seen last, alike on all processes; its step is yet to
-        come. A finite loss may have a gradient that is not.
+        """Check the norms [] of the gradients of that loss, alike on all processes; its step is yet to come. A finite
+        loss may have a gradient that is not.
 
         Raises:
             Exception: as `see`; `late`, when it is looked at next.

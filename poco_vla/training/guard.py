@@ -55,13 +55,13 @@ class CollapseGuard:
         return "keep on"
 
     def restored(self) -> bool:
-        """A head was put back: what was seen before says nothing about it. False when it has happened too often."""
+        """Forget what was seen before a head was put back; return False when that has happened too often."""
         self.recent, self.since_good = [], 0
         self.restores += 1
         return self.config.action == "restore" and self.restores <= self.config.max_restores
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; `load` takes it back."""
+        """Return what `load` takes back from a checkpoint."""
         return {name: getattr(self, name) for name in ("reference", "recent", "since_good", "restores")}
 
     def load(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Which interaction a run has, from its configuration."""
+"""Make the interaction, recorder and admission of a run, from its configuration."""
 
 import os
 import socket
@@ -30,12 +30,12 @@ RANK_SEED = 100_003
 
 
 def picture_shapes(features: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    """(height, width, 3) of each camera in a LeRobot dataset's features."""
+    """Return (height, width, 3) of each camera in a LeRobot dataset's features."""
     return [f.shape for f in observation_spec(features, features).values() if f.dtype == "uint8"]
 
 
 def picture_shapes_of(obs: Mapping[str, np.ndarray]) -> list[tuple[int, ...]]:
-    """(height, width, 3) of each camera in observations [B, ...]."""
+    """Return (height, width, 3) of each camera in observations [B, ...]."""
     return [column.shape[1:] for column in obs.values() if column.dtype == np.uint8]
 
 
@@ -48,7 +48,7 @@ def open_recorder(
     give_up: Callable[[], bool],
     admission: Admission | None = None,
 ) -> EpisodeRecorder:
-    """The recorder of a run's online episodes, whose cameras give `pictures` of these shapes."""
+    """Return the recorder of a run's online episodes, whose cameras give `pictures` of these shapes."""
     settings = config.interaction
     video = settings.images == "video"
     if settings.images == "auto" and settings.mode != "synchronous":
@@ -80,7 +80,7 @@ def open_admission(
 
 @dataclass(frozen=True)
 class Acting:
-    """What every interaction is made of.
+    """Hold what every interaction is made of, and make it.
 
     Raises:
         ConfigError: what the interaction needs is not installed.
@@ -131,8 +131,8 @@ class Acting:
             )
 
     def begin(self, taken: int, episodes: int) -> Interaction:
-        """The interaction that the configuration asks for, after `taken` control steps and `episodes`, of all that act
-        together."""
+        """Return the interaction that the configuration asks for, after `taken` environment steps and `episodes` of all
+        processes that act."""
         config = self.config
         first_seed = 1_000_000 * (config.seed + 1) + 1_000_000 // self.num_ranks * self.rank
         recorder = self.recorder if self.num_ranks == 1 else None  # else those of all are recorded once they have met

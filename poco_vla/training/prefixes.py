@@ -1,4 +1,4 @@
-"""Which prefix store a run has, from its configuration."""
+"""Open the prefix cache of a run, from its configuration."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,7 +29,7 @@ def open_prefixes(
     accelerator: Accelerator,
     say: Callable[[str], None],
 ) -> PrefixSource | None:
-    """What gives a run's batches their prefixes; None where the policy is to encode each batch as it comes.
+    """Return what gives a run's batches their prefixes; None where the policy encodes each batch as it comes.
 
     Raises:
         ConfigError: a store is asked for that cannot be.
@@ -84,7 +84,7 @@ def open_prefixes(
 
 
 def _unfit(policy: FlowPolicy, accelerator: Accelerator) -> str:
-    """Why there can be no store, in words."""
+    """Say why there can be no cache; empty where there can."""
     if not policy.can_pack:
         return f"{type(policy).__name__} has no `pack` and `unpack`, or augments its pictures"
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -93,7 +93,7 @@ def _unfit(policy: FlowPolicy, accelerator: Accelerator) -> str:
 
 
 def _demand(config: TrainConfig, settings: PrefixConfig, replay: Replay, accelerator: Accelerator) -> Demand:
-    """Of one process. Each of them sees every state sooner or later."""
+    """Return what one process asks for. Each of them sees every state sooner or later."""
     rows = config.optim.batch_size // accelerator.num_processes
     online = int(config.online_steps * config.updates_per_step)
     on_gpu = accelerator.device.type == "cuda"

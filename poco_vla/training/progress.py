@@ -58,11 +58,11 @@ class Progress:
         self.version_offset += max(0, newest_seen - self.version)
 
     def enter(self, stage: str) -> None:
-        """The next stage begins."""
+        """Begin the next stage."""
         self.stage, self.stage_update = stage, 0
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; `load` takes it back."""
+        """Return what `load` takes back from a checkpoint."""
         self.seconds, self._clock = self.elapsed(), time.monotonic()
         return asdict(self)
 
