@@ -3,6 +3,7 @@
 import sys
 import warnings
 from importlib import import_module
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -44,7 +45,7 @@ class MovedModules:
         return None
 
 
-class _Loader:
+class _Loader(Loader):
     def __init__(self, new: str) -> None:
         self.new = new
 
