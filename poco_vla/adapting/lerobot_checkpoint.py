@@ -121,12 +121,12 @@ class Checkpoint:
 
     @property
     def weights(self) -> weights.Weights:
-        """The frozen weights, fetched now where they are on the Hub."""
+        """Return the frozen weights, fetched now where they are on the Hub."""
         return weights.weights_of(self.frozen, self.moved)
 
     @property
     def whole(self) -> heads.Source:
-        """Where whole weights are, under any LoRA."""
+        """Return where whole weights are, under any LoRA."""
         return weights.whole_source(self.frozen, self.moved)
 
     def stats(self, config: Any, options: LoadOptions) -> Stats:

@@ -143,7 +143,7 @@ class LeRobotVla(FlowPolicy):
 
     @property
     def pipelines(self) -> Pipelines:
-        """The pre- and the post-processor.
+        """Return the pre- and the post-processor.
 
         Raises:
             PolicyError: the adapter was built without them.
@@ -157,7 +157,7 @@ class LeRobotVla(FlowPolicy):
 
     @property
     def tokenizer_step(self) -> TokenizerProcessorStep:
-        """The pre-processor's step that makes tokens of an instruction."""
+        """Return the pre-processor's step that makes tokens of an instruction."""
         return processors.step_of(self.pipelines[0], TokenizerProcessorStep)
 
     # -- processing -----------------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ class LeRobotVla(FlowPolicy):
 
     @property
     def backbone_dtype(self) -> torch.dtype | None:
-        """The dtype of the frozen part, which is saved beside a head; None where it has several."""
+        """Return the dtype of the frozen part, which is saved beside a head; None where it has several."""
         raise NotImplementedError
 
     def saved_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -380,7 +380,7 @@ class LeRobotVla(FlowPolicy):
 
     @property
     def _about(self) -> dict[str, Any]:
-        """What LeRobot's configuration has no field for: the dtype of the backbone that the head was trained on."""
+        """Return what LeRobot's configuration has no field for: the dtype of the backbone under the head."""
         dtype = self.backbone_dtype
         return {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poco_vla.adapting.heads import read_tensors
+from poco_vla.adapting.tensor_files import read_tensors
 from poco_vla.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poco_vla.adapting.heads import read_tensors
 from poco_vla.adapting.normalization import NEEDED
 from poco_vla.adapting.sources import read_object
+from poco_vla.adapting.tensor_files import read_tensors
 from poco_vla.errors import DataError, PolicyError
 from poco_vla.joint_names import ACTION
 

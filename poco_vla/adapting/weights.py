@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from poco_vla.adapting.heads import PEFT_PREFIX, PEFT_WEIGHTS, POLICY_WEIGHTS, check_file, check_finite, read_tensors
+from poco_vla.adapting.heads import PEFT_PREFIX, PEFT_WEIGHTS, POLICY_WEIGHTS
 from poco_vla.adapting.normalization import NEEDED
-from poco_vla.adapting.sources import Source, locate, on_hub, read_object
+from poco_vla.adapting.sources import Source, check_file, locate, on_hub, read_object
+from poco_vla.adapting.tensor_files import check_finite, open_tensors, read_tensors
 from poco_vla.errors import PolicyError
 
 INDEX = f"{POLICY_WEIGHTS}.index.json"
@@ -72,7 +72,7 @@ class Weights:
 
     def __enter__(self) -> "Weights":
         for file in sorted(set(self.files.values())):
-            self._handles[file] = self._stack.enter_context(_opened(file))
+            self._handles[file] = self._stack.enter_context(open_tensors(file))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -158,7 +158,7 @@ def weights_of(source: Source, base: str | Path | None = None, *, above: int = 0
 
 def of_file(file: Path) -> Weights:
     """Return the tensors of one file."""
-    with _opened(file) as handle:
+    with open_tensors(file) as handle:
         return Weights(file, dict.fromkeys(handle.keys(), file))
 
 
@@ -247,7 +247,7 @@ def _sharded(source: Source) -> Weights:
         raise PolicyError(f"{source.name} is not whole: of {len(files)} shards {', '.join(missing)} is missing")
     held: dict[str, Path] = {}
     for file in files.values():
-        with _opened(file) as handle:
+        with open_tensors(file) as handle:
             held |= dict.fromkeys(handle.keys(), file)
     if lost := sorted(table.keys() - held.keys()):
         raise PolicyError(f"{source.name} is not whole: {INDEX} names {lost[0]}, which no shard holds")
@@ -298,12 +298,3 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
         if module == pattern or module.endswith(f".{pattern}"):
             alpha = value
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _opened(file: Path) -> Any:
-    if not file.is_file():
-        check_file(file)
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise PolicyError(f"{file} is damaged, cut short, or no safetensors file: {error}") from error

@@ -32,13 +32,11 @@ from poco_vla.adapting.heads import (
     PEFT_WEIGHTS,
     POLICY_WEIGHTS,
     Head,
-    check_finite,
-    check_weights_file,
     read_about,
-    read_tensors,
     sha256_of,
 )
 from poco_vla.adapting.sources import read_object
+from poco_vla.adapting.tensor_files import check_finite, check_weights_file, read_tensors
 from poco_vla.config import TrainConfig
 from poco_vla.errors import HubError, PocoError
 from poco_vla.files import recover_folder, write_json

@@ -12,14 +12,11 @@ from poco_vla.adapting.heads import (
     HEAD_WEIGHTS,
     POLICY_WEIGHTS,
     another_file,
-    check_finite,
-    check_tensors,
     read_about,
-    read_shapes,
-    read_tensors,
 )
 from poco_vla.adapting.policy_config import describing
 from poco_vla.adapting.sources import Source, check_file, check_sizes, locate
+from poco_vla.adapting.tensor_files import check_finite, check_tensors, read_shapes, read_tensors
 from poco_vla.critic import ChunkCritic
 from poco_vla.errors import HubError, UnknownAdapterError
 from poco_vla.hub.artifact import CRITIC

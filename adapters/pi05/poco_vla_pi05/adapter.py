@@ -151,7 +151,7 @@ class Pi05(LeRobotVla):
             processors.check_longest_prompts(self.preprocessor, tasks, self.policy.config)
 
     def encode(self, obs: Mapping[str, Any]) -> Pi05Prefix:
-        """SigLIP and the VLM, once per state; see :func:`poco_vla_pi05.prefix.encode`."""
+        """Run SigLIP and the VLM once per state; see :func:`poco_vla_pi05.prefix.encode`."""
         raw.refuse_raw(obs, (OBS_STATE, OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK))
         with torch.autocast(self.device.type, enabled=False):  # the dtypes are chosen here, for training and acting
             return encode(self.policy, obs)
@@ -166,7 +166,7 @@ class Pi05(LeRobotVla):
             return -expert.velocity(self.policy.model, prefix, x, time, compute=self.compute, recompute=self.recompute)
 
     def resize_images(self, images: np.ndarray) -> np.ndarray:
-        """Pictures at the model's resolution, by LeRobot's own letterbox, rounded to uint8."""
+        """Return pictures at the model's resolution, by LeRobot's own letterbox, rounded to uint8."""
         height, width = self.policy.config.image_resolution
         if images.shape[1:3] == (height, width):
             return images
@@ -230,8 +230,8 @@ class Pi05(LeRobotVla):
 
     @classmethod
     def tiny(cls, seed: int = 0) -> Self:
-        """LeRobot's own classes at :data:`poco_vla_pi05.architecture.TINY`: two cameras, 6 state dimensions, 4 action
-        dimensions (of 32), chunks of 50 steps, a tokenizer of bytes."""
+        """Build LeRobot's own classes at :data:`poco_vla_pi05.architecture.TINY`: two cameras, 6 state dimensions, 4
+        action dimensions (of 32), chunks of 50 steps, a tokenizer of bytes."""
         config = PI05Config(**tiny_features(), image_resolution=(TINY.image_size, TINY.image_size), device="cpu")
         policy = empty_policy(config, TINY)
         checkpoint.drop_language_heads(policy)
@@ -240,7 +240,7 @@ class Pi05(LeRobotVla):
         return cls(policy, pipelines, architecture=TINY)
 
     def example_obs(self, batch_size: int, seed: int = 0) -> dict[str, Any]:
-        """Pictures of noise, prompts of different lengths."""
+        """Return pictures of noise and prompts of different lengths."""
         generator = torch.Generator().manual_seed(seed)
         config = self.policy.config
         assert config.robot_state_feature is not None

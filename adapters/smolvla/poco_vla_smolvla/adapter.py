@@ -119,7 +119,7 @@ class SmolVla(LeRobotVla):
                 checkpoint.check_instruction(task, self.tokenizer_step)
 
     def resize_images(self, images: np.ndarray) -> np.ndarray:
-        """Pictures at the model's resolution, by LeRobot's own letterbox, rounded to uint8."""
+        """Return pictures at the model's resolution, by LeRobot's own letterbox, rounded to uint8."""
         size = self.policy.config.resize_imgs_with_padding
         if size is None or images.shape[1:3] == size[::-1]:
             return images
@@ -128,7 +128,7 @@ class SmolVla(LeRobotVla):
         return resized.permute(0, 2, 3, 1).contiguous().numpy()
 
     def encode(self, obs: Mapping[str, Any]) -> SmolVlaPrefix:
-        """SigLIP and the VLM, once per state; see :func:`poco_vla_smolvla.network.encode`."""
+        """Run SigLIP and the VLM once per state; see :func:`poco_vla_smolvla.network.encode`."""
         raw.refuse_raw(obs, (OBS_STATE, OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK))
         with torch.autocast(self.device.type, enabled=False):  # acting and training are one function
             return network.encode(self.policy, obs)
@@ -194,7 +194,7 @@ class SmolVla(LeRobotVla):
 
     @classmethod
     def tiny(cls, seed: int = 0) -> Self:
-        """LeRobot's own classes, small: two cameras, 6 state and 4 action dimensions (of 32), chunks of 50 steps."""
+        """Build LeRobot's own classes, small: two cameras, 6 state and 4 action dimensions (of 32), chunks of 50."""
         config = SmolVLAConfig(**tiny_features(), resize_imgs_with_padding=(32, 32), num_vlm_layers=4, device="cpu")
         vlm = tiny_vlm()
         policy = empty_policy(config, vlm)
@@ -203,7 +203,7 @@ class SmolVla(LeRobotVla):
         return cls(policy.eval(), pipelines, vlm=vlm)
 
     def example_obs(self, batch_size: int, seed: int = 0) -> dict[str, Any]:
-        """Pictures of noise, prompts of different lengths."""
+        """Return pictures of noise and prompts of different lengths."""
         generator = torch.Generator().manual_seed(seed)
         config = self.policy.config
         assert config.robot_state_feature is not None
