@@ -7,7 +7,8 @@ from poco_vla.lazy import load_on_demand
 
 if TYPE_CHECKING:
     from poco_vla.adapting.lora import Lora, inject_lora, merge_lora
-    from poco_vla.algorithm import Poco
+    from poco_vla.algorithms import Algorithm, available_algorithms, load_algorithm
+    from poco_vla.algorithms.poco import Poco
     from poco_vla.config import (
         DatasetConfig,
         DemonstrationConfig,
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from poco_vla.errors import DataError, PocoError, PolicyError
     from poco_vla.evaluation import evaluate
     from poco_vla.files import atomic_folder
-    from poco_vla.flow import Draws, integrate, interpolate, target_velocity
+    from poco_vla.flow import integrate, interpolate, target_velocity
     from poco_vla.hub import export_policy, load_critic, load_head, push_head
+    from poco_vla.noise import GlobalBatchRNG
     from poco_vla.policy import FlowPolicy, Prefix, propose
     from poco_vla.posterior import effective_sample_size, posterior_weights
     from poco_vla.registry import available_adapters, load_adapter
@@ -43,7 +45,8 @@ del install
 __getattr__, __dir__ = load_on_demand(
     __name__,
     {
-        "algorithm": ["Poco"],
+        "algorithms": ["Algorithm", "available_algorithms", "load_algorithm"],
+        "algorithms.poco": ["Poco"],
         "config": [
             "DatasetConfig",
             "DemonstrationConfig",
@@ -64,9 +67,10 @@ __getattr__, __dir__ = load_on_demand(
         "errors": ["DataError", "PocoError", "PolicyError"],
         "evaluation": ["evaluate"],
         "files": ["atomic_folder"],
-        "flow": ["Draws", "integrate", "interpolate", "target_velocity"],
+        "flow": ["integrate", "interpolate", "target_velocity"],
         "hub": ["export_policy", "load_critic", "load_head", "push_head"],
         "adapting.lora": ["Lora", "inject_lora", "merge_lora"],
+        "noise": ["GlobalBatchRNG"],
         "policy": ["FlowPolicy", "Prefix", "propose"],
         "posterior": ["effective_sample_size", "posterior_weights"],
         "registry": ["available_adapters", "load_adapter"],
@@ -80,15 +84,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActionSpec",
+    "Algorithm",
     "ChunkBatch",
     "ChunkCritic",
     "DataError",
     "DatasetConfig",
     "DemonstrationConfig",
-    "Draws",
     "EnvSpec",
     "EvalConfig",
     "FlowPolicy",
+    "GlobalBatchRNG",
     "GuardConfig",
     "InteractionConfig",
     "Lora",
@@ -105,6 +110,7 @@ __all__ = [
     "TrainConfig",
     "atomic_folder",
     "available_adapters",
+    "available_algorithms",
     "check_policy",
     "clipped_distillation",
     "effective_sample_size",
@@ -116,6 +122,7 @@ __all__ = [
     "interpolate",
     "linear",
     "load_adapter",
+    "load_algorithm",
     "load_critic",
     "load_head",
     "merge_lora",

@@ -478,8 +478,12 @@ class TrainConfig:
     """What a step is worth."""
     horizon: int = method(5)
     """H, control steps per chunk (paper: 5 in simulation, 4 and 10 on robots)."""
+    algorithm: str = method("poco")
+    """Algorithm by name, such as "poco" or "imitation"."""
+    algorithm_options: dict[str, Any] = method({})
+    """Options of an algorithm that has no section of its own here, such as {"anchor": "demos"} for imitation."""
     poco: PocoConfig = method(PocoConfig())
-    """The algorithm."""
+    """POCO's options."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimisation."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)

@@ -8,6 +8,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
+    "algorithm": "algorithms.poco",
     "camera_names": "adapting.camera_names",
     "checkpoint": "training.checkpoint",
     "evaluate": "evaluation",
@@ -27,7 +28,7 @@ MOVED = {
     "weights": "adapting.weights",
 }
 """Module of version 0.1 -> where it is now, both below `poco_vla`."""
-RENAMED = {"whole_folder": "atomic_folder"}
+RENAMED = {"Draws": "GlobalBatchRNG", "whole_folder": "atomic_folder"}
 """Public name of version 0.1 -> its name now."""
 
 

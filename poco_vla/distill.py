@@ -7,8 +7,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from poco_vla.flow import Draws, VelocityField, interpolate, target_velocity
-from poco_vla.types import ActionSpec, Metrics
+from poco_vla.flow import VelocityField, interpolate, target_velocity
+from poco_vla.types import ActionSpec, ChunkBatch, Metrics
+
+type Anchor = Literal["all", "demos", "demos_and_successes"]
+ANCHORS: tuple[Anchor, ...] = ("all", "demos", "demos_and_successes")
 
 
 @runtime_checkable  # for the test run's machine-checked signatures
@@ -44,12 +47,12 @@ def flow_errors(
         t: flow time per chunk; drawn from the policy's training distribution when None.
         mean_over: "all" divides by H instead of the number of valid steps, as the authors' code does.
     """
-    draws = Draws(torch.default_generator)
+    generator = torch.default_generator
     padding = policy.spec.width - policy.spec.action_dim
     if padding:  # a network may read its padded inputs: what a chunk holds there must not reach it
         chunk = F.pad(chunk[..., :-padding], (0, padding))
-    noise = draws.normal(chunk.shape, like=chunk) if noise is None else noise
-    t = draws.time(policy.sample_time, chunk.shape[:2], like=chunk) if t is None else t
+    noise = torch.randn(chunk.shape, generator=generator, device="cpu").to(chunk) if noise is None else noise
+    t = policy.sample_time(chunk.shape[:2], generator).to(chunk) if t is None else t
     velocity = policy.velocity(prefix, interpolate(noise, chunk, t), t)
     error = (velocity - target_velocity(noise, chunk))[..., : policy.spec.action_dim].square().mean(dim=-1)
     mask = valid[:, None].to(error.dtype)
@@ -82,19 +85,7 @@ def clipped_distillation(
     return loss, metrics
 
 
-def row_weights(mask: Bool[Tensor, " B"], like: Tensor) -> Float[Tensor, " B"]:
-    """How much each row counts, so that the mean of x * weights is that of `x` where `mask`, over the global batch when
-    several processes share it; 0 where nothing is selected.
-
-    Under data-parallel training gradients are averaged over processes, so each process divides by the *mean* number of
-    selected rows per process: the average is then the mean over all selected rows.
-
-    Args:
-        mask: rows that count.
-        like: gives the dtype.
-    """
-    count = mask.sum().to(like.dtype)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(count)
-        count = count / torch.distributed.get_world_size()
-    return mask * torch.where(count > 0, mask.shape[0] / count, 0)
+def anchor_rows(batch: ChunkBatch, anchor: Anchor) -> Bool[Tensor, " B"]:
+    """Return the transitions whose chunks the BC term imitates (Eq. 23, first term)."""
+    every = torch.ones_like(batch.is_demo)
+    return {"all": every, "demos": batch.is_demo, "demos_and_successes": batch.is_demo | batch.is_success}[anchor]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from poco_vla.algorithms import Algorithm
 from poco_vla.config import EnvSpec
 from poco_vla.data import Episode
 from poco_vla.errors import SimulatorError
@@ -78,17 +79,17 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
 
 
 def evaluate(
-    policy: FlowPolicy,
+    policy: FlowPolicy | Algorithm,
     env: EnvSpec | EnvPool,
     *,
     episodes: int = 50,
     seed: int = 100_000,
     on_episode: Callable[[int], None] = lambda done: None,
 ) -> EvalResult:
-    """Run `episodes` episodes of the policy's plain samples, open loop within each chunk.
+    """Run `episodes` episodes, open loop within each chunk.
 
     Args:
-        policy: the policy to evaluate.
+        policy: the policy to evaluate, which acts by plain samples; or an algorithm, which acts as it does in training.
         env: the environment, or a pool of it that is already running (its episodes are abandoned).
         episodes: how many.
         seed: episode i starts from seed + i; the policy's noise is seeded too, so that an evaluation repeats.
@@ -99,7 +100,7 @@ def evaluate(
         EvaluationStopped: the pool's `give_up` says so.
     """
     if isinstance(env, EnvSpec):
-        with EnvPool(env, policy.spec.horizon) as pool:
+        with EnvPool(env, (policy.policy if isinstance(policy, Algorithm) else policy).spec.horizon) as pool:
             return evaluate(policy, pool, episodes=episodes, seed=seed, on_episode=on_episode)
     actor = Actor(policy, seed)
     env.reset(seed, episodes)

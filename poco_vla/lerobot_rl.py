@@ -1,5 +1,5 @@
 """POCO behind LeRobot's interface for RL algorithms, so that what is written against it (`lerobot.rl.RLTrainer`, its
-log lines, its checkpoints) drives :class:`poco_vla.algorithm.Poco` unchanged:
+log lines, its checkpoints) drives :class:`poco_vla.algorithms.poco.Poco` unchanged:
 
     pool = Replay(horizon=policy.spec.horizon, gamma=config.poco.gamma)
     pool.extend(read_episodes(dataset, dataset_config, policy.input_keys), is_demo=True)
@@ -23,11 +23,12 @@ from lerobot.rl import DataMixer, RLAlgorithm, RLAlgorithmConfig, TrainingStats
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
-from poco_vla.algorithm import Poco, Stage
+from poco_vla.algorithms import Algorithm, Stage
+from poco_vla.algorithms.poco import Poco
 from poco_vla.config import PocoConfig
 from poco_vla.data import Replay, chunk_batch
 from poco_vla.errors import DataError, NonFiniteError
-from poco_vla.flow import Draws
+from poco_vla.noise import GlobalBatchRNG
 from poco_vla.policy import FlowPolicy
 from poco_vla.training.checkpoint import load_trainable_state, trainable_state
 from poco_vla.types import ChunkBatch
@@ -96,8 +97,8 @@ class PocoAlgorithm(RLAlgorithm):
     def __init__(self, policy: FlowPolicy, config: PocoAlgorithmConfig) -> None:
         self.policy = policy
         self.config: PocoAlgorithmConfig = config  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.poco = Poco(policy, config.poco, Draws(torch.Generator().manual_seed(config.seed)))
-        self.poco.to(next(policy.parameters()).device)
+        rng = GlobalBatchRNG(torch.Generator().manual_seed(config.seed))
+        self.poco: Algorithm = Poco(policy, config.poco, rng).to(next(policy.parameters()).device)
         self.optimizers: dict[str, Optimizer] = {}
 
     @property
@@ -129,8 +130,7 @@ class PocoAlgorithm(RLAlgorithm):
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
-        if stage != "sft":
-            self.poco.update_target()
+        self.poco.after_step(stage)
         self.optimization_step += 1
         values = {name: value.item() for name, value in metrics.items()}
         losses = {name: values.pop(name) for name in list(values) if name.endswith("_loss")}
@@ -146,12 +146,9 @@ class PocoAlgorithm(RLAlgorithm):
         return norms
 
     def make_optimizers_and_scheduler(self) -> dict[str, Optimizer]:
-        """One Adam for the flow head, one for the critic."""
-        actor = [p for p in self.policy.parameters() if p.requires_grad]
-        self.optimizers = {
-            "actor": Adam(actor, lr=self.config.actor_lr, fused=True),
-            "critic": Adam(self.poco.critic.parameters(), lr=self.config.critic_lr, fused=True),
-        }
+        """Make one Adam for each group of parameters: the flow head, and the critic."""
+        groups = self.poco.parameter_groups(self.config.actor_lr, self.config.critic_lr)
+        self.optimizers = {group["name"]: Adam(group["params"], lr=group["lr"], fused=True) for group in groups}
         return self.optimizers
 
     def get_optimizers(self) -> dict[str, Optimizer]:
@@ -171,7 +168,7 @@ class PocoAlgorithm(RLAlgorithm):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Critic, target critic, zeta, beta, and the state of the random numbers."""
-        return self._part(of_policy=False) | {DRAWS: self.poco.draws.generator.get_state()}
+        return self._part(of_policy=False) | {DRAWS: self.poco.rng.generator.get_state()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], device: str | torch.device = "cpu") -> None:
         """Put :meth:`state_dict` back, in place.
@@ -182,7 +179,7 @@ class PocoAlgorithm(RLAlgorithm):
         rest = {name: tensor for name, tensor in state_dict.items() if name != DRAWS}
         load_trainable_state(self.poco, self._part(of_policy=True) | rest)
         if DRAWS in state_dict:
-            self.poco.draws.generator.set_state(state_dict[DRAWS].cpu())
+            self.poco.rng.generator.set_state(state_dict[DRAWS].cpu())
 
     def _part(self, *, of_policy: bool) -> dict[str, Tensor]:
         everything = trainable_state(self.poco)

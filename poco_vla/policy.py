@@ -5,6 +5,7 @@ An adapter subclasses :class:`FlowPolicy`; :func:`poco_vla.check_policy` tells i
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -276,3 +277,9 @@ def propose(
     if spec.action_dim < spec.width:
         x[..., spec.action_dim :] = 0
     return x
+
+
+def sampling_precision(name: str, device: torch.device) -> Any:
+    """Return a context in which a policy's own matrix products are of this precision. Adapters that choose theirs by
+    themselves (a VLA's `compute`) keep it."""
+    return torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else nullcontext()

@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 from toy_policies import ClosedForm, ToyPolicy, ToyPrefix
 
 from poco_vla import ActionSpec, clipped_distillation, flow_errors
-from poco_vla.distill import row_weights
+from poco_vla.noise import row_weights
 
 
 def test_flow_error_by_hand():

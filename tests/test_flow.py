@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy_policies import ClosedForm
 
-from poco_vla import Draws, integrate, interpolate, target_velocity
+from poco_vla import GlobalBatchRNG, integrate, interpolate, target_velocity
 from poco_vla.flow import uniform_time
 
 
@@ -93,7 +93,7 @@ def test_uniform_time_is_uniform():
 
 
 def draws(rank=0, world_size=1, seed=3):
-    return Draws(torch.Generator().manual_seed(seed), rank, world_size)
+    return GlobalBatchRNG(torch.Generator().manual_seed(seed), rank, world_size)
 
 
 def test_two_processes_rows_are_one_processs():

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "poco_vla"
 
-EQUATIONS = {"dense", "flow", "posterior", "distill", "critic", "policy", "raw", "types", "errors"}
+EQUATIONS = {"dense", "flow", "noise", "posterior", "distill", "critic", "policy", "raw", "types", "errors"}
 """Pure tensors."""
 
 DOORS = {
@@ -29,7 +29,8 @@ DOORS = {
     "distill": {"flow", "types"},
     "roles": set(),
     "config": {"errors", "roles"},
-    "algorithm": {"config", "critic", "distill", "errors", "flow", "policy", "posterior", "types"},
+    "noise": {"types"},
+    "algorithms": {"config", "critic", "distill", "errors", "lazy", "noise", "policy", "posterior", "types"},
     "devices": {"errors"},
     "files": {"errors"},
     "locks": {"errors", "files"},
@@ -43,39 +44,28 @@ DOORS = {
     "prefix_cache": {"config", "data", "policy"},
     "recording": {"config", "data", "errors", "files", "policy"},
     "simulators": {"config", "data", "errors"},
-    "rollout": {"bugs", "config", "critic", "data", "errors", "lazy", "policy", "recording", "simulators"},
+    "rollout": {"algorithms", "bugs", "config", "data", "errors", "lazy", "policy", "recording", "simulators"},
     "demonstrations": {"config", "data", "errors", "recording", "rollout", "simulators"},
     "serving": {"bugs", "data", "errors", "policy", "recording", "rollout"},
     "robots": {"data", "errors", "files", "joint_names", "recording", "serving", "simulators", "terminal"},
-    "evaluation": {"config", "data", "errors", "policy", "rollout"},
+    "evaluation": {"algorithms", "config", "data", "errors", "policy", "rollout"},
     "report": {"config", "errors", "evaluation", "files", "roles"},
     "training": {
-        *{
-            "adapting",
-            "algorithm",
-            "bugs",
-            "config",
-            "data",
-            "demonstrations",
-            "errors",
-            "evaluation",
-            "files",
-            "flow",
-            "hub",
-        },
+        *{"adapting", "algorithms", "bugs", "config", "data", "demonstrations", "errors", "evaluation", "files", "hub"},
         *{"joint_names", "lazy", "locks", "policy", "prefix_cache", "progress", "recording", "registry", "report"},
-        *{"roles", "rollout", "serving", "simulators", "types"},
+        *{"noise", "roles", "rollout", "serving", "simulators", "types"},
     },
     "hub": {"adapting", "config", "critic", "errors", "files", "policy", "registry", "report", "roles", "training"},
-    "lerobot_rl": {"algorithm", "config", "data", "errors", "flow", "policy", "training", "types"},
+    "lerobot_rl": {"algorithms", "config", "data", "errors", "noise", "policy", "training", "types"},
     "cli": {
         *{"adapting", "bugs", "config", "demonstrations", "devices", "errors", "evaluation", "files", "hub", "lazy"},
         *{"progress", "recording", "registry", "report", "robots", "roles", "rollout", "serving", "simulators"},
         *{"terminal", "training"},
     },
     "__init__": {
-        *{"adapting", "algorithm", "config", "conformance", "critic", "dense", "deprecated", "distill", "errors"},
-        *{"files", "flow", "hub", "lazy", "policy", "posterior", "registry", "types", "evaluation", "training"},
+        *{"adapting", "algorithms", "config", "conformance", "critic", "dense", "deprecated", "distill", "errors"},
+        *{"evaluation", "files", "flow", "hub", "lazy", "noise", "policy", "posterior", "registry", "training"},
+        "types",
     },
 }
 """Room of poco_vla -> rooms that it may import. Each of them is imported: an unused door is shut."""
@@ -83,7 +73,7 @@ DOORS = {
 PURE = {"torch", "jaxtyping"}
 NUMBERS = PURE | {"numpy"}
 THIRD_PARTY = {
-    **dict.fromkeys({*EQUATIONS, "algorithm", "config", "roles", "conformance", "registry", "__init__"}, PURE),
+    **dict.fromkeys({*EQUATIONS, "algorithms", "config", "roles", "conformance", "registry", "__init__"}, PURE),
     "lazy": set(),
     "deprecated": set(),
     "bugs": set(),

@@ -102,7 +102,7 @@ def test_lerobots_trainer_gives_the_weights_of_our_own_bit_for_bit(data, tmp_pat
     for _ in range(12):
         theirs.training_step()
     after = trainable_state(theirs.algorithm.poco)
-    assert_same(after, trainable_state(ours.updater.poco))
+    assert_same(after, trainable_state(ours.updater.algorithm))
     assert {name.split(".")[0] for name in after if not after[name].equal(before[name])} == {
         "policy",
         "critic",

@@ -14,15 +14,16 @@ import poco_vla
 
 PUBLIC = [
     "ActionSpec",
+    "Algorithm",
     "ChunkBatch",
     "ChunkCritic",
     "DataError",
     "DatasetConfig",
     "DemonstrationConfig",
-    "Draws",
     "EnvSpec",
     "EvalConfig",
     "FlowPolicy",
+    "GlobalBatchRNG",
     "GuardConfig",
     "InteractionConfig",
     "Lora",
@@ -39,6 +40,7 @@ PUBLIC = [
     "TrainConfig",
     "atomic_folder",
     "available_adapters",
+    "available_algorithms",
     "check_policy",
     "clipped_distillation",
     "effective_sample_size",
@@ -50,6 +52,7 @@ PUBLIC = [
     "interpolate",
     "linear",
     "load_adapter",
+    "load_algorithm",
     "load_critic",
     "load_head",
     "merge_lora",
@@ -85,7 +88,7 @@ def test_nothing_else_is_public_by_accident():
     assert dir(poco_vla) == PUBLIC
 
 
-PACKAGES = ["poco_vla", "poco_vla.data", "poco_vla.rollout"]
+PACKAGES = ["poco_vla", "poco_vla.algorithms", "poco_vla.data", "poco_vla.rollout"]
 
 
 @pytest.mark.parametrize("package", PACKAGES)

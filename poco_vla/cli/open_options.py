@@ -30,6 +30,10 @@ UPPER = "normalization_mapping"
 """LeRobot's option whose names and values (kinds of features, normalization modes) are upper case."""
 
 
+CHOICES = ("--adapter", "--algorithm", "--policy", "--env.type", "--env.task")
+"""Options that decide which further options there are."""
+
+
 def with_open_options(config: TrainConfig, args: Sequence[str]) -> tuple[TrainConfig, list[str]]:
     """Read the open options of a command line into a configuration.
 
@@ -52,16 +56,20 @@ def with_open_options(config: TrainConfig, args: Sequence[str]) -> tuple[TrainCo
     if env is not None and (kind := chosen.get("--env.type", env.type)) != env.type:
         env = replace(env, type=kind, task=chosen.get("--env.task") or _default_task(kind), options={})
     policy_options, words = take_options(words, "policy-options", {} if another else config.policy_options)
+    chosen_algorithm = chosen.get("--algorithm", config.algorithm)
+    known = config.algorithm_options if chosen_algorithm == config.algorithm else {}
+    algorithm_options, words = take_options(words, "algorithm-options", known)
     if env is not None:
         options, words = take_options(words, "env.options", env.options)
         env = replace(env, options=options)
-    return replace(config, policy_options=policy_options, env=env, demonstrations=demonstrations), words
+    chosen_options = {"policy_options": policy_options, "algorithm_options": algorithm_options}
+    return replace(config, **chosen_options, env=env, demonstrations=demonstrations), words
 
 
 def chosen_names(args: Sequence[str]) -> dict[str, str]:
-    """Return adapter, policy, environment type and task, where a command line names them."""
+    """Return the :data:`CHOICES` that a command line names."""
     named = ((flag.replace("_", "-"), value) for flag, value in pairwise(_split(args)))
-    return {flag: value for flag, value in named if flag in ("--adapter", "--policy", "--env.type", "--env.task")}
+    return {flag: value for flag, value in named if flag in CHOICES}
 
 
 def _default_task(kind: str) -> str:

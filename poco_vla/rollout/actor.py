@@ -5,27 +5,25 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 
-from poco_vla.critic import ChunkCritic, aggregate
+from poco_vla.algorithms import Algorithm
 from poco_vla.data import network_obs
 from poco_vla.errors import NonFiniteError
-from poco_vla.policy import FlowPolicy, Prefix, propose
+from poco_vla.policy import FlowPolicy, Prefix
 from poco_vla.simulators.observations import require_pictures
 
 
 class Actor:
-    """Samples chunks from a policy: plain samples (paper), or the best of `best_of_n` by the critic.
+    """Return chunks for raw observations, as an algorithm acts.
 
     Args:
-        policy: the policy that acts.
+        acting: the algorithm that acts; a policy alone acts by plain samples.
         seed: of the actor's own noise.
-        best_of_n: candidates per state; above 1 needs a critic.
-        critic: values them.
-        aggregation: how the critics' values become one.
+        best_of_n: candidates per state; above 1 needs an algorithm that ranks them.
 
     Attributes:
         weights_version: of the weights that the last chunks are samples of: updates made until then.
@@ -35,19 +33,12 @@ class Actor:
     weights_version: int = 0
     on_encoded: Callable[[Mapping[str, np.ndarray], Sequence[str], Prefix], None] | None = None
 
-    def __init__(
-        self,
-        policy: FlowPolicy,
-        seed: int,
-        best_of_n: int = 1,
-        critic: ChunkCritic | None = None,
-        aggregation: Literal["mean", "min"] = "mean",
-    ) -> None:
-        assert best_of_n == 1 or critic is not None, "best_of_n > 1 needs a critic"
-        self.policy = policy
-        self.critic = critic
+    def __init__(self, acting: FlowPolicy | Algorithm, seed: int, best_of_n: int = 1) -> None:
+        algorithm = acting if isinstance(acting, Algorithm) else Algorithm(acting)
+        assert best_of_n == 1 or algorithm.ranks_candidates, "best_of_n > 1 needs a critic"
+        self.algorithm = algorithm.for_acting(best_of_n)
+        self.policy = self.algorithm.policy
         self.best_of_n = best_of_n
-        self.aggregation: Literal["mean", "min"] = aggregation
         self.generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
@@ -67,12 +58,8 @@ class Actor:
         prefix = self.policy.encode(network_obs(self.policy, obs, tasks))
         if self.on_encoded is not None:
             self.on_encoded(obs, tasks, prefix)
-        n = best_of_n or self.best_of_n
-        x = propose(self.policy, prefix, n, generator=self.generator)
-        if self.critic is not None and n > 1:
-            q = aggregate(self.critic(prefix.features, x), self.aggregation)
-            x = x[torch.arange(len(x), device=x.device), q.argmax(dim=1)][:, None]
-        actions = self.policy.postprocess(x[:, 0, :, : self.policy.spec.action_dim]).float().cpu().numpy()
+        chunk = self.algorithm.act(prefix, best_of_n or self.best_of_n, self.generator)
+        actions = self.policy.postprocess(chunk[..., : self.policy.spec.action_dim]).float().cpu().numpy()
         if not np.isfinite(actions).all():
             raise NonFiniteError("the policy sampled a non-finite action: nothing was sent to the environment")
         return actions
@@ -107,17 +94,17 @@ class ActingCopy(Actor):
     What is frozen (the backbone) is shared with the learner's policy, not copied.
 
     Args:
-        actor: whose policy and critic are learned meanwhile.
+        actor: whose algorithm is learned meanwhile.
         weights: when these may be read.
         seed: of the copy's own noise.
     """
 
     def __init__(self, actor: Actor, weights: WeightsVersion, seed: int) -> None:
-        shared = _frozen(actor.policy)
-        policy, critic = copy.deepcopy((actor.policy, actor.critic), shared)
-        super().__init__(policy, seed, actor.best_of_n, critic, actor.aggregation)
+        algorithm = copy.deepcopy(actor.algorithm, _not_learned(actor.algorithm))
+        super().__init__(algorithm, seed, actor.best_of_n)
         self.weights = weights
-        self._pairs = [(own, learned) for own, learned in _trained_pairs(self, actor) if own is not learned]
+        pairs = zip(learned_parameters(algorithm), learned_parameters(actor.algorithm), strict=True)
+        self._pairs = list(pairs)
         for own, _ in self._pairs:
             own.requires_grad_(False)
         self._renew()
@@ -138,13 +125,14 @@ class ActingCopy(Actor):
             self.weights_version, self._seen = self.weights.version, self.weights.changes
 
 
-def _frozen(policy: FlowPolicy) -> dict[int, object]:
-    """Return a memo for deepcopy: the tensors in it are shared, not copied."""
-    tensors = [p for p in policy.parameters() if not p.requires_grad] + list(policy.buffers())
-    return {id(tensor): tensor for tensor in tensors}
+def learned_parameters(algorithm: Algorithm) -> list[nn.Parameter]:
+    """Return what changes in an algorithm while it is learned: what trains of its policy, and all else, since target
+    networks change too."""
+    frozen = {id(p) for p in algorithm.policy.parameters() if not p.requires_grad}
+    return [p for p in algorithm.parameters() if id(p) not in frozen]
 
 
-def _trained_pairs(own: Actor, learned: Actor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    yield from zip(own.policy.parameters(), learned.policy.parameters(), strict=True)
-    if own.critic is not None and learned.critic is not None:
-        yield from zip(own.critic.parameters(), learned.critic.parameters(), strict=True)
+def _not_learned(algorithm: Algorithm) -> dict[int, object]:
+    """Return a memo for deepcopy: what is in it is shared, not copied."""
+    shared = [p for p in algorithm.policy.parameters() if not p.requires_grad] + list(algorithm.buffers())
+    return {id(tensor): tensor for tensor in shared}

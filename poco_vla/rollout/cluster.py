@@ -31,15 +31,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from poco_vla.algorithms import Algorithm
 from poco_vla.bugs import RemoteBugError, bug_behind, place_of, traceback_of
 from poco_vla.config import EnvSpec, InteractionConfig
-from poco_vla.critic import ChunkCritic
 from poco_vla.data import Episode
 from poco_vla.data.batches import pipeline_of
 from poco_vla.errors import ConfigError, PocoError, SimulatorError
 from poco_vla.policy import FlowPolicy
 from poco_vla.recording.recorder import EpisodeRecorder
-from poco_vla.rollout.actor import Actor, WeightsVersion
+from poco_vla.rollout.actor import Actor, WeightsVersion, learned_parameters
 from poco_vla.rollout.interaction import BackgroundInteraction
 from poco_vla.rollout.pool import EnvPool
 from poco_vla.simulators import environment
@@ -68,7 +68,7 @@ class WorkerSpec:
     """All that a worker needs to build its environments and its actor.
 
     Attributes:
-        policy: [reference to (policy, critic, aggregation)].
+        algorithm: [reference to the algorithm that acts].
         env: the environments.
         plugin: the module that registers their type.
         horizon: H.
@@ -76,10 +76,11 @@ class WorkerSpec:
         stride: from an environment's seed to its next one.
         seed: of the worker's own noise.
         gpu: the policy acts on a GPU.
+        best_of_n: most candidates per acting step.
         version: of this library.
     """
 
-    policy: list[Any]
+    algorithm: list[Any]
     env: EnvSpec
     plugin: str
     horizon: int
@@ -87,6 +88,7 @@ class WorkerSpec:
     stride: int
     seed: int
     gpu: bool
+    best_of_n: int
     version: str
 
 
@@ -97,7 +99,7 @@ class Published:
     Attributes:
         number: counts what was published.
         version: of the weights: updates that made them.
-        tensors: [reference to their bytes, in :func:`trained`'s order].
+        tensors: [reference to their bytes, in the order of :func:`learned_parameters`].
     """
 
     number: int
@@ -169,14 +171,14 @@ class Worker:
             raise ConfigError(f"poco-vla {found} is installed there, and {spec.version} where the learner runs")
         import_module(spec.plugin)
         with _read_only_tensors():
-            policy, critic, aggregation = ray.get(spec.policy[0])
-        for parameter in critic.parameters() if critic is not None else ():
-            parameter.data = parameter.data.clone()  # a target critic has no gradient, but it changes
-        self._tensors = trained(policy, critic)
-        for module in filter(None, (policy, critic)):
-            module.requires_grad_(False)
-            module.to(_move(policy, "cuda" if spec.gpu else "cpu"))
-        self._actor = Actor(policy, spec.seed, critic=critic, aggregation=aggregation)
+            algorithm: Algorithm = ray.get(spec.algorithm[0])
+        self._tensors = learned_parameters(algorithm)
+        for parameter in self._tensors:
+            if not parameter.requires_grad:  # a target network has no gradient, but it changes
+                parameter.data = parameter.data.clone()
+        algorithm.requires_grad_(False)
+        algorithm.to(_move(algorithm.policy, "cuda" if spec.gpu else "cpu"))
+        self._actor = Actor(algorithm, spec.seed, spec.best_of_n)
         self._number = -1
         self._said: list[str] = []
         self._envs = EnvPool(spec.env, spec.horizon, spec.stride, say=self._said.append)
@@ -226,12 +228,6 @@ def _move(policy: FlowPolicy, device: str) -> str:
 
 
 # -- tensors in the object store --------------------------------------------------------------------------------------
-
-
-def trained(policy: FlowPolicy, critic: ChunkCritic | None) -> list[Tensor]:
-    """Return the tensors that training changes, in the same order for learner and workers."""
-    learned: list[Tensor] = [p for p in policy.parameters() if p.requires_grad]
-    return learned + list(critic.parameters() if critic is not None else [])
 
 
 def to_bytes(tensor: Tensor) -> np.ndarray:
@@ -344,14 +340,15 @@ class ClusterInteraction(BackgroundInteraction):
         super().__init__(recorder, **background)
         self.env, self.horizon, self.settings, self.weights = env, horizon, settings, weights
         self._first_seed, self._seed, self._say = first_seed, seed, say
-        self._trained = trained(actor.policy, actor.critic)
+        self._most_candidates = actor.best_of_n
+        self._trained = learned_parameters(actor.algorithm)
         self._published, self._seen, self._publish_after = Published(-1, 0, []), -1, 0.0
         self._running: dict[Any, _WorkerSlot] = {}
         self._idle: deque[_WorkerSlot] = deque()
         self._slots: list[_WorkerSlot] = []
         self._ours = connect(settings)
         try:
-            self._policy = self._put_policy(actor)
+            self._algorithm = self._put_algorithm(actor)
             for index in range(settings.workers):
                 first = first_seed + index * env.num_envs
                 self._slots.append(_WorkerSlot(index, list(range(first, first + env.num_envs))))
@@ -381,12 +378,12 @@ class ClusterInteraction(BackgroundInteraction):
             ray.shutdown()
             self._ours = False
 
-    def _put_policy(self, actor: Actor) -> Any:
+    def _put_algorithm(self, actor: Actor) -> Any:
         import ray
 
         with self.weights.lock, _tensors_as_bytes():
             try:
-                return ray.put((actor.policy, actor.critic, actor.aggregation))
+                return ray.put(actor.algorithm)
             except (TypeError, AttributeError) as error:
                 raise ConfigError(f"this policy cannot be sent to Ray's workers: {error}") from error
 
@@ -397,7 +394,7 @@ class ClusterInteraction(BackgroundInteraction):
         settings = self.settings
         noise = np.random.SeedSequence((self._seed, self._first_seed, slot.index, slot.lives)).generate_state(1)
         spec = WorkerSpec(
-            policy=[self._policy],
+            algorithm=[self._algorithm],
             env=self.env,
             plugin=type(environment(self.env)).__module__,
             horizon=self.horizon,
@@ -405,6 +402,7 @@ class ClusterInteraction(BackgroundInteraction):
             stride=self.stride,
             seed=int(noise[0]),
             gpu=settings.worker_gpus > 0,
+            best_of_n=self._most_candidates,
             version=version_of("poco-vla"),
         )
         remote = ray.remote(num_cpus=settings.worker_cpus, num_gpus=settings.worker_gpus)(Worker)

@@ -1,22 +1,22 @@
 """The learner under each of Accelerate's backends: one process, DDP, FSDP2 and DeepSpeed ZeRO-2.
 
-Actor and critic are one module with two groups of parameters, so most of it is Accelerate's own. What is not:
+An algorithm is one module with a few groups of parameters, so most of it is Accelerate's own. What is not:
 
-- DDP wants to hear that now the actor, now the critic has no gradient.
+- DDP wants to hear that now one group, now another has no gradient.
 - FSDP2 leaves each process a part of every trained parameter, and DeepSpeed makes each a stretch of one long tensor:
   whoever acts, evaluates or saves reads a whole copy, which `Learner.gather` brings up to date.
 - What is frozen is not cut, sent or cast: every process holds it whole, and shares it with that copy. The rest is one
   FSDP unit (no wrap policy), since adapters call parts of their layers by themselves.
 - DeepSpeed steps the whole of a group, so it would go on moving an actor that has no gradient by its momentum, and it
-  clips both groups by one norm: the optimizer that it is given sees to both.
+  clips all groups by one norm: the optimizer that it is given sees to both.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,9 +30,10 @@ from accelerate.utils import (
 )
 from torch import Tensor, distributed, nn
 
-from poco_vla.algorithm import Plan, Poco, Stage
+from poco_vla.algorithms import Algorithm, Stage
 from poco_vla.config import OptimConfig, TrainConfig
 from poco_vla.errors import ConfigError
+from poco_vla.noise import UpdateNoise, micro_batches
 from poco_vla.training.launcher import (
     DEEPSPEED_BATCH_SIZES,
     launched_precision,
@@ -41,9 +42,9 @@ from poco_vla.training.launcher import (
 )
 from poco_vla.types import ChunkBatch, Metrics
 
-type Group = Literal["actor", "critic"]
-GROUPS: tuple[Group, ...] = ("actor", "critic")
-"""The optimizer's groups of parameters, in its order."""
+type Loss = tuple[Tensor, Metrics]
+type MicroBatch = Callable[[ChunkBatch, UpdateNoise, Stage], int]
+"""Return how many transitions of a batch are computed at once."""
 
 
 # -- how it was launched ----------------------------------------------------------------------------------------------
@@ -163,64 +164,107 @@ class Learner:
 
     Args:
         accelerator: its backend.
-        poco: what learns.
-        config: learning rates.
+        algorithm: what learns.
+        config: learning rates and the bound of the gradients' norms.
 
     Attributes:
-        poco: whole, for all that acts, evaluates, plans or saves. It is what learns, or a copy (`apart`).
+        algorithm: whole, for all that acts, evaluates or saves. It is what learns, or a copy (`apart`).
         apart: it is a copy, as new as the last `gather`.
         optimizer: Accelerate's; its first group is the actor's.
+        groups: names of the optimizer's groups, in its order.
     """
 
     apart = False
 
-    def __init__(self, accelerator: Accelerator, poco: Poco, config: OptimConfig) -> None:
-        self.accelerator, self.poco = accelerator, poco
-        self.module, self.optimizer = accelerator.prepare(poco, _adam(torch.optim.Adam, poco, config))
+    def __init__(self, accelerator: Accelerator, algorithm: Algorithm, config: OptimConfig) -> None:
+        self.accelerator, self.algorithm, self.config = accelerator, algorithm, config
+        self.groups = _names(algorithm)
+        self.module, self.optimizer = accelerator.prepare(algorithm, _adam(torch.optim.Adam, algorithm, config))
 
-    def backward(
-        self, batch: ChunkBatch, stage: Stage, plan: Plan, share: float, *, last: bool
-    ) -> tuple[Tensor, Metrics]:
-        """Loss and metrics of a part of a batch; `share` of its gradient is added to that of the parts before. With the
-        `last` one the processes' gradients meet."""
+    def update(
+        self,
+        batch: ChunkBatch,
+        stage: Stage,
+        *,
+        micro_batch: MicroBatch | None = None,
+        check_loss: Callable[[Tensor, Metrics], None] = lambda loss, metrics: None,
+        check_norms: Callable[[Metrics], None] = lambda norms: None,
+        changing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Loss:
+        """Update the weights by a batch, and return its loss and metrics.
+
+        Args:
+            batch: this process's part of the global batch.
+            stage: whose loss it is.
+            micro_batch: how many transitions are computed at once; all when None.
+            check_loss: is given loss and metrics before the step; when it raises, nothing was changed.
+            check_norms: is given the gradients' norms, which are among the metrics by then, likewise.
+            changing: entered while weights change.
+        """
+        loss, metrics = self.gradients(batch, stage, micro_batch)
+        check_loss(loss, metrics)
+
+        def check(norms: Metrics) -> None:
+            metrics.update(norms)
+            check_norms(norms)
+
+        with changing():
+            metrics |= self.step(stage, check)
+        return loss, metrics
+
+    def gradients(self, batch: ChunkBatch, stage: Stage, micro_batch: MicroBatch | None = None) -> Loss:
+        """Compute the gradients of a batch, in micro-batches, and return its loss and metrics."""
+        noise = self.algorithm.draw_noise(batch, stage)
+        pieces = list(micro_batches(batch, noise, micro_batch(batch, noise, stage) if micro_batch else len(batch)))
+        total, means, names = 0.0, 0.0, []
+        for i, (rows, its_noise, share) in enumerate(pieces, start=1):
+            loss, metrics = self._backward(rows, stage, its_noise, share, last=i == len(pieces))
+            total = total + loss * share
+            names, means = list(metrics), means + torch.stack(list(metrics.values())) * share
+        assert isinstance(total, Tensor)
+        assert isinstance(means, Tensor)
+        return total, dict(zip(names, means, strict=True))
+
+    def _backward(self, batch: ChunkBatch, stage: Stage, noise: UpdateNoise, share: float, *, last: bool) -> Loss:
+        """Return loss and metrics of a micro-batch; add `share` of its gradient to that of those before it. With the
+        `last` one the gradients of the processes are reduced."""
         with nullcontext() if last else self.accelerator.no_sync(self.module):
-            loss, metrics = self.module(batch, stage, plan)
+            loss, metrics = self.module(batch, stage, noise)
             self.accelerator.backward(loss * share)
         if not last and is_compiled_module(self.module):  # a graph's next run writes over what this one gave
-            for p in self.poco.parameters():
+            for p in self.algorithm.parameters():
                 p.grad = None if p.grad is None else p.grad.clone()
         return loss.detach(), metrics
 
-    def rehearse(self, batch: ChunkBatch, stage: Stage, plan: Plan) -> None:
-        """Loss and gradients of a batch, for their memory alone; `optimizer.zero_grad` drops them."""
+    def measure(self, batch: ChunkBatch, stage: Stage, noise: UpdateNoise) -> None:
+        """Compute loss and gradients of a batch, for their memory alone; `optimizer.zero_grad` drops them."""
         with self.accelerator.no_sync(self.module):
-            self.accelerator.backward(self.module(batch, stage, plan)[0])
+            self.accelerator.backward(self.module(batch, stage, noise)[0])
 
-    def step(
-        self, stage: Stage, max_norm: float | None, look: Callable[[Metrics], None] = lambda norms: None
-    ) -> Metrics:
-        """Clip each group by itself, step, and drop the gradients; the norms [] of those that there were. `look` gets
-        these norms before the step; when it raises, weights and optimizer are as they were."""
+    def step(self, stage: Stage, check: Callable[[Metrics], None] = lambda norms: None) -> Metrics:
+        """Clip each group by itself, step, drop the gradients, and return the norms [] of those that there were.
+
+        `check` is given these norms before the step; when it raises, weights and optimizer are as they were."""
         norms: Metrics = {}
-        for name, group in zip(GROUPS, self.optimizer.param_groups, strict=True):
+        for name, group in zip(self.groups, self.optimizer.param_groups, strict=True):
             if any(p.grad is not None for p in group["params"]):
-                norm = self.accelerator.clip_grad_norm_(group["params"], max_norm or float("inf"))
+                norm = self.accelerator.clip_grad_norm_(group["params"], self.config.max_grad_norm or float("inf"))
                 assert norm is not None
                 norms[f"{name}_grad_norm"] = _whole(norm.detach())
-        look(norms)
+        check(norms)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._after_step(stage)
         return norms
 
-    def update_target(self) -> None:
-        """As :meth:`Poco.update_target`."""
-        self.poco.update_target()
+    def _after_step(self, stage: Stage) -> None:
+        self.algorithm.after_step(stage)
 
     def gather(self) -> None:
         """Bring a copy up to date. All processes call this together."""
 
     def scatter(self) -> None:
-        """The learner takes over the weights of `poco`, to which others were given."""
+        """Take over the weights of `algorithm`, to which others were given."""
 
     def optimizer_state(self) -> dict[str, Any]:
         """As one process's Adam gives it, whatever the backend. All processes call this together."""
@@ -238,17 +282,17 @@ class Learner:
 
 class _ApartLearner(Learner):
     """A learner whose weights are not fit to be read by others: parts, or stretches of one long tensor (which
-    safetensors refuses). `poco` is a copy that shares what is frozen."""
+    safetensors refuses). `algorithm` is a copy that shares what is frozen."""
 
     apart = True
-    _learned: Poco
+    _learned: Algorithm
     _pairs: list[tuple[Tensor, Tensor]]
 
-    def rehearse(self, batch: ChunkBatch, stage: Stage, plan: Plan) -> None:
+    def measure(self, batch: ChunkBatch, stage: Stage, noise: UpdateNoise) -> None:
         raise AssertionError("memory is refused when it is launched")
 
-    def update_target(self) -> None:
-        self._learned.update_target()
+    def _after_step(self, stage: Stage) -> None:
+        self._learned.after_step(stage)
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -260,9 +304,9 @@ class _ApartLearner(Learner):
         for learned, own in self._pairs:
             learned.copy_(_part(own, learned))
 
-    def _copied_to(self, whole: Poco) -> None:
-        """From here on `whole` is the copy, and what was given is what learns."""
-        self._learned, self.poco = self.poco, whole
+    def _copied_to(self, whole: Algorithm) -> None:
+        """Make `whole` the copy; what was given is what learns."""
+        self._learned, self.algorithm = self.algorithm, whole
         pairs = zip(self._learned.parameters(), whole.parameters(), strict=True)
         self._pairs = [(learned, own) for learned, own in pairs if learned is not own]
 
@@ -270,12 +314,12 @@ class _ApartLearner(Learner):
 class ShardedLearner(_ApartLearner):
     """Under FSDP2: a part of every trained parameter, gradient and moment on each process."""
 
-    def __init__(self, accelerator: Accelerator, poco: Poco, config: OptimConfig) -> None:
-        whole = _copy(poco.to(accelerator.device))
-        frozen = nn.ParameterList(p for p in poco.policy.parameters() if not p.requires_grad)
+    def __init__(self, accelerator: Accelerator, algorithm: Algorithm, config: OptimConfig) -> None:
+        whole = _copy(algorithm.to(accelerator.device))
+        frozen = nn.ParameterList(p for p in algorithm.policy.parameters() if not p.requires_grad)
         plugin: Any = accelerator.state.fsdp_plugin
         plugin.ignored_modules = [frozen]
-        super().__init__(accelerator, poco, config)
+        super().__init__(accelerator, algorithm, config)
         self._copied_to(whole)
 
     def optimizer_state(self) -> dict[str, Any]:
@@ -295,10 +339,11 @@ class ShardedLearner(_ApartLearner):
 class ZeroLearner(_ApartLearner):
     """Under DeepSpeed ZeRO-2: parameters whole, gradients and moments in parts."""
 
-    def __init__(self, accelerator: Accelerator, poco: Poco, config: OptimConfig) -> None:
-        self.accelerator, self.poco = accelerator, poco.to(accelerator.device)
-        whole = _copy(poco)
-        unfit = {str(p.dtype) for p in poco.parameters() if p.requires_grad and p.dtype != torch.float32}
+    def __init__(self, accelerator: Accelerator, algorithm: Algorithm, config: OptimConfig) -> None:
+        self.accelerator, self.algorithm, self.config = accelerator, algorithm.to(accelerator.device), config
+        self.groups = _names(algorithm)
+        whole = _copy(algorithm)
+        unfit = {str(p.dtype) for p in algorithm.parameters() if p.requires_grad and p.dtype != torch.float32}
         if unfit:
             raise ConfigError(f"DeepSpeed was given parameters to train in {', '.join(unfit)}, expected float32")
         plugin: Any = accelerator.state.deepspeed_plugin
@@ -306,36 +351,31 @@ class ZeroLearner(_ApartLearner):
         said = {name: settings.get(name, "auto") for name in DEEPSPEED_BATCH_SIZES}
         # Accelerate wants a batch size, of which DeepSpeed here only counts; and would clip at 1 by itself.
         settings |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
-        self._adam = _adam(_GroupAdam, poco, config)
+        self._adam = _adam(_GroupAdam, algorithm, config)
         self._parameters = [list(group["params"]) for group in self._adam.param_groups]
-        self.module, self.optimizer = accelerator.prepare(_Trained(poco), self._adam)
+        self.module, self.optimizer = accelerator.prepare(_Trained(algorithm), self._adam)
         plugin.deepspeed_config |= said  # the configuration outlives this run: the next one checks what the user said
         self._zero: Any = self.optimizer.optimizer
         self._copied_to(whole)
 
-    def backward(
-        self, batch: ChunkBatch, stage: Stage, plan: Plan, share: float, *, last: bool
-    ) -> tuple[Tensor, Metrics]:
+    def _backward(self, batch: ChunkBatch, stage: Stage, noise: UpdateNoise, share: float, *, last: bool) -> Loss:
         # Not by `accelerator.backward`: that one steps as well, before anybody has looked at the loss.
         self.module.set_gradient_accumulation_boundary(last)
-        loss, metrics = self.module(batch, stage, plan)
+        loss, metrics = self.module(batch, stage, noise)
         self.module.backward(loss * share)
         return loss.detach(), metrics
 
-    def step(
-        self, stage: Stage, max_norm: float | None, look: Callable[[Metrics], None] = lambda norms: None
-    ) -> Metrics:
-        learning = {"sft": {"actor"}, "warmup": {"critic"}, "online": {"actor", "critic"}}[stage]
-        if stage == "warmup" and self.poco.config.warmup_bc:
-            learning = {"actor", "critic"}
-        self._adam.begin({id(g) for g, name in zip(self._zero.param_groups, GROUPS, strict=True) if name in learning})
-        self._adam.max_norm = max_norm
-        look(self._norms(learning))  # DeepSpeed steps one group after the other: both are looked at before
+    def step(self, stage: Stage, check: Callable[[Metrics], None] = lambda norms: None) -> Metrics:
+        learning = self.algorithm.trained_groups(stage)
+        names = {id(group): name for group, name in zip(self._zero.param_groups, self.groups, strict=True)}
+        self._adam.begin({key for key, name in names.items() if name in learning})
+        self._adam.max_norm = self.config.max_grad_norm
+        check(self._norms(learning))  # DeepSpeed steps one group after the other: all are looked at before
         self.module.step()
-        norms = {id(g): name for g, name in zip(self._zero.param_groups, GROUPS, strict=True)}
-        return {f"{norms[key]}_grad_norm": norm for key, norm in self._adam.norms.items()}
+        self._after_step(stage)
+        return {f"{names[key]}_grad_norm": norm for key, norm in self._adam.norms.items()}
 
-    def _norms(self, learning: set[str]) -> Metrics:
+    def _norms(self, learning: Set[str]) -> Metrics:
         """Norm [] of each learning group's averaged gradient, of which this process holds a part."""
         parts: dict[int, list[Tensor]] = self._zero.averaged_gradients
         squares = [
@@ -345,7 +385,9 @@ class ZeroLearner(_ApartLearner):
         total = torch.stack(squares)
         if distributed.get_world_size() > 1:
             distributed.all_reduce(total)
-        return {f"{name}_grad_norm": norm for name, norm in zip(GROUPS, total.sqrt(), strict=True) if name in learning}
+        return {
+            f"{name}_grad_norm": norm for name, norm in zip(self.groups, total.sqrt(), strict=True) if name in learning
+        }
 
     def scatter(self) -> None:
         super().scatter()
@@ -447,38 +489,37 @@ class _GroupAdam(torch.optim.Adam):
 
 
 class _Trained(nn.Module):
-    """What DeepSpeed sees of a learner: what trains, and neither the frozen rest nor the target critic."""
+    """Hold what DeepSpeed sees of a learner: what trains, and neither the frozen rest nor target networks."""
 
-    def __init__(self, poco: Poco) -> None:
+    def __init__(self, algorithm: Algorithm) -> None:
         super().__init__()
-        self.trained = nn.ParameterList(p for p in poco.parameters() if p.requires_grad)
-        self._poco = (poco,)  # in a tuple it is no submodule
+        self.trained = nn.ParameterList(p for p in algorithm.parameters() if p.requires_grad)
+        self._algorithm = (algorithm,)  # in a tuple it is no submodule
 
-    def forward(self, batch: ChunkBatch, stage: Stage, plan: Plan) -> tuple[Tensor, Metrics]:
-        return self._poco[0](batch, stage, plan)
+    def forward(self, batch: ChunkBatch, stage: Stage, noise: UpdateNoise) -> Loss:
+        return self._algorithm[0](batch, stage, noise)
 
 
-def learner_of(accelerator: Accelerator, poco: Poco, config: OptimConfig) -> Learner:
-    """The learner of the accelerator's backend."""
+def learner_of(accelerator: Accelerator, algorithm: Algorithm, config: OptimConfig) -> Learner:
+    """Return the learner of the accelerator's backend."""
     kinds = {DistributedType.FSDP: ShardedLearner, DistributedType.DEEPSPEED: ZeroLearner}
-    return kinds.get(accelerator.distributed_type, Learner)(accelerator, poco, config)
+    return kinds.get(accelerator.distributed_type, Learner)(accelerator, algorithm, config)
 
 
-def _adam[A: torch.optim.Adam](kind: type[A], poco: Poco, config: OptimConfig) -> A:
+def _names(algorithm: Algorithm) -> tuple[str, ...]:
+    return tuple(group["name"] for group in algorithm.parameter_groups())
+
+
+def _adam[A: torch.optim.Adam](kind: type[A], algorithm: Algorithm, config: OptimConfig) -> A:
     # Deviation 5: torch counts steps per parameter, so that the critic's first ones after SFT are not oversized.
-    return kind(
-        [
-            {"params": [p for p in poco.policy.parameters() if p.requires_grad], "lr": config.actor_lr},
-            {"params": list(poco.critic.parameters()), "lr": config.critic_lr},
-        ],
-        fused=True,
-    )
+    groups = algorithm.parameter_groups(config.actor_lr, config.critic_lr)
+    return kind([{"params": group["params"], "lr": group["lr"]} for group in groups], fused=True)
 
 
-def _copy(poco: Poco) -> Poco:
-    """A copy that shares what is frozen, buffers and draws."""
-    shared = [p for p in poco.policy.parameters() if not p.requires_grad]
-    return deepcopy(poco, {id(one): one for one in [*shared, *poco.buffers(), poco.draws]})
+def _copy(algorithm: Algorithm) -> Algorithm:
+    """Return a copy that shares what is frozen, buffers and random numbers."""
+    shared = [p for p in algorithm.policy.parameters() if not p.requires_grad]
+    return deepcopy(algorithm, {id(one): one for one in [*shared, *algorithm.buffers(), algorithm.rng]})
 
 
 # DTensor is told by what it has: importing it takes half a second, which nobody but FSDP has a use for.

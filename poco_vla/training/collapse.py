@@ -57,13 +57,12 @@ class CollapseRecovery:
             recent, (successes, episodes) = self.guard.recent, self.guard.reference or (0, 1)
             go_on = self.guard.restored()
             self.restore_head()
-            beta = self.updater.learner.poco.beta
-            beta.mul_(self.config.guard.beta_factor if go_on else 1)
+            changed = self.updater.algorithm.weaken(self.config.guard.beta_factor) if go_on else ""
             self.progress.stopped = not go_on
             self.display.say(
                 f"collapse: {sum(recent)} of the last {len(recent)} episodes succeeded; after SFT "
                 f"{successes} of {episodes} did. The last good head is back; "
-                + (f"going on with beta {beta.item():g}" if go_on else "the run ends here")
+                + (f"going on with {changed}" if go_on else "the run ends here")
             )
 
     def keep_head(self) -> None:

@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from poco_vla.algorithms import Algorithm
 from poco_vla.data import Episode
 from poco_vla.errors import SimulatorError
 from poco_vla.evaluation import EvalResult, EvaluationStopped, evaluate
 from poco_vla.hub.rate import note_rate
-from poco_vla.policy import FlowPolicy
 from poco_vla.rollout import EnvPool
 from poco_vla.rollout.video import write_episode_video
 from poco_vla.training.context import RunContext
@@ -21,16 +21,16 @@ class Evaluations:
 
     Args:
         context: of the run.
-        policy: what is evaluated.
+        algorithm: what is evaluated, and whose policy is kept.
         envs: where; None on processes that evaluate nothing.
         fps: rate of the demonstrations, which an exported policy notes.
         outlook: warns when nothing ever succeeds.
     """
 
     def __init__(
-        self, context: RunContext, policy: FlowPolicy, envs: EnvPool | None, fps: int, outlook: Outlook
+        self, context: RunContext, algorithm: Algorithm, envs: EnvPool | None, fps: int, outlook: Outlook
     ) -> None:
-        self.policy, self.envs, self.fps, self.outlook = policy, envs, fps, outlook
+        self.algorithm, self.envs, self.fps, self.outlook = algorithm, envs, fps, outlook
         self.config, self.progress, self.display = context.config, context.progress, context.display
         self.folder, self.interruption, self.logbook = context.folder, context.interruption, context.logbook
 
@@ -49,7 +49,7 @@ class Evaluations:
         with self.display.stage(f"evaluating {label}", settings.episodes) as bar, self.interruption.simulators():
             try:
                 return evaluate(
-                    self.policy, self.envs, episodes=settings.episodes, seed=settings.seed, on_episode=bar.to
+                    self.algorithm, self.envs, episodes=settings.episodes, seed=settings.seed, on_episode=bar.to
                 )
             except EvaluationStopped:
                 return None
@@ -72,7 +72,8 @@ class Evaluations:
         best = self.progress.best
         if best is not None and figures["success_rate"] < best["success_rate"]:
             return
-        save = self.policy.save_pretrained if self.policy.base is None else self.policy.save_head
+        policy = self.algorithm.policy
+        save = policy.save_pretrained if policy.base is None else policy.save_head
         self.folder.write("the best policy", partial(export, save, self.folder.path / "best", self.fps))
         self.progress.best = figures | {"policy": "best"}
 

@@ -87,7 +87,7 @@ class Acting:
 
     Attributes:
         config: of the run.
-        actor: with the learner's policy and critic.
+        actor: with the learner's algorithm.
         weights: when these may be read.
         recorder: keeps the episodes; None on processes that record none.
         info: of the demonstrations.

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
-from poco_vla.algorithm import Stage
+from poco_vla.algorithms import Stage
 from poco_vla.errors import UnknownNameError
 from poco_vla.evaluation import wilson_interval
 from poco_vla.files import atomic_file

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from poco_vla.algorithm import Plan, Stage
+from poco_vla.algorithms import Algorithm, Stage
 from poco_vla.config import TrainConfig, num_bytes
 from poco_vla.errors import ConfigError
+from poco_vla.noise import UpdateNoise
 from poco_vla.types import ChunkBatch
 
 CPU_ROWS = 2048
@@ -25,7 +26,7 @@ MARGIN = 0.95
 NEVER = 2**62
 """Bytes that no device has."""
 
-type Run = Callable[[ChunkBatch, Stage, Plan], None]
+type Run = Callable[[ChunkBatch, Stage, UpdateNoise], None]
 
 
 class Budget:
@@ -34,7 +35,7 @@ class Budget:
     Args:
         config: ``optim.micro_batch`` says it outright; else it is what fits ``memory``; else the whole batch, or, on a
             CPU, what suits its caches.
-        module: what is trained, its frozen parts included.
+        algorithm: what is trained, its frozen parts included.
         optimizer: Adam, two moments for each trained parameter; they may not be there yet.
         accelerator: its device and processes: all of them get the same size.
         run: loss and gradients of a batch, no step. The gradients are dropped afterwards.
@@ -46,7 +47,7 @@ class Budget:
     def __init__(
         self,
         config: TrainConfig,
-        module: nn.Module,
+        algorithm: Algorithm,
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
         run: Run,
@@ -54,40 +55,41 @@ class Budget:
         prefixes: Callable[[], int] = lambda: 0,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.config, self.module, self.optimizer = config, module, optimizer
+        self.config, self.algorithm, self.optimizer = config, algorithm, optimizer
         self.accelerator, self.run, self.beside, self.prefixes = accelerator, run, beside, prefixes
         self.say = say
         self._sizes: dict[Stage, int] = {}
 
-    def part(self, batch: ChunkBatch, plan: Plan, stage: Stage) -> int:
+    def part(self, batch: ChunkBatch, noise: UpdateNoise, stage: Stage) -> int:
         """Transitions of `batch` that are computed at once.
 
         Raises:
             ConfigError: not even one fits the memory; the message says what takes it.
         """
         if stage not in self._sizes:
-            self._sizes[stage] = self._find(batch, plan, stage)
+            self._sizes[stage] = self._find(batch, noise, stage)
         return self._sizes[stage]
 
-    def _find(self, batch: ChunkBatch, plan: Plan, stage: Stage) -> int:
+    def _find(self, batch: ChunkBatch, noise: UpdateNoise, stage: Stage) -> int:
         config = self.config
         if config.optim.micro_batch is not None:
             return config.optim.micro_batch
         if config.memory is not None:
-            return self._fitting(batch, plan, stage, num_bytes(config.memory))
-        if self.accelerator.device.type == "cpu" and plan.noise is not None:
-            return max(1, CPU_ROWS // plan.noise.shape[1])
+            return self._fitting(batch, noise, stage, num_bytes(config.memory))
+        chunks = self.algorithm.chunks_per_state(stage)
+        if self.accelerator.device.type == "cpu" and chunks:
+            return max(1, CPU_ROWS // chunks)
         return len(batch)
 
-    def _fitting(self, batch: ChunkBatch, plan: Plan, stage: Stage, memory: int) -> int:
+    def _fitting(self, batch: ChunkBatch, noise: UpdateNoise, stage: Stage, memory: int) -> int:
         """Parts are measured, each twice as large as the one before, until one does not fit. Between the last two the
         peak is taken for linear: as the largest of several that are, it lies below."""
-        held = self._held(batch, plan)
+        held = self._held(batch, noise)
         room = int(memory * MARGIN) - held
-        sizes, peaks = [0, 1], [0, self._peak(batch, plan, stage, 1)]
+        sizes, peaks = [0, 1], [0, self._peak(batch, noise, stage, 1)]
         while sizes[-1] < len(batch) and peaks[-1] <= room:
             sizes.append(min(2 * sizes[-1], len(batch)))
-            peaks.append(self._peak(batch, plan, stage, sizes[-1]))
+            peaks.append(self._peak(batch, noise, stage, sizes[-1]))
         size = sizes[-1]
         if peaks[-1] > room:
             size = sizes[-2] + int((sizes[-1] - sizes[-2]) * (room - peaks[-2]) / (peaks[-1] - peaks[-2]))
@@ -103,24 +105,24 @@ class Budget:
         self.say(f"{stage}: {size} of {len(batch)} transitions at once fit {self.config.memory}")
         return size
 
-    def _held(self, batch: ChunkBatch, plan: Plan) -> int:
-        """Bytes of what is there however it is cut: weights, batch and plan, and, be they there yet or not, the
+    def _held(self, batch: ChunkBatch, noise: UpdateNoise) -> int:
+        """Bytes of what is there however it is cut: weights, batch and noise, and, be they there yet or not, the
         optimizer's moments and the next batch's prefixes."""
-        trained = [p for p in self.module.parameters() if p.requires_grad]
+        trained = [p for p in self.algorithm.parameters() if p.requires_grad]
         if self.accelerator.device.type == "cuda":
             missing = 2 * sum(_bytes(p) for p in trained if p not in self.optimizer.state)
             there = torch.cuda.memory_allocated(self.accelerator.device) - self.beside()
             return there + missing + self.prefixes()
-        weights = sum(map(_bytes, [*self.module.parameters(), *self.module.buffers()]))
-        drawn = sum(map(_bytes, _tensors(vars(batch)) + _tensors(vars(plan))))
+        weights = sum(map(_bytes, [*self.algorithm.parameters(), *self.algorithm.buffers()]))
+        drawn = sum(map(_bytes, _tensors(vars(batch)) + _tensors(vars(noise))))
         return weights + 2 * sum(map(_bytes, trained)) + drawn + 2 * self.prefixes()
 
-    def _peak(self, batch: ChunkBatch, plan: Plan, stage: Stage, size: int) -> int:
+    def _peak(self, batch: ChunkBatch, noise: UpdateNoise, stage: Stage, size: int) -> int:
         """Most bytes that a part of this size takes beside what is there, gradients included."""
         rows = slice(0, size)
-        part, its_plan = batch.rows(rows), plan.rows(rows)
+        part, its_noise = batch.rows(rows), noise.rows(rows)
         try:
-            return peak_bytes(lambda: self.run(part, stage, its_plan), self.accelerator.device)
+            return peak_bytes(lambda: self.run(part, stage, its_noise), self.accelerator.device)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return NEVER
@@ -151,7 +153,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 def _tensors(values: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors of a batch or a plan."""
+    """Return the tensors of a batch or its noise."""
     nested = [_tensors(value) if isinstance(value, Mapping) else [value] for value in values.values()]
     return [value for some in nested for value in some if isinstance(value, Tensor)]
 

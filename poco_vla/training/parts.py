@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from poco_vla.errors import CheckpointError
-from poco_vla.flow import Draws
 from poco_vla.joint_names import check_same_names
+from poco_vla.noise import GlobalBatchRNG
 from poco_vla.policy import FlowPolicy
 from poco_vla.rollout.actor import WeightsVersion
 from poco_vla.training import checkpoint
@@ -71,7 +71,7 @@ class VectorNames:
 
 
 class LearnedWeights:
-    """Keep what is trained, with critic, target critic, zeta and beta.
+    """Keep the algorithm: what trains, target networks and buffers.
 
     Args:
         learner: of the run.
@@ -82,11 +82,11 @@ class LearnedWeights:
 
     def state(self) -> dict[str, Tensor]:
         """Return all of it by name."""
-        return checkpoint.trainable_state(self._learner.poco)
+        return checkpoint.trainable_state(self._learner.algorithm)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take a checkpoint's."""
-        checkpoint.load_trainable_state(self._learner.poco, state)
+        checkpoint.load_trainable_state(self._learner.algorithm, state)
         self._learner.scatter()
 
 
@@ -139,19 +139,19 @@ class RandomNumbers:
 
     Args:
         context: of the run.
-        draws: the generator.
+        rng: the generator.
     """
 
-    def __init__(self, context: RunContext, draws: Draws) -> None:
-        self._context, self._draws = context, draws
+    def __init__(self, context: RunContext, rng: GlobalBatchRNG) -> None:
+        self._context, self._rng = context, rng
 
     def state(self) -> dict[str, Tensor]:
         """Return the generator's state."""
-        return {"draws": self._draws.generator.get_state()}
+        return {"draws": self._rng.generator.get_state()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on where the generator was; on another kind of device than before its numbers begin anew."""
-        generator, saved = self._draws.generator, state["draws"]
+        generator, saved = self._rng.generator, state["draws"]
         if len(saved) == len(generator.get_state()):
             generator.set_state(saved)
             return

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from poco_vla.algorithm import Stage
+from poco_vla.algorithms import Stage
 
 
 @dataclass

@@ -69,7 +69,7 @@ def figures(run: Run) -> dict[str, Any]:
         "after": now.evaluations[-1] if now.evaluations else None,
         "evaluations": now.evaluations,
         "best": now.best,
-        "zeta": run.learner.poco.zeta.item(),
+        **run.learner.algorithm.figures(),
         "sft_steps": config.sft_steps,
         "updates": now.update,
         "env_steps": now.env_steps,

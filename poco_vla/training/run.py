@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate.utils import DistributedType
 
-from poco_vla.algorithm import Poco
+from poco_vla.algorithms import load_algorithm, options_of
 from poco_vla.config import EnvSpec, TrainConfig, to_json, to_scalars
 from poco_vla.data import BatchSource, Episode, Replay
-from poco_vla.flow import Draws
+from poco_vla.errors import ConfigError
+from poco_vla.noise import GlobalBatchRNG
 from poco_vla.policy import FlowPolicy
 from poco_vla.prefix_cache.source import PrefixSource
 from poco_vla.progress import Display
@@ -130,6 +131,7 @@ def build(config: TrainConfig) -> Run:
         torch.set_num_threads(config.num_threads)
     refuse_unknown_trackers(config.trackers)
     check_options(load_adapter(config.adapter), config.policy_options, pretrained=config.policy is not None)
+    config = _fit_algorithm(config)
     accelerator = open_accelerator(config)
     precision = launched_precision(config)
     told = precision_told(config, precision)
@@ -158,6 +160,23 @@ def build(config: TrainConfig) -> Run:
     raise AssertionError("the parts are returned, or an error is raised")
 
 
+def _fit_algorithm(config: TrainConfig) -> TrainConfig:
+    """Return the configuration without what its algorithm has not.
+
+    Raises:
+        PocoError: there is no such algorithm or option, or it cannot run as the configuration says.
+    """
+    algorithm = load_algorithm(config.algorithm)
+    options_of(config)
+    if algorithm.on_policy:
+        raise ConfigError(f'algorithm "{config.algorithm}" learns from its latest rollouts alone, which is not offered')
+    if config.best_of_n > 1 and not algorithm.ranks_candidates:
+        raise ConfigError(
+            f'best_of_n is {config.best_of_n}, but algorithm "{config.algorithm}" has no critic to rank by'
+        )
+    return config if algorithm.has_warmup else replace(config, warmup_steps=0)
+
+
 def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> Run:
     """Build the parts from the ground up, in a folder that is the run's own; what `resources` holds is the run's."""
     config, accelerator, display, folder = context.config, context.accelerator, context.display, context.folder
@@ -169,13 +188,14 @@ def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> 
     versions, weights = VersionBound(config.output_dir, folder.write, used=is_main and beside), WeightsVersion()
     outlook = Outlook(display.say)
 
+    algorithm_class, options = load_algorithm(config.algorithm), options_of(config)
     data = open_data(config, accelerator, display)
     torch.manual_seed(config.seed)
     policy = open_policy(config, data, accelerator)
     demos = data.read(policy, config, display)
     replay = Replay(
         horizon=config.horizon,
-        gamma=config.poco.gamma,
+        gamma=algorithm_class.gamma(options),
         reward=config.reward,
         config=config.replay,
         folder=config.output_dir,
@@ -186,9 +206,9 @@ def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> 
 
     # Drawn where they are used: a copy from the host would make it wait for a GPU.
     place = accelerator.device if accelerator.device.type == "cuda" else "cpu"
-    draws = Draws(torch.Generator(place).manual_seed(config.seed), rank, num_ranks)
-    learner = learner_of(accelerator, Poco(policy, config.poco, draws), config.optim)
-    policy = learner.poco.policy
+    rng = GlobalBatchRNG(torch.Generator(place).manual_seed(config.seed), rank, num_ranks)
+    learner = learner_of(accelerator, algorithm_class(policy, options, rng), config.optim)
+    policy = learner.algorithm.policy
     # Looking at a loss makes the host wait for a GPU.
     late = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
     late = late and accelerator.device.type == "cuda"
@@ -199,10 +219,10 @@ def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> 
         logbook.beside = prefixes.rates
     budget = Budget(
         config,
-        learner.poco,
+        learner.algorithm,
         learner.optimizer,
         accelerator,
-        learner.rehearse,
+        learner.measure,
         lambda: prefixes.store.num_bytes["device"] if prefixes is not None and prefixes.store is not None else 0,
         lambda: prefixes.batch_bytes if prefixes is not None else 0,
         display.say,
@@ -232,8 +252,7 @@ def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> 
 
     each = config.interaction.ranks == "each"
     sharing = Sharing(accelerator, each=each)
-    critic = learner.poco.target_critic if config.best_of_n > 1 else None
-    actor = Actor(policy, config.seed + RANK_SEED * rank, config.best_of_n, critic, config.poco.aggregation)
+    actor = Actor(learner.algorithm, config.seed + RANK_SEED * rank, config.best_of_n)
     check_demonstrations(policy, demos)
     envs, env = open_environments(context, policy, demos, sharing, resources)
     admission = open_admission(config, policy, demos, display.say, interruption.is_requested, is_main=is_main)
@@ -262,7 +281,7 @@ def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> 
         provenance=provenance,
         recovery=recovery,
     )
-    evaluations = Evaluations(context, policy, envs, data.info.fps, outlook)
+    evaluations = Evaluations(context, learner.algorithm, envs, data.info.fps, outlook)
     parts: Mapping[str, Part] = {  # in the order in which they are loaded
         "base_version": BaseVersion(policy, config.policy),
         "names": VectorNames(policy),
@@ -273,7 +292,7 @@ def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> 
         "versions": WeightVersions(context, versions, weights),
         "guard": recovery.guard,
         "good_head": recovery,
-        "draws": RandomNumbers(context, draws),
+        "draws": RandomNumbers(context, rng),
         "batches": batches,
         "logbook": logbook,
         "data": experience,

@@ -68,7 +68,7 @@ class Trainer:
             self._fine_tune()
             if self.config.sft_steps and self.checkpoints.saved != self.progress.update:
                 self._save()  # before anything else may fail
-            self.updater.calibrate_zeta(self.replay, self.display.say)
+            self.updater.prepare_online(self.replay, self.display.say)
             self._evaluate("after SFT" if self.config.sft_steps else "untrained", videos="before")
             self.recovery.take_reference()
             self.recovery.keep_head()

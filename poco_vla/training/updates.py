@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from poco_vla.algorithm import Poco, Stage, parts
+from poco_vla.algorithms import Algorithm, Stage
 from poco_vla.config import TrainConfig
 from poco_vla.data import BatchSource, Replay, chunk_batch
 from poco_vla.errors import ConfigError, NonFiniteError, OtherProcessError
-from poco_vla.flow import Draws
+from poco_vla.noise import GlobalBatchRNG
 from poco_vla.progress import Bar
 from poco_vla.rollout.actor import WeightsVersion
 from poco_vla.training import checkpoint
@@ -68,9 +68,9 @@ class Updater:
         return self.learner.optimizer
 
     @property
-    def poco(self) -> Poco:
+    def algorithm(self) -> Algorithm:
         """Return what is trained, whole."""
-        return self.learner.poco
+        return self.learner.algorithm
 
     @property
     def actor_parameters(self) -> list[nn.Parameter]:
@@ -79,7 +79,7 @@ class Updater:
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """Return the policy's trained parameters by name."""
-        return {name: p for name, p in self.poco.policy.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.algorithm.policy.named_parameters() if p.requires_grad}
 
     def begin_sft(self) -> None:
         """Set the actor's learning rate of supervised fine-tuning."""
@@ -97,24 +97,28 @@ class Updater:
             NonFiniteError: the loss or a gradient is not finite; no weight has changed.
             ConfigError: it does not fit the device's memory.
         """
+        batch = self.batches.draw(bootstrap=self.algorithm.reads_next(stage))
+
+        def check_loss(loss: Tensor, metrics: Metrics) -> None:
+            self.finite.see(loss, partial(self._not_finite, stage, self.progress.stage_update, batch, loss, metrics))
+            self.progress.update += 1
+            self.versions.cover(self.progress.version)
+
         try:
-            batch = self.batches.draw(bootstrap=stage != "sft")
-            loss, metrics = self._backward(batch, stage)
+            _, metrics = self.learner.update(
+                batch,
+                stage,
+                micro_batch=self.budget.part,
+                check_loss=check_loss,
+                check_norms=self.finite.see_gradients,
+                changing=partial(self._changed, apart=False),
+            )
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"an update of {self.config.optim.batch_size} transitions does not fit {self.accelerator.device}: "
                 f"{error}. Give `memory` less than the device has (such as --memory 22GB), and it is computed in parts "
                 "that fit; or, under FSDP and DeepSpeed, optim.micro_batch."
             ) from error
-        self.finite.see(loss, partial(self._not_finite, stage, self.progress.stage_update, batch, loss, metrics))
-        self.progress.update += 1
-        self.versions.cover(self.progress.version)
-        with self._changed(apart=False):
-            # `metrics` is what `_not_finite` shows: it gets the norms before they are looked at.
-            look = partial(_seen, metrics, self.finite.see_gradients)
-            metrics |= self.learner.step(stage, self.config.optim.max_grad_norm, look)
-            if stage != "sft":
-                self.learner.update_target()
         self.progress.stage_update += 1
         self.logbook.updated(stage, metrics, bar)
 
@@ -142,34 +146,20 @@ class Updater:
             self.learner.scatter()
         self.learner.forget_actor()
 
-    def calibrate_zeta(self, replay: Replay, say: Callable[[str], None]) -> None:
-        """Set zeta from the demonstrations, where the configuration asks for that."""
-        if self.config.poco.zeta != "auto":
-            return
+    def prepare_online(self, replay: Replay, say: Callable[[str], None]) -> None:
+        """Let the algorithm prepare its online stage on demonstrations, as it calibrates its options."""
         self.gather()
-        rng, draws = np.random.default_rng(self.config.seed), Draws(torch.Generator().manual_seed(self.config.seed))
-        errors = []
-        for raw in replay.demo_transitions(4096, rng).split(self.config.optim.batch_size):
-            with self.accelerator.autocast():
-                errors.append(self.poco.data_errors(chunk_batch(self.poco.policy, raw, bootstrap=False), draws))
-        zeta = self.poco.calibrate_zeta(torch.cat(errors))
-        say(f"zeta = auto: {zeta:.4f}, the {self.config.poco.zeta_quantile:.0%} quantile of the demonstrations")
+        rng = np.random.default_rng(self.config.seed)
+        raw = replay.demo_transitions(4096, rng).split(self.config.optim.batch_size)
+        batches = (chunk_batch(self.algorithm.policy, part, bootstrap=False) for part in raw)
+        with self.accelerator.autocast():
+            noise = GlobalBatchRNG(torch.Generator().manual_seed(self.config.seed))
+            line = self.algorithm.prepare_online(batches, noise)
+        if line is not None:
+            say(line)
 
     def _set_actor_lr(self, lr: float) -> None:
         self.optimizer.param_groups[0]["lr"] = lr
-
-    def _backward(self, batch: ChunkBatch, stage: Stage) -> tuple[Tensor, Metrics]:
-        """Return loss and metrics of a batch, and add its gradients, in micro-batches that fit the memory."""
-        plan = self.poco.plan(batch, stage)
-        pieces = list(parts(batch, plan, self.budget.part(batch, plan, stage)))
-        total, means, names = 0.0, 0.0, []
-        for i, (rows, its_plan, share) in enumerate(pieces, start=1):
-            loss, metrics = self.learner.backward(rows, stage, its_plan, share, last=i == len(pieces))
-            total = total + loss * share
-            names, means = list(metrics), means + torch.stack(list(metrics.values())) * share
-        assert isinstance(total, Tensor)
-        assert isinstance(means, Tensor)
-        return total, dict(zip(names, means, strict=True))
 
     def _changed(self, *, apart: bool) -> AbstractContextManager[None]:
         """Return the context in which the weights that others read change: the learner's own, or its copy (`apart`)."""
@@ -192,12 +182,6 @@ class Updater:
             f"{name}: {what} ({', '.join(f'{k} {v.item():.3g}' for k, v in metrics.items())}); nothing was changed by "
             "it. " + (f"The batch is kept in {kept}." if kept.is_file() else "There was no room to keep the batch.")
         )
-
-
-def _seen(metrics: Metrics, look: Callable[[Metrics], None], norms: Metrics) -> None:
-    """Put norms among an update's metrics, then look at them."""
-    metrics |= norms
-    look(norms)
 
 
 def _cosine(start: float, end: float | None, progress: float) -> float:

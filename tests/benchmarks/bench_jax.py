@@ -19,7 +19,7 @@ import tyro
 from measure import HERE, Rows, Size, Way, best_seconds, device_name, keep_in, mlp, random_batch, table_of, update_of
 from rich.console import Console
 
-from poco_vla import Draws, Poco, PocoConfig
+from poco_vla import GlobalBatchRNG, Poco, PocoConfig
 from poco_vla.training.memory import CPU_ROWS
 
 try:
@@ -75,9 +75,9 @@ def jax_update(size: Size) -> tuple[float, Callable[[], Any]]:
         critic_hidden=(size.width,) * size.layers,
         critic_members=size.critics,
     )
-    poco = Poco(mlp(size), config, Draws(torch.Generator().manual_seed(0)))
+    poco = Poco(mlp(size), config, GlobalBatchRNG(torch.Generator().manual_seed(0)))
     batch = random_batch(size, "cpu")
-    plan = poco.plan(batch, "online")
+    plan = poco.draw_noise(batch, "online")
     actor = [{"w": array(layer.weight).T, "b": array(layer.bias)} for layer in poco.policy.head.layers]
     params = {"actor": actor, "critic": critic_of(poco.critic)}
     target = critic_of(poco.target_critic)
@@ -92,7 +92,7 @@ def jax_update(size: Size) -> tuple[float, Callable[[], Any]]:
     inputs = {name: array(value) for name, value in inputs.items()}
     step = jax.jit(partial(update, size=size, config=config), donate_argnums=0)
     given = {name: array(getattr(plan, name)).reshape(size.batch, -1, size.chunk) for name in NOISES}
-    given["time"] = array(plan.time)
+    given["time"] = array(plan.flow_time)
     theirs = loss_of(params, target, inputs, given, size, config)
     ours = poco(batch, "online", plan)[0].item()
     holder = {"state": state, "key": jax.random.key(0)}
@@ -105,12 +105,12 @@ def jax_update(size: Size) -> tuple[float, Callable[[], Any]]:
     return abs(float(theirs) - ours) / abs(ours), run
 
 
-NOISES = ("next_noise", "candidate_noise", "noise")
+NOISES = ("next_noise", "candidate_noise", "flow_noise")
 
 
 def update(state: Tree, batch: Tree, key: Any, *, size: Size, config: PocoConfig) -> tuple[Tree, Any]:
     """Draws, loss, gradients, Adam and target of one update."""
-    shapes = {"next_noise": 1, "candidate_noise": size.candidates, "noise": 1 + size.candidates}
+    shapes = {"next_noise": 1, "candidate_noise": size.candidates, "flow_noise": 1 + size.candidates}
     keys = jax.random.split(key, 4)
     plan = {
         name: jax.random.normal(k, (size.batch, n, size.chunk))
@@ -134,8 +134,8 @@ def loss_of(params: Tree, target: Tree, batch: Tree, plan: Tree, size: Size, con
     w = jax.nn.softmax(values(target, batch["obs"], x).mean(0) / config.eta)
     chunks = jnp.concatenate([batch["actions"][:, None], x], axis=1)
     t = plan["time"][..., None]
-    v = velocity(actor, batch["obs"], (1 - t) * plan["noise"] + t * chunks, plan["time"])
-    errors = jnp.square(v - (chunks - plan["noise"])).mean(-1)
+    v = velocity(actor, batch["obs"], (1 - t) * plan["flow_noise"] + t * chunks, plan["time"])
+    errors = jnp.square(v - (chunks - plan["flow_noise"])).mean(-1)
     posterior = (w * jnp.minimum(errors[:, 1:], config.zeta)).sum(-1).mean()
     return critic + errors[:, 0].mean() + config.beta * posterior
 

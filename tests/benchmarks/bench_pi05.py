@@ -48,7 +48,8 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import DynamicCache
 
-from poco_vla import ChunkBatch, Poco, PocoConfig, algorithm, flow_errors, integrate
+from poco_vla import ChunkBatch, Poco, PocoConfig, flow_errors, integrate
+from poco_vla.algorithms import poco as equations
 from poco_vla.config import DatasetConfig, OptimConfig, TrainConfig
 from poco_vla.data import Episode
 from poco_vla.recording.recorder import write_dataset
@@ -545,7 +546,7 @@ class Update:
             with clock.span("Adam, target critic"):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-                poco.update_target()
+                poco.after_step("online")
         return clock.stages()
 
 
@@ -557,7 +558,7 @@ def told_apart(poco: Poco, clock: "Clock", candidates: int) -> Iterator[None]:
         (poco, "critic_loss", critic, None),
         (poco.policy, "encode", "encode s and s'", "encode s and s'"),
         (poco.target_critic, "forward", "E-step: their values", critic),
-        (algorithm, "propose", f"E-step: {candidates} chunks at s", "critic: one chunk at s'"),
+        (equations, "propose", f"E-step: {candidates} chunks at s", "critic: one chunk at s'"),
     ]
     with ExitStack() as stack:
         for owner, name, alone, within in methods:
@@ -710,15 +711,15 @@ def trainer_update(trainer: Trainer, case: Case, head: Callable[[], Any]) -> tup
     adam, candidates = "Adam, target critic", case.args.candidates
     spans = [
         (trainer.updater.batches, "draw", "batch"),
-        (trainer.updater.poco, "forward", f"M-step: {candidates} + 1 flow errors"),
+        (trainer.updater.algorithm, "forward", f"M-step: {candidates} + 1 flow errors"),
         (trainer.accelerator, "backward", "backward"),
         (trainer.updater.optimizer, "step", adam),
-        (trainer.updater.poco, "update_target", adam),
+        (trainer.updater.algorithm, "after_step", adam),
     ]
     release(case.device)
     with (
         head(),
-        told_apart(trainer.updater.poco, clock, candidates),
+        told_apart(trainer.updater.algorithm, clock, candidates),
         ExitStack() as stack,
         peak_memory(case.device) as peak,
     ):

@@ -34,7 +34,7 @@ from poco_vla_pi05.architecture import TINY, Architecture
 from poco_vla_pi05.tokenizer import byte_tokenizer
 from rich.console import Console
 
-from poco_vla import Draws, Poco, PocoConfig
+from poco_vla import GlobalBatchRNG, Poco, PocoConfig
 from poco_vla.config import PrefixConfig, ReplayConfig
 from poco_vla.data import BatchSource, Episode, Replay
 from poco_vla.prefix_cache.entries import Entry
@@ -331,7 +331,7 @@ def bench_fp8(case: Case) -> Rows:
             ("fp8", batches["fp8"], number),
             ("other draws", batches["exact"], 1000 + number),
         ):
-            poco.draws = Draws(torch.Generator().manual_seed(seed))
+            poco.rng = GlobalBatchRNG(torch.Generator().manual_seed(seed))
             with torch.no_grad():
                 metrics = poco(batch, "online")[1]
             found[name].append({key: value.item() for key, value in metrics.items()})

@@ -23,11 +23,11 @@ from lerobot_policy_flow_mlp.adapter import FlowMlp
 from rich.console import Console
 from rich.table import Table
 
-from poco_vla import ChunkBatch, Draws, Poco, PocoConfig
-from poco_vla.algorithm import parts
+from poco_vla import ChunkBatch, GlobalBatchRNG, Poco, PocoConfig
 from poco_vla.config import DemonstrationConfig, ReplayConfig, TrainConfig
 from poco_vla.data import Episode, Replay, chunk_batch
 from poco_vla.dense import _product
+from poco_vla.noise import micro_batches
 from poco_vla.rollout import EnvPool
 from poco_vla.training import Trainer
 from poco_vla.training.memory import CPU_ROWS
@@ -274,20 +274,20 @@ def update_of(size: Size, way: Way, device: str) -> Callable[[], None]:
         critic_members=size.critics,
         sampling_dtype=way.sampling,
     )
-    poco = Poco(policy, config, Draws(torch.Generator(device))).to(device)
+    poco = Poco(policy, config, GlobalBatchRNG(torch.Generator(device))).to(device)
     module = torch.compile(poco, mode="reduce-overhead", dynamic=False) if way.compiled else poco
     optimizer = torch.optim.Adam([p for p in poco.parameters() if p.requires_grad], lr=3e-4, fused=True)
     batch = random_batch(size, device)
 
     def update() -> None:
-        plan = poco.plan(batch, way.stage)
-        for rows, its_plan, share in parts(batch, plan, way.part or len(batch)):
+        plan = poco.draw_noise(batch, way.stage)
+        for rows, its_plan, share in micro_batches(batch, plan, way.part or len(batch)):
             loss, _ = module(rows, way.stage, its_plan)
             (loss * share).backward()
         optimizer.step()
         optimizer.zero_grad()
         if way.stage != "sft":
-            poco.update_target()
+            poco.after_step("online")
 
     return update
 

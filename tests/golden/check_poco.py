@@ -23,7 +23,8 @@ from torch import Tensor
 from poco_vla import ActionSpec, ChunkBatch, ChunkCritic, FlowPolicy, Poco, PocoConfig
 from poco_vla.critic import aggregate, polyak_update, td_target
 from poco_vla.distill import flow_errors
-from poco_vla.flow import Draws, integrate, interpolate, target_velocity
+from poco_vla.flow import integrate, interpolate, target_velocity
+from poco_vla.noise import GlobalBatchRNG
 from poco_vla.policy import propose
 from poco_vla.posterior import posterior_weights
 
@@ -67,7 +68,7 @@ class Row:
         return f"{self.group:32} {self.tensors:4}  {self.difference:10.2e}  {'ok' if self.ok else 'FAIL'}"
 
 
-class Scripted(Draws):
+class Scripted(GlobalBatchRNG):
     """The file's draws in the order in which the code asks for random numbers; anything else is an error."""
 
     def __init__(self, normals: Sequence[Tensor], times: Sequence[Tensor] = ()) -> None:
@@ -178,7 +179,7 @@ class Case:
         return self[name]
 
     def draws(self, prefix: str = "draw") -> Scripted:
-        """In the order of Poco.update: the critic's next chunk, the candidates, flow errors of [data, candidates]."""
+        """In the order of `online_loss`: the critic's next chunk, the candidates, flow errors of [data, candidates]."""
         noise = torch.cat([self[f"{prefix}.bc.x0"][:, None], self[f"{prefix}.post.x0"]], dim=1)
         t = torch.cat([self[f"{prefix}.bc.t"], self[f"{prefix}.post.t"][..., 0]], dim=1)
         return Scripted([self[f"{prefix}.critic.noise"], self[f"{prefix}.cand.noise"], noise], [t])
@@ -256,7 +257,7 @@ def critic(case: Case) -> Iterator[tuple[str, Tensor]]:
     batch = case.chunk_batch()
     for how, name in (("mean", "critic.loss"), ("min", "critic.loss.q_agg_min")):
         poco = case.poco(aggregation=how)
-        poco.draws = Scripted([case["draw.critic.noise"]])
+        poco.rng = Scripted([case["draw.critic.noise"]])
         prefix, next_prefix = poco.policy.encode(batch.obs), poco.policy.encode(batch.next_obs)
         yield name, poco.critic_loss(prefix, batch)[0]
         if how == "min":
@@ -274,13 +275,13 @@ def critic(case: Case) -> Iterator[tuple[str, Tensor]]:
 
 
 def objective(case: Case) -> Iterator[tuple[str, Tensor]]:
-    """Every stored loss and gradient of the joint update, by Poco.update itself."""
+    """Every stored loss and gradient of the joint update, by Poco.online_loss itself."""
     batch = case.chunk_batch()
 
     @cache
     def update(eta: float, zeta: float, beta: float = 1.0) -> tuple[Poco, Tensors]:
         poco = case.poco(eta=eta, zeta=zeta, beta=beta)
-        poco.draws = case.draws()
+        poco.rng = case.draws()
         loss, metrics = poco(batch, "online")
         loss.backward()
         return poco, metrics | {"loss": loss.detach()}
@@ -344,7 +345,7 @@ def updates(case: Case) -> Iterator[tuple[str, Tensor]]:
         name = f"update{u}"
         if u > numbers[0]:
             case.load_critic(poco.target_critic, f"update{u - 1}.target_critic")
-        poco.draws = case.draws(f"draw.{name}")
+        poco.rng = case.draws(f"draw.{name}")
         loss, metrics = poco(batch, "online")
         optimizer.zero_grad()
         loss.backward()

@@ -20,7 +20,7 @@ from poco_vla.data import BatchSource, Episode, Replay
 from poco_vla.data.columns import MemoryColumn
 from poco_vla.data.replay import ONLINE
 from poco_vla.data.ring import Capacity, EpisodeRing
-from poco_vla.flow import Draws
+from poco_vla.noise import GlobalBatchRNG
 from poco_vla.prefix_cache.identity import cache_folder, digest_of, identity
 from poco_vla.prefix_cache.source import AT_ONCE, Costs, Demand, PrefixSource, saves_time
 from poco_vla.prefix_cache.store import PrefixStore
@@ -83,7 +83,9 @@ def store(**options):
 
 def losses(policy, batch, stage="online"):
     torch.manual_seed(0)
-    poco = Poco(policy, PocoConfig(num_candidates=2, critic_hidden=(8,)), Draws(torch.Generator().manual_seed(1)))
+    poco = Poco(
+        policy, PocoConfig(num_candidates=2, critic_hidden=(8,)), GlobalBatchRNG(torch.Generator().manual_seed(1))
+    )
     return poco(batch, stage)[0]
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from lerobot_policy_flow_mlp.adapter import FlowMlp
 
-from poco_vla import ChunkCritic, propose
+from poco_vla import Poco, PocoConfig, propose
 from poco_vla.data import network_obs
 from poco_vla.errors import NonFiniteError
 from poco_vla.rollout import Actor
@@ -23,10 +23,9 @@ def policy():
     return FlowMlp.tiny()
 
 
-def critic_of(policy):
+def poco_of(policy):
     torch.manual_seed(1)
-    spec = policy.spec
-    return ChunkCritic(policy.feature_dim, spec.horizon, spec.action_dim, hidden=(16,), members=2)
+    return Poco(policy, PocoConfig(critic_hidden=(16,), critic_members=2))
 
 
 def candidates(policy, n, seed):
@@ -64,11 +63,11 @@ def test_the_global_generator_is_left_alone(policy):
 
 
 def test_best_of_n_takes_the_candidate_of_highest_mean_value(policy):
-    critic = critic_of(policy)
-    actor = Actor(policy, seed=5, best_of_n=8, critic=critic)
+    poco = poco_of(policy)
+    actor = Actor(poco, seed=5, best_of_n=8)
     chunks = actor.chunks(observations(), TASKS)
     prefix, x = candidates(policy, 8, 5)
-    q = critic(prefix.features, x).mean(dim=0)
+    q = poco.target_critic(prefix.features, x).mean(dim=0)
     favourites = [int(row.argmax()) for row in q]
     for i, j in enumerate(favourites):
         np.testing.assert_allclose(chunks[i], 2 * x[i, j], rtol=1e-5, atol=1e-6)
@@ -101,6 +100,6 @@ def test_an_action_that_is_not_finite_is_not_sent(policy):
 
 
 def test_acting_needs_and_leaves_no_gradient(policy):
-    chunks = Actor(policy, seed=0, best_of_n=2, critic=critic_of(policy)).chunks(observations(), TASKS)
+    chunks = Actor(poco_of(policy), seed=0, best_of_n=2).chunks(observations(), TASKS)
     assert isinstance(chunks, np.ndarray)
     assert all(p.grad is None for p in policy.parameters())

@@ -30,7 +30,7 @@ def trained(poco, steps=2):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        poco.update_target()
+        poco.after_step("online")
     return optimizer
 
 

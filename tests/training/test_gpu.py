@@ -64,7 +64,7 @@ def updated(trainer, stages=("sft", "warmup", "online", "online")):
     with trainer.display.stage("by hand", len(stages)) as bar:
         for stage in stages:
             trainer.updater.update(stage, bar)
-    return [p.detach().clone() for p in trainer.updater.poco.parameters()]
+    return [p.detach().clone() for p in trainer.updater.algorithm.parameters()]
 
 
 def test_a_loss_that_is_not_finite_changes_nothing_though_the_host_looks_late(trainer):

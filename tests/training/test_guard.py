@@ -101,14 +101,14 @@ def head_of(trainer):
 def test_a_collapse_brings_the_good_head_back_with_a_smaller_beta_and_a_second_one_ends_the_run(trainer):
     trainer.recovery.guard.reference = (50, 50)
     trainer.recovery.keep_head()
-    good, beta = head_of(trainer).clone(), trainer.updater.poco.beta.item()
+    good, beta = head_of(trainer).clone(), trainer.updater.algorithm.beta.item()
     with torch.no_grad():
         for p in trainer.updater.actor_parameters:
             p.add_(1.0)
     for _ in range(8):
         trainer.recovery.watch(False)
     torch.testing.assert_close(head_of(trainer), good, rtol=0, atol=0)
-    assert trainer.updater.poco.beta.item() == 0.5 * beta
+    assert trainer.updater.algorithm.beta.item() == 0.5 * beta
     assert not trainer.progress.stopped
     assert all(not trainer.updater.optimizer.state.get(p) for p in trainer.updater.actor_parameters)
     for _ in range(8):

@@ -125,7 +125,7 @@ def test_a_finite_loss_with_a_gradient_that_is_not_changes_nothing(value, tmp_pa
         with trainer.display.stage("by hand", 3) as bar:
             for _ in range(2):
                 trainer.updater.update("sft", bar)
-            weights = [p.detach().clone() for p in trainer.updater.poco.parameters()]
+            weights = [p.detach().clone() for p in trainer.updater.algorithm.parameters()]
             moments = {
                 k: v.clone() for e in trainer.updater.learner.optimizer_state()["state"].values() for k, v in e.items()
             }
@@ -134,7 +134,7 @@ def test_a_finite_loss_with_a_gradient_that_is_not_changes_nothing(value, tmp_pa
                 NonFiniteError, match=r"update 2: the loss is \d.*its gradient not finite.*actor_grad_norm"
             ):
                 trainer.updater.update("sft", bar)
-        for p, old in zip(trainer.updater.poco.parameters(), weights, strict=True):
+        for p, old in zip(trainer.updater.algorithm.parameters(), weights, strict=True):
             assert torch.equal(p.detach(), old)
         now = {k: v for e in trainer.updater.learner.optimizer_state()["state"].values() for k, v in e.items()}
         assert all(torch.equal(now[name], old) for name, old in moments.items())

@@ -5,7 +5,7 @@ import torch
 from accelerate.state import AcceleratorState
 from pointmass_run import small
 
-from poco_vla.algorithm import STAGES
+from poco_vla.algorithms import STAGES
 from poco_vla.config import DatasetConfig, OptimConfig, PocoConfig, PrefixConfig, num_bytes
 from poco_vla.demonstrations.scripted import ensure_demonstrations
 from poco_vla.errors import ConfigError, NonFiniteError
@@ -46,12 +46,12 @@ def trainer(tmp_path, data):
 def updated(trainer, stages=("sft", "warmup", "online", "online")):
     """Weights after some updates, and the largest part of each."""
     seen = []
-    forward = trainer.updater.poco.forward
-    trainer.updater.poco.forward = lambda batch, *rest: seen.append(len(batch)) or forward(batch, *rest)
+    forward = trainer.updater.algorithm.forward
+    trainer.updater.algorithm.forward = lambda batch, *rest: seen.append(len(batch)) or forward(batch, *rest)
     with trainer.display.stage("by hand", len(stages)) as bar:
         for stage in stages:
             trainer.updater.update(stage, bar)
-    return [p.detach().clone() for p in trainer.updater.poco.parameters()], seen
+    return [p.detach().clone() for p in trainer.updater.algorithm.parameters()], seen
 
 
 def test_updates_in_parts_give_the_weights_of_updates_in_one(trainer):
@@ -76,17 +76,17 @@ def test_an_update_keeps_to_the_memory_it_is_given(stage, trainer, monkeypatch):
     free = trainer(memory="1GB")
     budget = free.updater.budget
     batch = free.updater.batches.draw()
-    plan = free.updater.poco.plan(batch, stage)
+    plan = free.updater.algorithm.draw_noise(batch, stage)
     assert budget.part(batch, plan, stage) == 256
-    most = peak_bytes(lambda: free.updater.learner.rehearse(batch, stage, plan), CPU)
+    most = peak_bytes(lambda: free.updater.learner.measure(batch, stage, plan), CPU)
     held = budget._held(batch, plan)
 
     given = held + 0.4 * most
     bound = trainer(memory=f"{given / 1e6:.6f}MB")
     size = bound.updater.budget.part(batch, plan, stage)
     assert 1 <= size < 256
-    monkeypatch.setattr(bound.updater.poco, "plan", lambda *_: plan)
-    took = held + peak_bytes(lambda: bound.updater._backward(batch, stage), CPU)
+    monkeypatch.setattr(bound.updater.algorithm, "draw_noise", lambda *_: plan)
+    took = held + peak_bytes(lambda: bound.updater.learner.gradients(batch, stage, bound.updater.budget.part), CPU)
     assert 0.5 * given < took <= given
 
 
@@ -96,7 +96,7 @@ def test_prefixes_that_are_read_ahead_are_counted(trainer):
     for mode in ("off", "on"):
         made = trainer(memory="1GB", prefixes=PrefixConfig(mode=mode))
         batch = made.updater.batches.draw()
-        held[mode] = made.updater.budget._held(batch, made.updater.poco.plan(batch, "online"))
+        held[mode] = made.updater.budget._held(batch, made.updater.algorithm.draw_noise(batch, "online"))
         observed = sum(x.nbytes for x in (*batch.obs.values(), *batch.next_obs.values()) if isinstance(x, torch.Tensor))
         held[mode] -= observed
     assert held["on"] - held["off"] == 2 * 512 * 4 * 4

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from toy_policies import ToyPolicy, toy_batch
 
-from poco_vla import ChunkBatch, Draws, Poco, PocoConfig, flow_errors, load_adapter, propose
-from poco_vla.algorithm import STAGES, parts
+from poco_vla import ChunkBatch, GlobalBatchRNG, Poco, PocoConfig, flow_errors, load_adapter, propose
+from poco_vla.algorithms import STAGES
 from poco_vla.errors import ConfigError
+from poco_vla.noise import micro_batches
 
 SMALL = {"critic_hidden": (8, 8), "num_candidates": 4, "zeta": 10.0}
 
@@ -24,7 +25,9 @@ def build(seed=0, world_size=1, rank=0, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         poco = Poco(
-            policy, PocoConfig(**(SMALL | options)), Draws(torch.Generator().manual_seed(seed), rank, world_size)
+            policy,
+            PocoConfig(**(SMALL | options)),
+            GlobalBatchRNG(torch.Generator().manual_seed(seed), rank, world_size),
         )
         for p in poco.target_critic.parameters():
             p.data += 0.1 * torch.randn_like(p)
@@ -70,7 +73,7 @@ def test_the_policys_gradient_is_that_of_fixed_candidates_and_weights():
     poco, script = build(beta=2.0, zeta=1.5), build()
     batch = batch_of(poco)
     loss, _ = poco(batch, "online")
-    policy, spec, draws = poco.policy, poco.policy.spec, script.draws
+    policy, spec, draws = poco.policy, poco.policy.spec, script.rng
     like = batch.actions
     draws.normal((6, 1, spec.horizon, spec.width), like)  # the critic's next chunk
     prefix = policy.encode(batch.obs)
@@ -92,7 +95,7 @@ def test_candidates_are_weighed_by_the_target_critic():
     torch.testing.assert_close(changed(batch_of(poco), "online")[1]["posterior_loss"], before["posterior_loss"])
     for p in changed.target_critic.parameters():
         p.data *= -1
-    changed.draws = build().draws
+    changed.rng = build().rng
     assert changed(batch_of(poco), "online")[1]["posterior_loss"] != pytest.approx(before["posterior_loss"].item())
 
 
@@ -134,11 +137,11 @@ def test_the_anchor_imitates_the_chunks_it_names(anchor, rows):
     poco = build(anchor=anchor, warmup_bc=True)
     actions = batch_of(poco).actions.clone().requires_grad_()
     batch = batch_of(poco, actions=actions, is_demo=IS_DEMO, is_success=IS_SUCCESS)
-    poco.critic_loss = lambda prefix, batch, plan: (torch.zeros(()), {})
+    poco.critic_loss = lambda prefix, batch, noise: (torch.zeros(()), {})
     loss, metrics = poco(batch, "warmup")
     per_row = torch.autograd.grad(loss, actions)[0].flatten(1).any(dim=1)
     assert per_row.nonzero().flatten().tolist() == rows
-    script = build().draws
+    script = build().rng
     script.normal(actions[:, None].shape, actions)  # of the critic's bootstrap sample
     noise = script.normal(actions[:, None].shape, actions)
     t = script.time(poco.policy.sample_time, (6, 1), actions)
@@ -157,7 +160,7 @@ def test_sft_is_the_mean_flow_error_and_leaves_the_critic_alone():
     poco = build()
     batch = batch_of(poco)
     loss, metrics = poco(batch, "sft")
-    script = build().draws
+    script = build().rng
     noise, t = script.normal((6, 1, 3, 2), batch.actions), script.time(poco.policy.sample_time, (6, 1), batch.actions)
     prefix = poco.policy.encode(batch.obs)
     expected = flow_errors(poco.policy, prefix, batch.actions[:, None], batch.valid, noise=noise, t=t).mean()
@@ -177,7 +180,7 @@ def test_warmup_trains_the_actor_only_when_asked(warmup_bc):
 
 def critic_numbers(poco, batch):
     """Q of each critic on the data, and next values of each target critic, from the draws of an update."""
-    next_prefix, script = poco.policy.encode(batch.next_obs), build().draws
+    next_prefix, script = poco.policy.encode(batch.next_obs), build().rng
     chunk = propose(poco.policy, next_prefix, 1, noise=script.normal((len(batch), 1, 3, 2), batch.actions))
     with torch.no_grad():
         next_q = poco.target_critic(next_prefix.features, chunk)[..., 0]
@@ -243,16 +246,16 @@ def test_auto_zeta_must_be_calibrated_first_and_then_is_the_stated_quantile():
     assert poco.calibrate_zeta(torch.arange(11.0)) == pytest.approx(9)
     calibrated, fixed, loaded = poco, build(zeta=9.0), build(zeta="auto")
     loaded.load_state_dict(poco.state_dict())
-    calibrated.draws = build().draws
+    calibrated.rng = build().rng
     losses = [p(batch_of(p), "online")[0].item() for p in (calibrated, fixed, loaded)]
     assert losses[0] == pytest.approx(losses[1])
     assert losses[2] == pytest.approx(losses[1])
 
 
-def test_update_target_moves_by_tau():
+def test_after_a_step_the_target_critic_moves_by_tau():
     poco = build(tau=0.25)
     old = [p.clone() for p in poco.target_critic.parameters()]
-    poco.update_target()
+    poco.after_step("online")
     for target, before, online in zip(poco.target_critic.parameters(), old, poco.critic.parameters(), strict=True):
         torch.testing.assert_close(target, 0.75 * before + 0.25 * online)
 
@@ -275,22 +278,22 @@ def test_two_processes_losses_average_to_one_processs():
     [{}, {"anchor": "demos", "drop_crossing": True, "warmup_bc": True}, {"error_mean": "all", "drop_crossing": True}],
 )
 @pytest.mark.parametrize("size", [1, 4, 5])
-def test_the_parts_of_an_update_add_up_to_the_whole(stage, options, size):
+def test_the_micro_batches_of_an_update_add_up_to_the_whole(stage, options, size):
     """Loss, figures and gradients, to float64's rounding, whichever transitions count and however unequal the parts."""
     poco = build(**options)
     valid = torch.ones(6, 3, dtype=torch.bool)
     valid[1, 2] = valid[4, 1:] = False
     batch = batch_of(poco, is_demo=IS_DEMO, valid=valid)
-    plan = poco.plan(batch, stage)
-    whole, figures = poco(batch, stage, plan)
+    noise = poco.draw_noise(batch, stage)
+    whole, figures = poco(batch, stage, noise)
     whole.backward()
     expected = [p.grad for p in poco.parameters()]
     poco.zero_grad()
     total, sums = 0, dict.fromkeys(figures, 0)
-    pieces = list(parts(batch, plan, size))
+    pieces = list(micro_batches(batch, noise, size))
     assert [len(rows) for rows, _, _ in pieces] == {1: [1] * 6, 4: [3, 3], 5: [3, 3]}[size]
-    for rows, its_plan, share in pieces:
-        loss, its_figures = poco(rows, stage, its_plan)
+    for rows, its_noise, share in pieces:
+        loss, its_figures = poco(rows, stage, its_noise)
         (loss * share).backward()
         total += loss.detach() * share
         sums = {name: sums[name] + value * share for name, value in its_figures.items()}
@@ -301,14 +304,14 @@ def test_the_parts_of_an_update_add_up_to_the_whole(stage, options, size):
 
 def test_an_update_is_one_graph():
     """A process of its own: the machine-checked signatures of the test run cannot be traced."""
-    script = Path(__file__).parent / "compiled_update.py"
+    script = Path(__file__).parents[1] / "compiled_update.py"
     subprocess.run([sys.executable, script], check=True)
 
 
-def test_a_plan_that_is_given_is_the_one_that_would_be_drawn():
+def test_noise_that_is_given_is_the_one_that_would_be_drawn():
     one, two = build(), build()
     batch = batch_of(one)
-    assert one(batch, "online")[0].item() == two(batch, "online", two.plan(batch, "online"))[0].item()
+    assert one(batch, "online")[0].item() == two(batch, "online", two.draw_noise(batch, "online"))[0].item()
 
 
 def test_candidates_in_bfloat16_are_close_and_their_errors_and_values_are_still_exact():
@@ -318,7 +321,9 @@ def test_candidates_in_bfloat16_are_close_and_their_errors_and_values_are_still_
     seen = {}
     for dtype in ("float32", "bfloat16"):
         torch.manual_seed(0)
-        poco = Poco(policy, PocoConfig(**(SMALL | {"sampling_dtype": dtype})), Draws(torch.Generator().manual_seed(0)))
+        poco = Poco(
+            policy, PocoConfig(**(SMALL | {"sampling_dtype": dtype})), GlobalBatchRNG(torch.Generator().manual_seed(0))
+        )
         batch = toy_batch(policy, 32)
         proposed = []
         poco._propose = lambda prefix, noise, of=poco, kept=proposed: (
@@ -384,7 +389,7 @@ def imitator(request):
     modes = torch.cat([LEFT.expand(100, 2), RIGHT.expand(100, 2)])
     demos = modes + SPREAD * torch.randn(200, 2, generator=generator)
     policy = ToyPolicy(state_dim=1, horizon=1, flow_steps=5, hidden=(64, 64), seed=request.param)
-    poco = Poco(policy, PocoConfig(critic_hidden=(4,)), Draws(generator))
+    poco = Poco(policy, PocoConfig(critic_hidden=(4,)), GlobalBatchRNG(generator))
     optimizer = torch.optim.Adam(policy.head.parameters(), lr=6e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=1500)
     for _ in range(1500):
@@ -402,7 +407,7 @@ def practise(imitator, critic, updates=300, **options):
     policy, pool, seed = imitator
     policy, generator = deepcopy(policy), torch.Generator().manual_seed(100 + seed)
     config = PocoConfig(**({"num_candidates": 8, "eta": 0.1, "critic_hidden": (4,)} | options))
-    poco = Poco(policy, config, Draws(generator))
+    poco = Poco(policy, config, GlobalBatchRNG(generator))
     poco.target_critic = Known(critic)
     optimizer = torch.optim.Adam(policy.head.parameters(), lr=1e-3)
     rounds = []

@@ -1,0 +1,54 @@
+"""Algorithms by name: entry points of group ``poco_vla.algorithms``, and those of the library itself."""
+
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from poco_vla.algorithms.contract import Algorithm
+from poco_vla.config import TrainConfig, from_json
+from poco_vla.errors import ConfigError, UnknownNameError
+
+GROUP = "poco_vla.algorithms"
+BUILT_IN = {
+    "imitation": "poco_vla.algorithms.imitation:Imitation",
+    "poco": "poco_vla.algorithms.poco:Poco",
+}
+"""Name -> class of the library's own, which need no entry point."""
+
+
+def available_algorithms() -> dict[str, str]:
+    """Return the algorithms that are installed: name -> where the class lives ("module:Class")."""
+    return dict(sorted(({point.name: point.value for point in entry_points(group=GROUP)} | BUILT_IN).items()))
+
+
+def load_algorithm(name: str) -> type[Algorithm]:
+    """Return the algorithm class of a name.
+
+    Raises:
+        UnknownNameError: nothing installed offers it; the message lists what is.
+        ConfigError: what is registered under the name is no Algorithm.
+    """
+    known = available_algorithms()
+    if name not in known:
+        raise UnknownNameError("algorithm", name, known)
+    module, _, attribute = known[name].partition(":")
+    loaded = getattr(import_module(module), attribute)
+    if not (isinstance(loaded, type) and issubclass(loaded, Algorithm)):
+        raise ConfigError(f'algorithm "{name}" is {known[name]}, which is not a subclass of poco_vla.Algorithm')
+    return loaded
+
+
+def options_of(config: TrainConfig) -> object:
+    """Return the options of the algorithm that a run is of: the field of `config` that is of their type, or else
+    `algorithm_options`, checked.
+
+    Raises:
+        UnknownNameError: it has no option of a name.
+        ConfigError: an option's value cannot work, or `algorithm_options` is given beside that field.
+    """
+    kind = load_algorithm(config.algorithm).config_class
+    for name, value in vars(config).items():
+        if type(value) is kind:
+            if config.algorithm_options:
+                raise ConfigError(f'the options of algorithm "{config.algorithm}" are in {name}, not algorithm_options')
+            return value
+    return from_json(kind, config.algorithm_options)

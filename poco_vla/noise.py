@@ -1,0 +1,98 @@
+"""Random numbers of a global batch, alike on one process and on many, and micro-batches."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from poco_vla.types import ChunkBatch
+
+
+@runtime_checkable  # for the test run's machine-checked signatures
+class TimeSampler(Protocol):
+    """Draw flow times of a shape from a model's training distribution."""
+
+    def __call__(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor: ...
+
+
+class GlobalBatchRNG:
+    """Draw the random numbers of an update, the same for one process as for many.
+
+    Each process draws for the *global* batch from the same generator and keeps its own rows, so that the loss of a
+    global batch does not depend on how many processes share it.
+
+    Args:
+        generator: seeded alike on every process.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, generator: torch.Generator, rank: int = 0, world_size: int = 1) -> None:
+        self.generator = generator
+        self.rank = rank
+        self.world_size = world_size
+
+    def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Return standard normal numbers of `shape`, whose first axis is this process's batch.
+
+        Args:
+            shape: of the result.
+            like: gives its device and dtype.
+        """
+        rows, *rest = shape
+        # Drawn in the generator's own precision and place: float32 on the CPU unless the caller chose otherwise.
+        drawn = torch.randn((rows * self.world_size, *rest), generator=self.generator, device=self.generator.device)
+        return self._own_rows(drawn, rows).to(like)
+
+    def time(self, sampler: TimeSampler, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Return flow times of `shape` from a policy's own distribution, likewise."""
+        rows, *rest = shape
+        return self._own_rows(sampler((rows * self.world_size, *rest), self.generator), rows).to(like)
+
+    def _own_rows(self, drawn: Tensor, rows: int) -> Tensor:
+        return drawn[self.rank * rows : (self.rank + 1) * rows]
+
+
+@dataclass(frozen=True)
+class UpdateNoise:
+    """Hold what is drawn or counted over the global batch before an update is computed.
+
+    The losses of micro-batches then add up to that of the batch, and the computation itself draws nothing and
+    communicates nothing. An algorithm adds its own fields: tensors of B rows, or None in stages that need none.
+    """
+
+    def rows(self, rows: slice) -> "UpdateNoise":
+        """Return the part that belongs to some of the transitions."""
+        return replace(self, **{name: value[rows] for name, value in vars(self).items() if value is not None})
+
+
+def row_weights(mask: Bool[Tensor, " B"], like: Tensor) -> Float[Tensor, " B"]:
+    """Return the weight of each row, so that the mean of x * weights is the mean of `x` where `mask`, over the global
+    batch when several processes share it; 0 where nothing is selected.
+
+    Under data-parallel training gradients are averaged over processes, so each process divides by the *mean* number of
+    selected rows per process: the average is then the mean over all selected rows.
+
+    Args:
+        mask: rows that count.
+        like: gives the dtype.
+    """
+    count = mask.sum().to(like.dtype)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(count)
+        count = count / torch.distributed.get_world_size()
+    return mask * torch.where(count > 0, mask.shape[0] / count, 0)
+
+
+def micro_batches(batch: ChunkBatch, noise: UpdateNoise, size: int) -> Iterator[tuple[ChunkBatch, UpdateNoise, float]]:
+    """Yield a batch and its noise in micro-batches of about `size` transitions, none larger, each with its share of the
+    batch. The gradients of share * loss add up to those of the batch."""
+    count = -(-len(batch) // size)
+    bounds = [len(batch) * i // count for i in range(count + 1)]
+    for begin, end in pairwise(bounds):
+        rows = slice(begin, end)
+        yield (batch, noise, 1.0) if count == 1 else (batch.rows(rows), noise.rows(rows), (end - begin) / len(batch))

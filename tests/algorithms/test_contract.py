@@ -1,0 +1,128 @@
+"""What every algorithm offers, by both of the library's own: stages, groups, acting, and a view for acting."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from toy_policies import ToyPolicy, toy_batch
+
+from poco_vla import Algorithm, GlobalBatchRNG, Poco, PocoConfig, propose
+from poco_vla.algorithms import STAGES
+from poco_vla.algorithms.imitation import Imitation, ImitationConfig
+from poco_vla.errors import UnknownNameError
+from poco_vla.noise import micro_batches
+
+
+def poco_of(policy, **options):
+    return Poco(policy, PocoConfig(**({"num_candidates": 3, "critic_hidden": (8,)} | options)), rng())
+
+
+def rng():
+    return GlobalBatchRNG(torch.Generator().manual_seed(0))
+
+
+def imitation_of(policy, **options):
+    return Imitation(policy, ImitationConfig(**options), rng())
+
+
+def stages_of(algorithm):
+    return [stage for stage in STAGES if algorithm.has_warmup or stage != "warmup"]
+
+
+@pytest.mark.parametrize("make", [poco_of, lambda policy: poco_of(policy, warmup_bc=True), imitation_of])
+def test_the_groups_that_a_stage_trains_are_those_with_a_gradient(make):
+    """Every trained parameter is in one group, the first of which is the policy's."""
+    policy = ToyPolicy()
+    algorithm = make(policy)
+    groups = {group["name"]: group["params"] for group in algorithm.parameter_groups(0.1, 0.2)}
+    assert next(iter(groups)) == "actor"
+    assert [id(p) for ps in groups.values() for p in ps] == [id(p) for p in algorithm.parameters() if p.requires_grad]
+    for stage in stages_of(algorithm):
+        algorithm.zero_grad(set_to_none=True)
+        algorithm(toy_batch(policy), stage)[0].backward()
+        moved = {name for name, ps in groups.items() if all(p.grad is not None for p in ps)}
+        assert moved == {name for name, ps in groups.items() if any(p.grad is not None for p in ps)}
+        assert moved == algorithm.trained_groups(stage)
+
+
+@pytest.mark.parametrize("make", [poco_of, imitation_of])
+def test_what_a_loss_reads_of_a_batch_is_what_it_says(make):
+    """Next observations of NaN change nothing in a stage that does not read them."""
+    policy = ToyPolicy()
+    for stage in stages_of(make(policy)):
+        one, two = make(policy), make(policy)
+        if one.reads_next(stage):
+            continue
+        batch = toy_batch(policy)
+        broken = toy_batch(policy, next_obs={"state": torch.full_like(batch.next_obs["state"], torch.nan)})
+        assert one(batch, stage)[0].item() == two(broken, stage)[0].item()
+
+
+@pytest.mark.parametrize("make", [poco_of, imitation_of])
+def test_the_noise_of_a_batch_is_cut_with_it(make):
+    policy = ToyPolicy()
+    algorithm, batch = make(policy), toy_batch(policy, 6)
+    for stage in stages_of(algorithm):
+        noise = algorithm.draw_noise(batch, stage)
+        whole = algorithm(batch, stage, noise)[0]
+        pieces = [algorithm(rows, stage, its)[0] * share for rows, its, share in micro_batches(batch, noise, 2)]
+        assert len(pieces) == 3
+        torch.testing.assert_close(sum(pieces), whole)
+
+
+@pytest.mark.parametrize("make", [Algorithm, poco_of, imitation_of])
+def test_one_candidate_is_a_plain_sample(make):
+    policy = ToyPolicy()
+    prefix = policy.encode(toy_batch(policy).obs)
+    x = propose(policy, prefix, 1, generator=torch.Generator().manual_seed(3))[:, 0]
+    assert torch.equal(make(policy).act(prefix, 1, torch.Generator().manual_seed(3)), x)
+
+
+def test_the_view_for_acting_shares_weights_and_holds_no_more_than_acting_reads():
+    """It acts as the whole does, and can be copied; the algorithm itself keeps all that it has."""
+    policy = ToyPolicy()
+    poco = poco_of(policy)
+    prefix = policy.encode(toy_batch(policy).obs)
+    for n, modules in ((1, {"policy"}), (4, {"policy", "target_critic"})):
+        view = poco.for_acting(n)
+        assert set(dict(view.named_children())) == modules
+        assert {id(p) for p in view.parameters()} <= {id(p) for p in poco.parameters()}
+        for acting in (view, deepcopy(view)):
+            chunks = [one.act(prefix, n, torch.Generator().manual_seed(3)) for one in (poco, acting)]
+            assert torch.equal(*chunks)
+    assert set(dict(poco.named_children())) == {"policy", "critic", "target_critic"}
+
+
+def test_an_algorithm_without_a_critic_ranks_nothing():
+    policy = ToyPolicy()
+    with pytest.raises(AssertionError, match="does not rank"):
+        imitation_of(policy).act(policy.encode(toy_batch(policy).obs), 2)
+
+
+# -- imitation --------------------------------------------------------------------------------------------------------
+
+
+def test_imitation_is_pocos_stage_1_bit_for_bit():
+    policy = ToyPolicy()
+    batch = toy_batch(policy)
+    assert imitation_of(policy).sft_loss(batch)[0].item() == poco_of(policy).sft_loss(batch)[0].item()
+
+
+@pytest.mark.parametrize(("anchor", "rows"), [("all", [0, 1, 2, 3]), ("demos", [0]), ("demos_and_successes", [0, 2])])
+def test_online_imitation_imitates_what_the_anchor_selects(anchor, rows):
+    policy = ToyPolicy()
+    algorithm = imitation_of(policy, anchor=anchor)
+    kinds = {"is_demo": torch.tensor([1, 0, 0, 0]).bool(), "is_success": torch.tensor([0, 0, 1, 0]).bool()}
+    actions = toy_batch(policy, 4).actions.clone().requires_grad_()
+    batch = toy_batch(policy, 4, actions=actions, **kinds)
+    algorithm.online_loss(batch)[0].backward()
+    assert actions.grad.flatten(1).any(dim=1).nonzero().flatten().tolist() == rows
+
+
+@pytest.mark.parametrize(("field", "value"), [("anchor", "demo"), ("error_mean", "some")])
+def test_an_option_of_imitation_that_is_none_is_refused(field, value):
+    """Set afterwards: the machine-checked signatures of the test run would refuse it before the option does."""
+    config = ImitationConfig()
+    object.__setattr__(config, field, value)
+    with pytest.raises(UnknownNameError, match=f'no {field} of imitation named "{value}"'):
+        config.__post_init__()
