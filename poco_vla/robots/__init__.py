@@ -14,7 +14,6 @@ from poco_vla.robots.signals import (
     KeySignals,
     RewardModelSuccess,
     RobotSuccess,
-    ScriptedSignals,
     Signal,
     Signals,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "RobotEpisode",
     "RobotInteraction",
     "RobotSuccess",
-    "ScriptedSignals",
     "Sent",
     "Signal",
     "Signals",

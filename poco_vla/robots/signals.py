@@ -170,31 +170,6 @@ class KeySignals(Signals):
                 self._waiting.append(self.keys[key])
 
 
-class ScriptedSignals(Signals):
-    """Signals at given control steps, the same in every episode: for tests and simulations.
-
-    Args:
-        steps: control step (0 is the first observation of the episode) -> signal that is given then.
-    """
-
-    def __init__(self, steps: Mapping[int, Signal]) -> None:
-        self.steps = dict(steps)
-        self.begin()
-
-    def begin(self) -> None:
-        self._step = -1
-        self._given = -1
-
-    def observe(self, obs: Mapping[str, np.ndarray]) -> None:
-        self._step += 1
-
-    def poll(self) -> Signal | None:
-        if self._given == self._step:
-            return None
-        self._given = self._step
-        return self.steps.get(self._step)
-
-
 @runtime_checkable
 class KnowsSuccess(Protocol):
     """A robot, or anything, that can tell whether its task is done."""

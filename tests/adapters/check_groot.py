@@ -20,11 +20,11 @@ from lerobot_policy_groot_n1d6.model import (
     HeadSizes,
     ImageEncoder,
     VisionSizes,
-    plain_velocity,
     rollout,
     sort_tokens,
     training_loss,
 )
+from plain_groot import plain_velocity
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open

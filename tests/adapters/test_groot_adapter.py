@@ -21,9 +21,9 @@ from groot_folders import (
     raw_batch,
 )
 from lerobot_policy_groot_n1d6.adapter import GrootN1d6Adapter
-from lerobot_policy_groot_n1d6.model import plain_velocity
 from lerobot_policy_groot_n1d6.processing.steps import EMBODIMENT_ID
 from lerobot_policy_groot_n1d6.processing.steps import STATE as PROCESSED_STATE
+from plain_groot import plain_velocity
 
 from poco_vla import PolicyError, check_policy, flow_errors, integrate, load_adapter, propose
 from poco_vla.data.batches import chunk_batch, network_obs

@@ -14,7 +14,6 @@ from lerobot_policy_groot_n1d6.model import (
     GrootSizes,
     HeadSizes,
     VisionSizes,
-    plain_velocity,
     random_weights,
     rollout,
     sample_time,
@@ -22,6 +21,7 @@ from lerobot_policy_groot_n1d6.model import (
     training_loss,
 )
 from lerobot_policy_groot_n1d6.model.vision import flat_patches, unshuffle
+from plain_groot import plain_velocity
 from safetensors.torch import load_file, safe_open, save_file
 from torch.nn import functional as F
 from transformers import Qwen3ForCausalLM
@@ -61,6 +61,11 @@ BASE_CONFIG = {
     },
 }
 """What the specification says of the base checkpoint's config.json."""
+
+
+def encoded_by(network, *inputs):
+    """Features of every token of some states."""
+    return network.vision_language.encode(*inputs)
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +320,7 @@ def test_features_are_qwen3s_after_its_last_norm(network):
     stock = Qwen3ForCausalLM(language.model.config)
     stock.load_state_dict(language.state_dict())
     expected = stock(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
-    found = network.encode_vl([], ids, mask).features
+    found = encoded_by(network, [], ids, mask).features
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
 
 
@@ -325,10 +330,10 @@ def test_images_and_padding_stay_where_they_belong(network):
     kinds = ["ttiiiitt", "tiiiiiitiiiitt"]
     shown = [images((56, 56)), images((56, 84), (56, 56), seed=1)]
     prompts = [prompt(network, letters) for letters in kinds]
-    encoded = network.encode_vl([*shown[0], *shown[1]], *padded(prompts))
+    encoded = encoded_by(network, [*shown[0], *shown[1]], *padded(prompts))
     assert encoded.features.isfinite().all()
     for i, (letters, pictures) in enumerate(zip(kinds, shown, strict=True)):
-        alone = network.encode_vl(pictures, prompts[i][None], torch.ones(1, len(letters), dtype=torch.long))
+        alone = encoded_by(network, pictures, prompts[i][None], torch.ones(1, len(letters), dtype=torch.long))
         torch.testing.assert_close(encoded.features[i, -len(letters) :], alone.features[0], rtol=0, atol=1e-5)
         assert encoded.image_mask[i, -len(letters) :].tolist() == [kind == "i" for kind in letters]
         assert encoded.mask[i].sum() == len(letters)
@@ -342,7 +347,7 @@ def test_padding_means_nothing_to_the_velocity(network):
     rest = head_inputs(network.action_head, candidates=2, layout=["t", "t"])
     velocities = []
     for more in (0, 3):
-        encoded = network.encode_vl(shown, F.pad(ids, (more, 0)), F.pad(mask, (more, 0)))
+        encoded = encoded_by(network, shown, F.pad(ids, (more, 0)), F.pad(mask, (more, 0)))
         rest |= {"features": encoded.features, "image_mask": encoded.image_mask, "mask": encoded.mask}
         velocities.append(fast(network.action_head, **rest))
     torch.testing.assert_close(*velocities, rtol=0, atol=1e-5)
@@ -350,7 +355,7 @@ def test_padding_means_nothing_to_the_velocity(network):
 
 def test_images_and_prompts_must_agree(network):
     with pytest.raises(ValueError, match="1 images make 4 tokens, the prompts have 3"):
-        network.encode_vl(images((56, 56)), prompt(network, "tiiit")[None], torch.ones(1, 5, dtype=torch.long))
+        encoded_by(network, images((56, 56)), prompt(network, "tiiit")[None], torch.ones(1, 5, dtype=torch.long))
 
 
 @torch.no_grad()
@@ -639,7 +644,7 @@ def test_a_checkpoint_of_mixed_dtypes(network):
     network.load_state_dict(weights)
     ids, mask = padded([prompt(network, "ttiiiitt"), prompt(network, "tiiiit")])
     shown = images((56, 56), (56, 56))
-    found, expected = (model.encode_vl(shown, ids, mask) for model in (loaded, network))
+    found, expected = (encoded_by(model, shown, ids, mask) for model in (loaded, network))
     assert found.features.dtype == torch.bfloat16
     valid = mask.bool()
     assert F.cosine_similarity(found.features[valid].float(), expected.features[valid], dim=-1).min() > 0.99

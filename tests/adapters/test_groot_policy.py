@@ -33,10 +33,11 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot_on_disk import write
 from lerobot_policy_groot_n1d6 import weights
 from lerobot_policy_groot_n1d6.configuration_groot_n1d6 import GrootN1d6Config
-from lerobot_policy_groot_n1d6.model import plain_velocity, sample_time
+from lerobot_policy_groot_n1d6.model import sample_time
 from lerobot_policy_groot_n1d6.modeling_groot_n1d6 import GrootN1d6Policy
 from lerobot_policy_groot_n1d6.processing.errors import ProcessingError
 from lerobot_policy_groot_n1d6.processor_groot_n1d6 import make_groot_n1d6_pre_post_processors
+from plain_groot import plain_velocity
 from safetensors.torch import load_file, save_file
 
 VLLN = "action_head.vlln.weight"

@@ -19,6 +19,7 @@ the vocabulary and the number of embodiments are small where that changes no tim
 import gc
 import json
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -43,8 +44,6 @@ from lerobot_policy_groot_n1d6.model import (
     Group,
     Memory,
     Tokens,
-    plain,
-    plain_velocity,
     random_weights,
 )
 from lerobot_policy_groot_n1d6.modeling_groot_n1d6 import GrootN1d6Policy
@@ -56,6 +55,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from poco_vla import Lora, flow_errors, integrate
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
+import plain_groot
+from plain_groot import plain_velocity
 
 type Section = Literal["expected", "sampling", "gradient", "latency", "update", "memory"]
 
@@ -298,7 +301,9 @@ class Baseline:
     def velocity(self, encoded: Encoded, token: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         slots, compute = torch.full((len(x),), SLOT, device=x.device), self.policy.compute
         mixed = torch.autocast(self.case.device, dtype=compute, enabled=compute != torch.float32)
-        sliced: AbstractContextManager[Any] = nullcontext() if self.gathered else patch.object(plain, "_linear", _slice)
+        sliced: AbstractContextManager[Any] = (
+            nullcontext() if self.gathered else patch.object(plain_groot, "_linear", _slice)
+        )
         unused: Any = None  # the state: its token is at hand
         with mixed, sliced:
             return plain_velocity(self.head, *encoded, unused, x, t, slots, state_token=token).float()
@@ -324,7 +329,7 @@ class Baseline:
 
 
 def _slice(layer: Any, x: torch.Tensor, embodiment: torch.Tensor) -> torch.Tensor:
-    """In the place of `plain._linear`: all rows are of one embodiment."""
+    """In the place of `plain_groot._linear`: all rows are of one embodiment."""
     return x @ layer.W[SLOT] + layer.b[SLOT]
 
 
@@ -459,7 +464,7 @@ class Flops:
         features, x = empty(rows, sum(self.tokens), head.context), empty(rows, self.horizon, head.action_dim)
         of_rows = token.repeat_interleave(rows // len(token), dim=0)
         unused: Any = None
-        with patch.object(plain, "_linear", _slice):
+        with patch.object(plain_groot, "_linear", _slice):
             return plain_velocity(
                 self.network.action_head, features, mask, mask, unused, x, empty(rows), unused, state_token=of_rows
             )

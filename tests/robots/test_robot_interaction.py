@@ -9,6 +9,7 @@ import pytest
 from lerobot.utils.errors import DeviceNotConnectedError
 from lerobot_policy_flow_mlp.adapter import FlowMlp
 from point_robot import JOINTS, Hand, PointRobot
+from scripted_signals import ScriptedSignals
 
 from poco_vla.errors import ConfigError, DataError, NonFiniteError
 from poco_vla.robots import (
@@ -16,7 +17,6 @@ from poco_vla.robots import (
     ActionLimits,
     AnySignals,
     RobotInteraction,
-    ScriptedSignals,
     Signal,
     Signals,
     StoppedError,

@@ -14,10 +14,11 @@ from learner import Sink, Twitch, serve
 from lerobot.utils.errors import DeviceNotConnectedError
 from point_robot import Hand, PointRobot
 from rich.console import Console
+from scripted_signals import ScriptedSignals
 
 from poco_vla.errors import PocoError
 from poco_vla.files import wait_for_space
-from poco_vla.robots import ActionLimits, KeySignals, RobotInteraction, ScriptedSignals, Signal, StoppedError
+from poco_vla.robots import ActionLimits, KeySignals, RobotInteraction, Signal, StoppedError
 from poco_vla.robots import session as session_module
 from poco_vla.robots.control import NOBODY
 from poco_vla.robots.program import _run

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from lerobot.rewards.classifier.configuration_classifier import RewardClassifierConfig
 from lerobot.rewards.pretrained import PreTrainedRewardModel
+from scripted_signals import ScriptedSignals
 
 from poco_vla.errors import ConfigError
 from poco_vla.robots import (
@@ -19,7 +20,6 @@ from poco_vla.robots import (
     KeySignals,
     RewardModelSuccess,
     RobotSuccess,
-    ScriptedSignals,
     Signal,
 )
 

@@ -10,6 +10,7 @@ from lerobot.configs.parser import load_plugin
 from lerobot.robots import RobotConfig
 from lerobot.robots.utils import make_robot_from_config
 from lerobot.utils.errors import DeviceAlreadyConnectedError, DeviceNotConnectedError
+from scripted_signals import ScriptedSignals
 
 from poco_vla.config import DatasetConfig
 from poco_vla.data import open_dataset, read_episodes
@@ -20,7 +21,6 @@ from poco_vla.robots import (
     ActionLimits,
     RobotInteraction,
     RobotSuccess,
-    ScriptedSignals,
     Signal,
     SimulatedArm,
     SimulatedArmConfig,

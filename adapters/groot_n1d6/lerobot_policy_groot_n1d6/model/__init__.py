@@ -6,7 +6,6 @@ from lerobot_policy_groot_n1d6.model.embodiment import Embodiment
 from lerobot_policy_groot_n1d6.model.flow import rollout, sample_time, training_loss
 from lerobot_policy_groot_n1d6.model.head import ActionHead
 from lerobot_policy_groot_n1d6.model.network import GrootN1d6, random_weights
-from lerobot_policy_groot_n1d6.model.plain import plain_velocity
 from lerobot_policy_groot_n1d6.model.tokens import Group, Tokens, sort_tokens
 from lerobot_policy_groot_n1d6.model.transformer import Memory
 from lerobot_policy_groot_n1d6.model.vision import ImageEncoder
@@ -25,7 +24,6 @@ __all__ = [
     "Tokens",
     "VisionLanguage",
     "VisionSizes",
-    "plain_velocity",
     "random_weights",
     "rollout",
     "sample_time",

@@ -1,16 +1,13 @@
 """GR00T N1.6: the vision-language model and the action head, under the checkpoint's names (section 3)."""
 
-from collections.abc import Sequence
 from typing import Self
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
-from lerobot_policy_groot_n1d6.model.backbone import Encoded, VisionLanguage
+from lerobot_policy_groot_n1d6.model.backbone import VisionLanguage
 from lerobot_policy_groot_n1d6.model.configuration import GrootSizes
 from lerobot_policy_groot_n1d6.model.head import ActionHead
-from lerobot_policy_groot_n1d6.model.vision import Image
 
 
 class GrootN1d6(nn.Module):
@@ -43,12 +40,6 @@ class GrootN1d6(nn.Module):
     @property
     def vision_language(self) -> VisionLanguage:
         return self.backbone["model"]  # type: ignore[return-value]
-
-    def encode_vl(
-        self, images: Sequence[Image], input_ids: Int[Tensor, "B S"], attention_mask: Int[Tensor, "B S"]
-    ) -> Encoded:
-        """Features of every token of B states: see :meth:`VisionLanguage.encode`."""
-        return self.vision_language.encode(images, input_ids, attention_mask)
 
 
 def random_weights(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:

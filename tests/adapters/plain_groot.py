@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from torch.nn import functional as F
-
 from lerobot_policy_groot_n1d6.model.embodiment import CategoryLinear, time_code
 from lerobot_policy_groot_n1d6.model.head import ActionHead
 from lerobot_policy_groot_n1d6.model.transformer import NORM_EPS, OUT_NORM_EPS, time_channels
+from torch import Tensor
+from torch.nn import functional as F
 
 
 def plain_velocity(
