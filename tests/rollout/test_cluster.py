@@ -22,13 +22,12 @@ from pointmass_run import small
 from test_interaction import HORIZON, episodes_of, point_policy, wait_until
 from tiny_env import FPS, assert_same_episode, point_spec
 
-from poco_vla import load_adapter
+from poco_vla import Poco, PocoConfig, load_adapter
 from poco_vla.config import InteractionConfig, TrainConfig
-from poco_vla.critic import ChunkCritic
 from poco_vla.errors import ConfigError, PocoError
 from poco_vla.recording.recorder import EpisodeRecorder
 from poco_vla.rollout import Actor, EnvPool, cluster
-from poco_vla.rollout.actor import WeightsVersion
+from poco_vla.rollout.actor import WeightsVersion, learned_parameters
 from poco_vla.rollout.cluster import ClusterInteraction
 from poco_vla.training import Trainer
 from poco_vla.training.interactions import Acting
@@ -239,11 +238,12 @@ def test_a_policy_arrives_as_it_was_sent_and_what_is_frozen_is_shared(nodes, ada
     import ray
 
     policy = load_adapter(adapter).tiny()
-    critic = ChunkCritic(policy.feature_dim, policy.spec.horizon, policy.spec.action_dim, hidden=(8,), members=2)
+    algorithm = Poco(policy, PocoConfig(critic_hidden=(8,))).for_acting(2)
     with cluster._tensors_as_bytes():
-        sent = ray.put((policy, critic))
+        sent = ray.put(algorithm)
     with cluster._read_only_tensors():
-        arrived, judge = ray.get(sent)
+        there = ray.get(sent)
+    arrived = there.policy
     obs = policy.example_obs(2)
     noise = torch.randn(2, 1, policy.spec.horizon, policy.spec.width, generator=torch.Generator().manual_seed(0))
     t = torch.full((2, 1), 0.3)
@@ -253,13 +253,13 @@ def test_a_policy_arrives_as_it_was_sent_and_what_is_frozen_is_shared(nodes, ada
     assert {name for name, p in arrived.named_parameters() if p.requires_grad} == {
         name for name, p in policy.named_parameters() if p.requires_grad
     }
-    own, learned = cluster.trained(arrived, judge), cluster.trained(policy, critic)
+    own, learned = learned_parameters(there), learned_parameters(algorithm)
     assert len(own) == len(learned) > 4
     for a, b in zip(own, learned, strict=True):
         a.detach().copy_(cluster.from_bytes(cluster.to_bytes(b + 1), b.dtype, b.shape))
         assert torch.equal(a, b + 1)
     frozen = [p for p in arrived.parameters() if not p.requires_grad]
-    again = [p for p in ray.get(sent)[0].parameters() if not p.requires_grad]
+    again = [p for p in ray.get(sent).policy.parameters() if not p.requires_grad]
     assert [p.data_ptr() for p in frozen] == [p.data_ptr() for p in again], "one copy for all workers of a node"
     actions = noise[:, 0, :, : policy.spec.action_dim]
     assert torch.equal(policy.postprocess(actions), arrived.postprocess(actions))
