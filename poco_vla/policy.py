@@ -61,6 +61,8 @@ class FlowPolicy(nn.Module):
         terms: what whoever gets weights derived from this model's must be told; None where nothing beyond the licence's
             name.
         lerobot_arguments: what LeRobot's commands need beside ``--policy.path`` to load what `save_pretrained` writes.
+        option_record: dataclass whose fields are options beside the arguments of `from_pretrained` and `from_dataset`;
+            `--help-all` takes types, defaults and descriptions of the options from there.
         names: names of the numbers of raw states and actions, by column (``action``, ``observation.state``), in the
             order that `preprocess` takes and `postprocess` gives; columns without names are left out.
     """
@@ -76,6 +78,7 @@ class FlowPolicy(nn.Module):
     terms: str | None = None
     lerobot_arguments: tuple[str, ...] = ()
     names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    option_record: type[Any] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

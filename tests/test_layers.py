@@ -58,9 +58,20 @@ DOORS = {
     "hub": {"adapting", "config", "critic", "errors", "files", "policy", "registry", "report", "roles", "training"},
     "lerobot_rl": {"algorithms", "config", "data", "errors", "noise", "policy", "training", "types"},
     "cli": {
-        *{"adapting", "bugs", "config", "demonstrations", "devices", "errors", "evaluation", "files", "hub", "lazy"},
-        *{"progress", "recording", "registry", "report", "robots", "roles", "rollout", "serving", "simulators"},
-        *{"terminal", "training"},
+        *{
+            "adapting",
+            "algorithms",
+            "bugs",
+            "config",
+            "demonstrations",
+            "devices",
+            "errors",
+            "evaluation",
+            "files",
+            "hub",
+        },
+        *{"lazy", "progress", "recording", "registry", "report", "robots", "roles", "rollout", "serving"},
+        *{"simulators", "terminal", "training"},
     },
     "__init__": {
         *{"adapting", "algorithms", "config", "conformance", "critic", "dense", "deprecated", "distill", "errors"},
@@ -97,7 +108,7 @@ THIRD_PARTY = {
     "training": NUMBERS | {"accelerate", "lerobot", "safetensors", "huggingface_hub", "peft"},
     "hub": PURE | {"safetensors", "huggingface_hub", "httpx", "peft"},
     "lerobot_rl": NUMBERS | {"lerobot"},
-    "cli": {"tyro", "rich", "transformers"},  # --tiny makes an image encoder
+    "cli": {"tyro", "rich", "docstring_parser", "transformers"},  # --tiny makes an image encoder
 }
 """Room of poco_vla -> packages beside the standard library."""
 

@@ -1,91 +1,172 @@
 """Read a run's configuration from a command line."""
 
-from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import tyro
+from poco_vla.cli.option_values import read_options
+from poco_vla.cli.options import Option, options_of_adapter, options_of_algorithm, options_of_env
+from poco_vla.cli.parser import Listed, Parser, parse
+from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig
+from poco_vla.errors import UnknownAdapterError
 
-from poco_vla.cli.errors import shown_once
-from poco_vla.cli.open_options import chosen_names, with_open_options
-from poco_vla.config import TrainConfig
-from poco_vla.errors import ConfigError
+SHOWN_FIRST = (
+    *("dataset.repo_id", "dataset.root", "policy", "adapter", "env.type", "env.task", "algorithm", "horizon"),
+    *("sft_steps", "online_steps", "seed", "output_dir", "resume", "memory"),
+)
+"""Fields that `--help` lists; `--help-all` lists every one."""
+ABOUT = (
+    "--help-all lists every option, with those of the adapter (--policy-options.NAME VALUE, in JSON or plain words) "
+    "and of the environment (--env.options.NAME VALUE). --no-env takes the environment out: for robots "
+    "(--interaction.mode remote), or SFT alone (--online-steps 0)."
+)
+SWITCHES = ("--help", "--help-all", "--no-env", "--tiny", "--smoke", "--seeds")
 
-NO_ENV = "--no-env"
-"""Takes the environment out of a recipe, of which tyro's words can only change one."""
 
+def parse_config(
+    config: TrainConfig,
+    args: Sequence[str],
+    about: str = "",
+    *,
+    tiny: bool = False,
+    smoke: bool = False,
+    prog: str | None = None,
+) -> TrainConfig:
+    """Return a configuration with the words of a command line in it. `--help` and `--help-all` end the program.
 
-def parse_config(config: TrainConfig, given: Sequence[str], about: str = "", *, tiny: bool, smoke: bool) -> TrainConfig:
-    """The recipe's configuration with the words of a command line in it."""
+    Another adapter than the configuration's begins without the configuration's options, and so does a pretrained policy
+    where the configuration builds a new one; another environment type begins without its options, and with its own
+    default task. `--env.` and `--demonstrations.` options begin from defaults where the configuration has none of them.
+
+    Args:
+        config: the values that hold where the command line gives none.
+        args: words of a command line.
+        about: what `--help` says first.
+        tiny: offer `--tiny` (:func:`poco_vla.cli.smoke.tiny_pick_task`).
+        smoke: offer `--smoke` (:func:`poco_vla.cli.smoke.smoke_run`).
+        prog: name of the program; that of the script when None.
+
+    Raises:
+        ConfigError: an option does not exist, or a value cannot work.
+    """
     from poco_vla.cli.smoke import smoke_run, tiny_pick_task
 
-    about += (
-        "Every value of this recipe, with its default. Options of adapter and environment, listed or not, are given as "
-        "--policy-options.NAME VALUE and --env.options.NAME VALUE (JSON, or plain words), or several in one as "
-        "--policy-options '{\"NAME\": VALUE}'. --seeds 0 1 2 runs once "
-        f"for each. {NO_ENV} takes the environment out: for robots (--interaction.mode remote), or SFT alone "
-        "(--online-steps 0)."
-    )
-    smaller = {}
+    about += ABOUT
+    smaller: dict[str, Callable[[TrainConfig], TrainConfig]] = {}
     if tiny:
-        smaller["--tiny"] = tiny_pick_task
+        smaller["tiny"] = tiny_pick_task
         about += " --tiny runs all of it on a CPU within minutes: small random weights, a simulated task."
     if smoke:
-        smaller["--smoke"] = smoke_run
+        smaller["smoke"] = smoke_run
         about += " --smoke runs every stage within a minute, on little data and with small networks."
-    adapter = chosen_names(given).get("--adapter", config.adapter)
-    if adapter != config.adapter:  # before --tiny, which makes a base of it
-        config = replace(config, adapter=adapter, policy_options={})
-    for flag, shrink in smaller.items():
-        config = shrink(config) if flag in given else config
-    default, rest = with_open_options(config, [word for word in given if word not in (*smaller, NO_ENV)])
-    options = (tyro.conf.AvoidSubcommands,)
-    with shown_once():
-        parsed = tyro.cli(TrainConfig, description=about, default=default, args=rest, config=options)
-    parsed = expanded(with_options_of(parsed, default))
-    return without_env(parsed) if NO_ENV in given else parsed
+    chosen, rest = _choices(*smaller).parse_known_args(list(args))
+    if chosen.adapter not in (None, config.adapter):  # before --tiny, which makes a base of it
+        config = replace(config, adapter=chosen.adapter, policy_options={})
+    if chosen.algorithm not in (None, config.algorithm):
+        config = replace(config, algorithm=chosen.algorithm, algorithm_options={})
+    for name, shrink in smaller.items():
+        config = shrink(config) if getattr(chosen, name) else config
+    config, rest = _with_choices(config, chosen, rest)
+    parsed = parse(
+        TrainConfig,
+        rest,
+        default=config,
+        about=about,
+        prog=prog,
+        shown=SHOWN_FIRST if chosen.help and not chosen.help_all else None,
+        listed=_listed(config, chosen),
+        others=SWITCHES,
+    )
+    return replace(parsed, env=None, demonstrations=None) if chosen.no_env else parsed
 
 
-def without_env(config: TrainConfig) -> TrainConfig:
-    """For robots, or SFT alone: no environment, hence no demonstrations by its expert."""
-    return replace(config, env=None, demonstrations=None)
+def parse_env(record: Any, args: Sequence[str], prog: str) -> Any:
+    """Return a record that holds an environment in its field `env`, with the words of a command line in it."""
+    chosen, rest = _choices().parse_known_args(list(args))
+    config, rest = _with_choices(TrainConfig(env=record.env), chosen, rest)
+    listed = {name: found for name, found in _listed(config, chosen).items() if name == "env.options"}
+    return parse(type(record), rest, default=replace(record, env=config.env), prog=prog, listed=listed)
 
 
-def split_seeds(given: Sequence[str]) -> tuple[list[str], list[int]]:
-    rest, words = split_flag(given, "--seeds")
-    odd = [word for word in words if not word.isdigit()]
-    if odd:
-        raise ConfigError(f"--seeds takes whole numbers, not {', '.join(odd)}")
-    if words and "--seed" in rest:
-        raise ConfigError("--seed and --seeds were given: one of them")
-    return rest, [int(word) for word in words]
+def _choices(*switches: str) -> Parser:
+    """Return a parser of the options on which the others depend."""
+    parser = Parser()
+    for name in ("adapter", "algorithm", "policy", "env.type", "env.task"):
+        parser.add_argument(f"--{name}", dest=name.replace(".", "_"))
+    for name in ("no-env", "help-all", *switches):
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    return parser
 
 
-def split_flag(given: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
-    """A command line without `flag` and its values, and these values."""
-    words = [part for word in given for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
-    if flag not in words:
-        return words, []
-    begin = words.index(flag)
-    end = next((i for i in range(begin + 1, len(words)) if words[i].startswith("-")), len(words))
-    if end == begin + 1:
-        raise ConfigError(f"{flag} needs at least one value")
-    return words[:begin] + words[end:], words[begin + 1 : end]
+def _with_choices(config: TrainConfig, chosen: Namespace, words: Sequence[str]) -> tuple[TrainConfig, list[str]]:
+    """Return a configuration with the chosen policy, environment and their options, and the words that are left."""
+    env, demonstrations = config.env, config.demonstrations
+    policy, policy_options = config.policy, config.policy_options
+    if chosen.policy is not None:
+        given = None if chosen.policy in ("None", "null") else chosen.policy
+        policy, policy_options = given, {} if policy is None and given is not None else policy_options
+    if env is None and (chosen.env_type or chosen.env_task or any(word.startswith("--env.") for word in words)):
+        env = EnvSpec()
+    if demonstrations is None and any(word.startswith("--demonstrations.") for word in words):
+        demonstrations = DemonstrationConfig()
+    if env is not None and chosen.env_type not in (None, env.type):
+        env = replace(env, type=chosen.env_type, task=chosen.env_task or _default_task(chosen.env_type), options={})
+    elif env is not None and chosen.env_task is not None:
+        env = replace(env, task=chosen.env_task)
+    policy_options, rest = read_options(
+        words,
+        "policy-options",
+        policy_options,
+        lambda: options_of_adapter(config.adapter, pretrained=policy is not None),
+    )
+    algorithm_options, rest = read_options(
+        rest, "algorithm-options", config.algorithm_options, lambda: options_of_algorithm(config.algorithm)
+    )
+    if env is not None:
+        kind = env.type
+        options, rest = read_options(rest, "env.options", env.options, lambda: options_of_env(kind))
+        env = replace(env, options=options)
+    config = replace(
+        config,
+        policy=policy,
+        policy_options=policy_options,
+        algorithm_options=algorithm_options,
+        env=env,
+        demonstrations=demonstrations,
+    )
+    return config, [*rest, *(["--help"] if chosen.help or chosen.help_all else [])]
 
 
-def with_options_of(config: TrainConfig, options: TrainConfig) -> TrainConfig:
-    """Return `config` with the open options that were read before the parser saw the command line."""
-    env = replace(config.env, options=options.env.options) if config.env and options.env else config.env
-    return replace(config, policy_options=options.policy_options, env=env)
+def _default_task(kind: str) -> str:
+    from poco_vla.simulators import default_task  # loads LeRobot, for which no --help waits
+
+    return default_task(kind)
 
 
-def expanded(command: Any) -> Any:
-    """Return a command or configuration whose paths may begin with ~, the user's home folder."""
-    if isinstance(command, Path):
-        return command.expanduser()
-    if isinstance(command, tuple):
-        return tuple(expanded(value) for value in command)
-    if not is_dataclass(command) or isinstance(command, type):
-        return command
-    return replace(command, **{f.name: expanded(getattr(command, f.name)) for f in fields(command)})
+def _listed(config: TrainConfig, chosen: Namespace) -> Listed:
+    """Return the options that `--help` lists: of the adapter and environment that the command line chooses, or of the
+    configuration's with `--help-all`. They are imported for it."""
+    out: dict[str, tuple[Mapping[str, Any], Mapping[str, Option]]] = {}
+    if chosen.help_all or (chosen.help and chosen.adapter):
+        try:
+            options = options_of_adapter(config.adapter, pretrained=config.policy is not None)
+        except UnknownAdapterError:
+            if chosen.adapter:
+                raise
+            options = None  # a recipe's, not installed yet
+        out["policy_options"] = config.policy_options, _shown(options, config.policy_options)
+    if chosen.help_all or (chosen.help and chosen.algorithm):
+        options = {} if config.algorithm in vars(config) else options_of_algorithm(config.algorithm)
+        out["algorithm_options"] = config.algorithm_options, _shown(options, config.algorithm_options)
+    if config.env is not None and (chosen.help_all or (chosen.help and chosen.env_type)):
+        out["env.options"] = config.env.options, _shown(options_of_env(config.env.type), config.env.options)
+    return {name: found for name, found in out.items() if found[1]}
+
+
+def _shown(options: Mapping[str, Option] | None, values: Mapping[str, Any]) -> dict[str, Option]:
+    """Return the options that are listed, and those that have a value."""
+    declared = dict(options or {})
+    names = {name for name, option in declared.items() if option.listed} | values.keys()
+    return {name: declared.get(name, Option()) for name in sorted(names)}

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ from types import MappingProxyType
 from typing import Literal
 
 from poco_vla.cli.choices import Choices, choose, described
-from poco_vla.cli.configuration import parse_config, split_flag, split_seeds
+from poco_vla.cli.configuration import parse_config
 from poco_vla.cli.errors import guarded
+from poco_vla.cli.parser import Parser
 from poco_vla.config import TrainConfig, differences, from_json
 from poco_vla.errors import ConfigError, PocoError, UnknownNameError
 from poco_vla.files import read_json
@@ -40,8 +42,8 @@ def run_recipe(
 
     def run() -> None:
         chosen, words = choose(config, choices, sys.argv[1:] if args is None else args)
-        about = described(config, choices)
-        given, seeds = split_seeds(words)
+        about = f"{described(config, choices)}--seeds 0 1 2 runs once for each. "
+        given, seeds, _ = _split_runs(words)
         # The words are read for every seed before the first run: a bad one is told at once.
         runs = [parse_config(chosen, [*given, "--seed", str(seed)], about, tiny=tiny, smoke=smoke) for seed in seeds]
         for one in runs or [parse_config(chosen, given, about, tiny=tiny, smoke=smoke)]:
@@ -51,6 +53,27 @@ def run_recipe(
                 _train(replace(one, resume=state == "resumable"))
 
     guarded(run)
+
+
+def _split_runs(args: Sequence[str], *several: str) -> tuple[list[str], list[int], list[str]]:
+    """Return a command line without the options that choose runs, the seeds, and the chosen names."""
+    parser = Parser()
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seeds", nargs="+", type=_whole_number, default=[])
+    seeds.add_argument("--seed", type=_whole_number)
+    for flag in several:
+        parser.add_argument(flag, dest="names", nargs="+")
+    found, rest = parser.parse_known_args(list(args))
+    if found.seed is not None:
+        rest += ["--seed", str(found.seed)]
+    return rest, found.seeds, getattr(found, "names", None) or []
+
+
+def _whole_number(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise ArgumentTypeError(f"takes whole numbers, not {word}") from None
 
 
 def _state_of(config: TrainConfig) -> Literal["done", "resumable", "new"]:
@@ -90,8 +113,7 @@ def run_sweep(
     def run() -> None:
         from poco_vla.report import write_page
 
-        given, seeds = split_seeds(sys.argv[1:] if args is None else args)
-        given, only = split_flag(given, "--only")
+        given, seeds, only = _split_runs(sys.argv[1:] if args is None else args, "--only")
         for word in given:
             if word.split("=")[0].replace("_", "-") in ("--seed", "--output-dir", "--resume"):
                 raise ConfigError(
@@ -104,7 +126,7 @@ def run_sweep(
                 if name not in configs:
                     raise UnknownNameError("variant", name, configs)
             words = [*given, "--seed", str(seed)]
-            runs += [parse_config(configs[name], words, tiny=False, smoke=smoke) for name in only or configs]
+            runs += [parse_config(configs[name], words, smoke=smoke) for name in only or configs]
         for one in runs:
             _run_variant(one)
         if os.environ.get("RANK", "0") == "0":

@@ -24,7 +24,7 @@ def environment(spec: EnvSpec) -> Any:
         UnknownNameError: no such type, or an option names what there is not; the message lists what there is.
         ConfigError: an option that the type does not have, its simulator is not installed, or it has no Gymnasium id.
     """
-    kind = _config_class(spec.type)
+    kind = config_class(spec.type)
     _check_options(spec, kind)
     try:
         config = kind(**({"task": spec.task} if spec.task else {}), **spec.options)
@@ -42,11 +42,11 @@ def default_task(kind: str) -> str:
     Raises:
         UnknownNameError: no such type.
     """
-    found = signature(_config_class(kind)).parameters.get("task")
+    found = signature(config_class(kind)).parameters.get("task")
     return found.default if found is not None and isinstance(found.default, str) else ""
 
 
-def _config_class(kind: str) -> Any:
+def config_class(kind: str) -> Any:
     """Return the class of LeRobot's EnvConfig that is registered under a name."""
     from lerobot.envs.configs import EnvConfig
     from lerobot.utils.import_utils import register_third_party_plugins

@@ -5,15 +5,17 @@ import re
 import runpy
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from pointmass_run import small
 
 from poco_vla.cli import main, run_recipe
 from poco_vla.cli.configuration import parse_config
-from poco_vla.cli.open_options import take_options, with_open_options
+from poco_vla.cli.option_values import read_options
+from poco_vla.cli.options import Option, fits, kind_of, metavar_of
 from poco_vla.cli.program import _command
-from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, flat, to_json
+from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, to_json
 from poco_vla.errors import ConfigError, UnknownNameError
 from poco_vla.registry import check_options, load_adapter
 
@@ -21,6 +23,8 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 ONE_PER_ADAPTER = ["mlp_cube", "pi05_pick_pen", "smolvla_pick_pen", "groot_pick_pen"]
 MAPPING = {"STATE": "IDENTITY", "ACTION": "MIN_MAX"}
 VALID = {
+    "adapter": "flow_mlp",
+    "algorithm": "imitation",
     "optim.micro-batch": "None",
     "demonstrations.kind": "expert",
     "env.num-envs": "7",
@@ -31,11 +35,10 @@ VALID = {
     "memory": "24GB",
     "poco.zeta": "auto",
     "prefixes.folder": "None",
-    "policy-options.normalization-mapping.STATE": "MEAN_STD",
-    "policy-options.normalization-mapping.ACTION": "MEAN_STD",
+    "policy-options.normalization-mapping": '{"STATE":"MEAN_STD"}',
 }
 """Values of options for which the one made from its kind would be refused, or say nothing."""
-BY_KIND = {"INT": "7", "FLOAT": "0.25", "STR": "word", "PATH": "a/folder"}
+BY_KIND = {"INT": "7", "FLOAT": "0.25", "STR": "word", "PATH": "a/folder", "JSON": '{"name":"x"}'}
 
 
 def config_of(name):
@@ -43,7 +46,7 @@ def config_of(name):
 
 
 def parsed(config, *words):
-    return parse_config(config, words, tiny=False, smoke=False)
+    return parse_config(config, words)
 
 
 def listed(ask, capsys, monkeypatch):
@@ -68,46 +71,68 @@ def value_for(flag, kind, config):
         return [VALID[name]]
     if choices := re.search(r"\{(\w+(?:,\w+)+)\}", kind):
         return [choices[1].split(",")[0]]
-    if several := re.search(r"\[(\w+) \[", kind):
-        return [BY_KIND[several[1]]] * 2
+    if several := re.search(r"(\w+) \[\1 \.\.\.\]|\[(\w+) \[", kind):
+        return [BY_KIND[several[1] or several[2]]] * 2
     return [BY_KIND[re.sub(r"\{None\}\|", "", kind).split("|")[0]]]
 
 
 def put(config, flag):
     """The value of a configuration at the place that a flag names."""
-    table = flat(to_json(config))
-    plain = {name.replace("_", "-").lower(): value for name, value in table.items()}
-    return plain.get(flag.removeprefix("--").lower())
+    values = config if isinstance(config, dict) else to_json(config)
+    for name in flag.removeprefix("--").lower().split("."):
+        values = {key.replace("_", "-").lower(): value for key, value in (values or {}).items()}.get(name)
+    return values
+
+
+def agrees(value, words):
+    """True if a value is what the words say; a mapping keeps names that they leave out."""
+    if isinstance(value, dict):
+        return json.loads(words[0]).items() <= value.items()
+    found = [str(item) for item in (value if isinstance(value, list) else [value])]
+    return found == words or [word.lower() for word in found] == words
 
 
 @pytest.mark.parametrize("recipe", ONE_PER_ADAPTER)
 def test_every_option_that_a_recipe_lists_can_be_set(recipe, capsys, monkeypatch):
     """All at once through the parser that the recipe runs; what comes out is what was given."""
     config = config_of(recipe)
-    flags = listed(lambda: run_recipe(config, ["--help"]), capsys, monkeypatch)
+    flags = listed(lambda: run_recipe(config, ["--help-all"]), capsys, monkeypatch)
     assert len(flags) > 90
+    open_fields = {"policy-options": config.policy_options, "env.options": config.env.options if config.env else {}}
+    own = {f"--{prefix}.{name}".replace("_", "-") for prefix, options in open_fields.items() for name in options}
+    assert own <= {flag for flag, _, _ in flags}
     given = {flag: value_for(flag, kind, config) for flag, negative, kind in flags if not negative}
     switches = {flag: negative for flag, negative, _ in flags if negative}
-    found = parsed(config, *(word for flag, words in given.items() for word in (flag, *words)), *switches)
-    for flag, words in given.items():
-        value = put(found, flag)
-        assert [str(item) for item in (value if isinstance(value, list) else [value])] == words, flag
+    for chosen in apart(given):
+        found = parsed(config, *(word for flag, words in chosen.items() for word in (flag, *words)), *switches)
+        for flag, words in chosen.items():
+            assert agrees(put(found, flag), words), flag
     assert [flag for flag in switches if put(found, flag) is not True] == []
     assert [flag for flag in switches if put(parsed(config, *switches.values()), flag) is not False] == []
 
 
+def apart(given):
+    """Options of adapter and environment, and the others: another adapter or environment has other options."""
+    own = {
+        flag: words
+        for flag, words in given.items()
+        if flag.startswith(("--policy-options.", "--algorithm-options.", "--env.options."))
+    }
+    return [own, {flag: words for flag, words in given.items() if flag not in own}]
+
+
 @pytest.mark.parametrize("verb", [["train"], ["data", "make"]])
 def test_every_option_that_a_verb_lists_can_be_set(verb, capsys, monkeypatch):
-    flags = listed(lambda: main([*verb, "--help"]), capsys, monkeypatch)
+    flags = listed(lambda: main([*verb, "--help-all"]), capsys, monkeypatch)
     default = _command(verb)
     default = default.config if verb == ["train"] else default.source.demonstrations
     given = {flag: value_for(flag, kind, default) for flag, negative, kind in flags if not negative}
-    command = _command([*verb, *(word for flag, words in given.items() for word in (flag, *words))])
-    found = flat(to_json(command.config if verb == ["train"] else command.source))
-    found = {name.replace("_", "-").removeprefix("demonstrations."): value for name, value in found.items()}
-    for flag, words in given.items():
-        value = found[flag[2:]]
-        assert [str(item) for item in (value if isinstance(value, list) else [value])] == words, flag
+    for chosen in apart(given):
+        command = _command([*verb, *(word for flag, words in chosen.items() for word in (flag, *words))])
+        found = to_json(command.config if verb == ["train"] else command.source)
+        found |= found.get("demonstrations") or {} if verb != ["train"] else {}
+        for flag, words in chosen.items():
+            assert agrees(put(found, flag), words), flag
 
 
 @pytest.mark.parametrize("recipe", ONE_PER_ADAPTER)
@@ -154,11 +179,12 @@ def test_a_mapping_that_a_recipe_does_not_have_is_made():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--policy-options.lora"], "--policy-options.lora needs a value"),
-        (["--policy-options.hidden-dims", "wide"], 'takes a whole number, such as 128, not "wide"'),
+        (["--policy-options.clip"], "--policy-options.clip needs a value"),
+        (["--policy-options.hidden-dims", "wide"], "takes a list, each item a whole number, such as [128, 128, 128]"),
         (["--policy-options.hidden-dims.x", "3"], "which has no names in it"),
         (["--policy-options.num-inference-steps", "2.5"], "takes a whole number, such as 5, not 2.5"),
         (["--policy-options.normalization-mapping", "MEAN_STD"], 'takes a JSON object, such as {"STATE"'),
+        (["--policy-options.activation", "tanh"], 'takes one of silu, gelu, such as "silu", not tanh'),
         (["--policy-options", "MEAN_STD"], "one option alone is --policy-options.NAME VALUE"),
     ],
 )
@@ -170,7 +196,7 @@ def test_a_value_of_another_kind_is_refused(words, said):
 
 def test_values_keep_their_kind():
     """A text stays a text; true, null and numbers are read where no default says otherwise; a flag alone is true."""
-    found, rest = take_options(
+    found, rest = read_options(
         ["--x.name", "12", "--x.on", "--x.rate", "-1", "--x.new", "null", "--x.no-off", "--seed", "3"],
         "x",
         {"name": "a", "on": False, "off": True, "rate": 0.5},
@@ -181,32 +207,74 @@ def test_values_keep_their_kind():
 def test_names_in_a_json_object_that_no_default_has_stay_as_they_are():
     """Have options under an option, as the groot adapter's `embodiment` does."""
     table = {"front-cam": [1, {"A-b": 2}], "Front_Cam": None, "x.y": {"state-0": 1}}
-    found, _ = take_options(["--x.table", json.dumps(table)], "x", {})
+    found, _ = read_options(["--x.table", json.dumps(table)], "x", {})
     assert found == {"table": table}
 
 
+def test_the_type_of_an_option_is_what_its_declaration_says():
+    """Words are read by it: one word for a list is a list, a number for a text stays as it is written."""
+    declared = {
+        "names": Option(list[str] | None),
+        "rate": Option(float),
+        "tag": Option(str | None),
+        "slots": Option(dict[str, int]),
+        "mode": Option(Literal["a", "b"], "a"),
+        "on": Option(bool),
+    }
+    words = ["--x.names", "front", "--x.tag", "12", "--x.slots.front-cam", "3", "--x.mode=b", "--x.on", "--x.rate", "2"]
+    found, _ = read_options(words, "x", {}, lambda: declared)
+    assert found == {"names": ["front"], "tag": "12", "slots": {"front_cam": 3}, "mode": "b", "on": True, "rate": 2}
+    assert read_options(["--x.tag", "null"], "x", {}, lambda: declared)[0] == {"tag": None}
+    for name, word, said in (
+        ("slots.front", "wide", "takes a JSON object, not wide"),
+        ("mode", "c", "takes one of a, b, such as"),
+        ("rate", "true", "takes a number, not true"),
+        ("on", "2", "takes true or false, not 2"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            read_options([f"--x.{name}", word], "x", {}, lambda: declared)
+    with pytest.raises(UnknownNameError, match=r'no option named "rat".*Did you mean "rate"'):
+        read_options(["--x.rat", "1"], "x", {}, lambda: declared)
+
+
+def test_a_type_is_shown_and_said_in_words():
+    assert metavar_of(list[int] | None) == "INT [INT ...]|null"
+    assert kind_of(Path | str) == "a text"
+    assert fits(tuple[float, ...], [1, 0.5])
+    assert not fits(list[int], [1, True])
+
+
 @pytest.mark.parametrize(
-    ("given", "policy_options", "env", "rest"),
+    ("given", "policy_options", "env", "seed"),
     [
-        (["--policy-options.lora", "16"], {"dtype": "bfloat16", "lora": 16}, None, []),
-        (['--policy-options.lora={"rank": 4}'], {"dtype": "bfloat16", "lora": {"rank": 4}}, None, []),
-        (["--policy_options.max_length", "9"], {"dtype": "bfloat16", "max_length": 9}, None, []),
-        (["--policy-options.dtype", "float32"], {"dtype": "float32"}, None, []),
-        (["--policy-options", "null"], {}, None, []),
-        (["--adapter=flow_mlp", "--seed", "3"], {}, None, ["--adapter", "flow_mlp", "--seed", "3"]),
-        (["--policy", "you/base"], {}, None, ["--policy", "you/base"]),
+        (["--policy-options.lora", "16"], {"dtype": "bfloat16", "lora": 16}, None, 0),
+        (['--policy-options.lora={"rank": 4}'], {"dtype": "bfloat16", "lora": {"rank": 4}}, None, 0),
+        (["--policy-options.lora.rank", "4"], {"dtype": "bfloat16", "lora": {"rank": 4}}, None, 0),
+        (["--policy_options.tokenizer_max_length", "9"], {"dtype": "bfloat16", "tokenizer_max_length": 9}, None, 0),
+        (["--policy-options.dtype", "float32"], {"dtype": "float32"}, None, 0),
+        (["--policy-options", "null"], {}, None, 0),
+        (["--adapter=flow_mlp", "--seed", "3"], {}, None, 3),
+        (["--policy", "you/base"], {}, None, 0),
         (
             ["--env.type", "pusht", "--env.options.fps", "5"],
             {"dtype": "bfloat16"},
             EnvSpec(type="pusht", task="PushT-v0", options={"fps": 5}),
-            ["--env.type", "pusht"],
+            0,
         ),
     ],
 )
-def test_another_adapter_policy_or_environment_begins_without_options(given, policy_options, env, rest):
+def test_another_adapter_policy_or_environment_begins_without_options(given, policy_options, env, seed):
     config = TrainConfig(adapter="pi05", policy_options={"dtype": "bfloat16"}, env=EnvSpec(options={"image_size": 64}))
-    found, left = with_open_options(config, given)
-    assert (found.policy_options, found.env, left) == (policy_options, env or config.env, rest)
+    found = parsed(config, *given)
+    assert (found.policy_options, found.env, found.seed) == (policy_options, env or config.env, seed)
+
+
+def test_options_of_an_algorithm_are_typed_and_go_with_it():
+    found = parsed(TrainConfig(env=EnvSpec()), "--algorithm", "imitation", "--algorithm-options.anchor", "demos")
+    assert (found.algorithm, found.algorithm_options) == ("imitation", {"anchor": "demos"})
+    assert parsed(found, "--algorithm", "poco").algorithm_options == {}
+    with pytest.raises(UnknownNameError, match='Did you mean "anchor"'):
+        parsed(found, "--algorithm-options.ancor", "demos")
 
 
 def test_the_task_is_the_environment_types_own_unless_it_is_given():
@@ -251,6 +319,9 @@ def test_a_mistyped_option_of_an_adapter_is_answered_with_the_right_one(adapter)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--poco.etta", "3"], 'ConfigError: no option named "--poco.etta". Did you mean "--poco.eta"?'),
+        (["--sed", "3"], 'no option named "--sed". Did you mean "--seed"?'),
+        (["--help-al"], 'Did you mean "--help-all"?'),
         (["--policy-options.hiden-dims", "[8]"], 'Did you mean "hidden_dims"?'),
         (["--env.options.epsiode-length", "8"], 'Did you mean "episode_length"?'),
     ],
@@ -259,5 +330,7 @@ def test_a_mistyped_option_is_told_before_any_data_are_made(words, said, tmp_pat
     with pytest.raises(SystemExit) as stop:
         run_recipe(small(tmp_path / "run", tmp_path / "data"), words)
     assert stop.value.code == 1
-    assert said in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert len(shown.strip().splitlines()) == 1
     assert not (tmp_path / "data").exists()

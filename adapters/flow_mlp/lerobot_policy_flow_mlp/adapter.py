@@ -102,6 +102,8 @@ class FlowMlp(FlowPolicy):
     def native_sample(self, obs: Mapping[str, Any], noise: Tensor) -> Tensor:
         return self.model.sample(self.model.features(dict(obs)), noise)
 
+    option_record = FlowMlpConfig
+
     @classmethod
     def option_names(cls, *, pretrained: bool) -> frozenset[str] | None:
         if pretrained:

@@ -270,6 +270,8 @@ class GrootN1d6Adapter(FlowPolicy):
 
     # -- loading and saving ---------------------------------------------------------------------------------------
 
+    option_record = GrootN1d6Config
+
     @classmethod
     def option_names(cls, *, pretrained: bool) -> frozenset[str]:
         settings = frozenset(f.name for f in fields(GrootN1d6Config))

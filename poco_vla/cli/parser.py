@@ -1,0 +1,219 @@
+"""Parse a command line into a record, and show its `--help`."""
+
+import ast
+import inspect
+from argparse import ArgumentParser
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass, replace
+from difflib import get_close_matches
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from textwrap import dedent
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
+
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from poco_vla.cli.errors import shown_once
+from poco_vla.cli.options import Option, metavar_of, text_of
+from poco_vla.config import TrainConfig
+from poco_vla.errors import ConfigError
+
+OPEN = ("policy_options", "algorithm_options", "env.options")
+"""Fields of a configuration whose names an adapter, an algorithm or an environment declares; the parser leaves them."""
+
+type Listed = Mapping[str, tuple[Mapping[str, Any], Mapping[str, Option]]]
+"""Field of :data:`OPEN` -> its values, and the options that `--help` lists for it."""
+
+
+class Parser(ArgumentParser):
+    """A parser of a few options, which leaves the other words to the next one."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+def parse(
+    kind: type[Any],
+    args: Sequence[str],
+    *,
+    default: Any = None,
+    about: str | None = None,
+    prog: str | None = None,
+    shown: Collection[str] | None = None,
+    listed: Listed | None = None,
+    others: Collection[str] = (),
+) -> Any:
+    """Return a record with the words of a command line in it. `--help` shows the options and ends the program.
+
+    Args:
+        kind: the record's class.
+        args: words of a command line.
+        default: a record whose values hold where the command line gives none.
+        about: what `--help` says first; the class's docstring when None.
+        prog: name of the program; that of the script when None.
+        shown: fields of a configuration that `--help` lists; None is all.
+        listed: options of adapter and environment that it lists.
+        others: options that have been read already, for "did you mean".
+
+    Raises:
+        ConfigError: an option does not exist.
+    """
+    given = {} if default is None else {"default": default}
+    with shown_once():
+        parsed, unknown = tyro.cli(
+            kind,
+            prog=prog,
+            description=about,
+            args=list(args),
+            return_unknown_args=True,
+            config=(tyro.conf.AvoidSubcommands,),
+            registry=_registry(shown, listed or {}),
+            **given,
+        )
+    if unknown:
+        raise ConfigError(_unknown(unknown[0], [*_flags(kind), *others]))
+    return _expanded(parsed)
+
+
+def _unknown(word: str, known: Sequence[str]) -> str:
+    if not word.startswith("-"):
+        return f'"{word}" belongs to no option'
+    flag = word.partition("=")[0].replace("_", "-")
+    close = get_close_matches(flag, known, n=1)
+    return f'no option named "{flag}".' + (f' Did you mean "{close[0]}"?' if close else " --help lists them.")
+
+
+def _flags(kind: type[Any], prefix: str = "") -> Iterator[str]:
+    """Yield the options of a record; those of a record in it with its name before them and without."""
+    for one in fields(kind):
+        records = _records_in(get_type_hints(kind)[one.name])
+        for record in records:
+            yield from _flags(record, f"{prefix}{one.name}.")
+            if kind is not TrainConfig:
+                yield from _flags(record, prefix)
+        if not records:
+            yield f"--{prefix}{one.name}".replace("_", "-")
+
+
+def _records_in(hint: Any) -> list[type[Any]]:
+    return [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)]
+
+
+def _expanded(command: Any) -> Any:
+    """Return a command or configuration whose paths may begin with ~, the user's home folder."""
+    if isinstance(command, Path):
+        return command.expanduser()
+    if isinstance(command, tuple):
+        return tuple(_expanded(value) for value in command)
+    if not is_dataclass(command) or isinstance(command, type):
+        return command
+    return replace(command, **{f.name: _expanded(getattr(command, f.name)) for f in fields(command)})
+
+
+@cache
+def _prefixes() -> Mapping[type[Any], str]:
+    """Return the records of a configuration and what stands before the names of their fields."""
+
+    def below(kind: type[Any], prefix: str) -> Iterator[tuple[type[Any], str]]:
+        yield kind, prefix
+        for name, hint in get_type_hints(kind).items():
+            for record in _records_in(hint):
+                yield from below(record, f"{prefix}{name}.")
+
+    return dict(below(TrainConfig, ""))
+
+
+def _registry(shown: Collection[str] | None, listed: Listed) -> ConstructorRegistry:
+    """Return what tells tyro which fields of a configuration `--help` lists, and what it says of them."""
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def _(info: StructTypeInfo) -> StructConstructorSpec | None:
+        prefix = _prefixes().get(info.type) if isinstance(info.type, type) else None
+        if prefix is None:
+            return None
+        default = info.default if isinstance(info.default, info.type) else info.type()
+        hints, docs = get_type_hints(info.type, include_extras=True), docs_of(info.type)
+        specs = []
+        for one in fields(info.type):
+            name, hint, value = f"{prefix}{one.name}", hints[one.name], getattr(default, one.name)
+            if name in OPEN:
+                if name not in listed:
+                    continue
+                value = _group(*listed[name])
+                hint = type(value)
+            elif is_dataclass(value):
+                hint = type(value)
+            if name not in OPEN and not _is_shown(name, shown):
+                hint = tyro.conf.Suppress[hint]
+            specs.append(StructFieldSpec(one.name, hint, value, docs.get(one.name)))
+
+        def instantiate(**values: Any) -> Any:
+            return replace(default, **{name: v for name, v in values.items() if f"{prefix}{name}" not in OPEN})
+
+        return StructConstructorSpec(instantiate, tuple(specs))
+
+    return registry
+
+
+def _is_shown(name: str, shown: Collection[str] | None) -> bool:
+    """Return True for a field that `--help` lists, and for a record that holds one."""
+    return shown is None or any(one == name or one.startswith(f"{name}.") for one in shown)
+
+
+def _group(values: Mapping[str, Any], options: Mapping[str, Option]) -> Any:
+    """Return a record that `--help` shows in the place of an open field; its values are read elsewhere."""
+    group = make_dataclass(
+        "Options",
+        [
+            (
+                name,
+                Annotated[
+                    Any,
+                    PrimitiveConstructorSpec(
+                        nargs="*",
+                        metavar=metavar_of(option.hint),
+                        instance_from_str=lambda words: words,
+                        is_instance=lambda value: True,
+                        str_from_instance=lambda value: [text_of(value)],
+                    ),
+                    tyro.conf.arg(help=option.about),
+                ],
+                field(default=None),
+            )
+            for name, option in options.items()
+        ],
+    )
+    return group(
+        **{
+            name: values.get(name, None if option.default is MISSING else option.default)
+            for name, option in options.items()
+        }
+    )
+
+
+@cache
+def docs_of(kind: type[Any]) -> Mapping[str, str]:
+    """Return the docstrings that stand below the fields of a class."""
+    try:
+        body = ast.parse(dedent(inspect.getsource(kind))).body[0]
+    except (OSError, SyntaxError):  # installed without sources
+        return {}
+    assert isinstance(body, ast.ClassDef)
+    return {
+        one.target.id: " ".join(str(doc.value.value).split())
+        for one, doc in pairwise(body.body)
+        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
+        if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
+    }
