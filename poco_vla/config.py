@@ -1,9 +1,9 @@
 """Configuration: frozen dataclasses, validated when they are built, never changed afterwards.
 
-Every field's docstring says its unit and where its default comes from ("paper": arXiv 2604.01860; "code": the authors'
-released simulation code; "ours": measured by this library). Every field states its role (:mod:`poco_vla.roles`), by
-itself or by the record around it: what may change at a resume, what makes another setting in a report and what the Hub
-is told follow from it.
+Every field's docstring says its unit and where its default comes from ("paper": arXiv 2604.01860; "authors' code":
+their released simulation code; neither: measured by this library). Every field states its role
+(:mod:`poco_vla.roles`), by itself or by the record around it: what may change at a resume, what makes another setting
+in a report and what the Hub is told follow from it.
 """
 
 import json
@@ -41,37 +41,37 @@ class PocoConfig:
     """Weight of the posterior loss beside the anchor (paper: 1)."""
     zeta: float | Literal["auto"] = 0.3
     """Clip of a candidate's flow error, in units of the BC loss (paper: 0.01 to 0.3 by task). "auto" takes
-    `zeta_quantile` of the demonstrations' errors after SFT (ours)."""
+    `zeta_quantile` of the demonstrations' errors after SFT."""
     zeta_quantile: float = 0.9
-    """Quantile for zeta = "auto", in (0, 1) (ours)."""
+    """Quantile for zeta = "auto", in (0, 1)."""
     gamma: float = 0.99
     """Discount per control step (paper)."""
     tau: float = 0.005
     """Share of the critic mixed into its target at every update (paper)."""
     aggregation: Literal["mean", "min"] = "mean"
-    """How the critics' values become one, in the target and in the E-step (code: mean)."""
+    """How the critics' values become one, in the target and in the E-step (authors' code: mean)."""
     anchor: Literal["all", "demos", "demos_and_successes"] = "all"
-    """What the BC term of Eq. 23 imitates: all of D (paper), the demonstrations, or those and own successes (ours)."""
+    """What the BC term of Eq. 23 imitates: all of D (paper), the demonstrations, or those and own successes."""
     flow_steps: int | None = None
     """K, Euler steps when sampling candidates; None is the model's own number (paper: 10)."""
     sampling_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which the E-step's candidates are sampled. bfloat16 rounds what is proposed, not what is learned of
-    it; where a CPU or GPU has it, an MLP's update takes about half the time (ours). A VLA samples in its own."""
+    it; where a CPU or GPU has it, an MLP's update takes about half the time. A VLA samples in its own."""
     warmup_bc: bool = False
-    """Go on imitating during critic warm-up (code's default; paper: the actor is frozen)."""
+    """Go on imitating during critic warm-up (default of the authors' code; paper: the actor is frozen)."""
     drop_crossing: bool = False
-    """Leave chunks whose episode ended before their last step out of the critic loss (code). Ours keeps them with
-    their exact n-step return."""
+    """Leave chunks whose episode ended before their last step out of the critic loss (authors' code). False keeps
+    them with their exact n-step return."""
     error_mean: Literal["valid", "all"] = "valid"
-    """Denominator of masked means: entries that count, or all of them (code)."""
+    """Denominator of masked means: entries that count, or all of them (authors' code)."""
     critic_hidden: tuple[int, ...] = (512, 512, 512, 512)
     """Hidden widths of each critic (paper)."""
     critic_members: int = 2
     """E, critics in the ensemble (paper)."""
     critic_activation: Literal["silu", "gelu", "relu"] = "silu"
-    """Critic activation (paper: silu; code: tanh-approximated gelu)."""
+    """Critic activation (paper: silu; authors' code: tanh-approximated gelu)."""
     critic_layer_norm_eps: float = 1e-5
-    """LayerNorm epsilon (code: 1e-6)."""
+    """LayerNorm epsilon (authors' code: 1e-6)."""
 
     def __post_init__(self) -> None:
         _require(self.num_candidates >= 1, f"num_candidates (N) is {self.num_candidates}; it must be at least 1")
@@ -105,7 +105,7 @@ class RewardConfig:
     success: float = 1.0
     """Added at the step that reaches success, in units of reward; source "success" only (paper: sparse 0/1)."""
     step: float = 0.0
-    """Added at every step, in units of reward (paper's text: 0; code: -0.01)."""
+    """Added at every step, in units of reward (paper's text: 0; authors' code: -0.01)."""
 
     @classmethod
     def named(cls, name: str) -> "RewardConfig":
@@ -146,10 +146,10 @@ class DatasetConfig:
     -1/0 rewards by itself, by one convention for the whole dataset."""
     success_threshold: float | None = method(None)
     """Threshold of a numeric next.success: a step that reaches it is a success. None understands true/false and 0/1
-    by itself (ours)."""
+    by itself."""
     cameras: tuple[str, ...] | None = method(None)
     """Cameras to use, by their columns, in the order in which the policy is to see them; None takes all that are not
-    depth cameras (ours)."""
+    depth cameras."""
     tolerance_s: float = method(1e-4)
     """Most by which a video frame may be off the time of its row, in seconds (LeRobot)."""
     max_image_bytes: int = machine(8 * 1024**3)
@@ -177,18 +177,18 @@ class EnvSpec:
     be ended there: the time limits in seconds do not hold."""
     instruction: str | None = method(None)
     """The instruction that the policy is told in every episode, and that is recorded. None: what the environment says
-    after each reset; where it says nothing and all demonstrations have one instruction, that one (ours)."""
+    after each reset; where it says nothing and all demonstrations have one instruction, that one."""
     step_timeout: float = machine(60.0)
     """Seconds after which a control step counts as hung: the worker process is ended and replaced, its episode dropped;
-    0 sets no limit (ours)."""
+    0 sets no limit."""
     reset_timeout: float = machine(300.0)
-    """The same for starting an environment, a reset, and the first step after a start; 0 sets no limit (ours)."""
+    """The same for starting an environment, a reset, and the first step after a start; 0 sets no limit."""
     max_episode_steps: int | None = method(None)
     """Control steps after which an episode is cut off, as by a time limit. None: twice what the environment declares,
-    2,000 where it declares nothing (ours)."""
+    2,000 where it declares nothing."""
     max_failures: int = machine(5)
     """Failures of one environment in a row (errors, NaN, hung or dead workers), without a finished episode in between,
-    after which the run stops (ours)."""
+    after which the run stops."""
 
     def __post_init__(self) -> None:
         if not self.task and self.type == DEFAULT_ENV:
@@ -247,22 +247,21 @@ class ReplayConfig:
     """Online control steps that are kept; the oldest episodes go first (paper: 2M)."""
     max_bytes: int | None = method(None)
     """Most bytes that online steps may take, mapped pictures included; None sets no limit. The smaller of this and
-    `capacity` holds (ours)."""
+    `capacity` holds."""
     demo_capacity: int | None = method(None)
-    """Demonstration steps that are kept, the oldest going first; None keeps all (ours)."""
+    """Demonstration steps that are kept, the oldest going first; None keeps all."""
     demo_fraction: float | None = method(None)
-    """Share of each batch drawn from demonstrations; None draws uniformly from the whole pool (code), 0.5 is a 50/50
-    mix (RLPD)."""
+    """Share of each batch drawn from demonstrations; None draws uniformly from the whole pool (authors' code), 0.5 is
+    a 50/50 mix (RLPD)."""
     consecutive: int = method(1)
     """Transitions that are drawn together: chunks of one episode that follow on each other, so that so many need one
-    prefix more instead of twice as many. Each transition is as likely as without, but a batch is less varied (ours)."""
+    prefix more instead of twice as many. Each transition is as likely as without, but a batch is less varied."""
     images: Literal["memory", "mapped"] = machine("memory")
     """Where pictures lie: in memory, or in a mapped file without a name in the run's folder, of which the system keeps
-    in memory what it has room for (ours)."""
+    in memory what it has room for."""
     outlier_multiple: float | None = method(100.0, resume="free")
     """An online episode with a state, an action or a recorded reward beyond so many times the largest magnitude of the
-    demonstrations is not learned from: it is set aside in the run's folder. None takes any number that stays finite
-    (ours)."""
+    demonstrations is not learned from: it is set aside in the run's folder. None takes any number that stays finite."""
 
     def __post_init__(self) -> None:
         _require(self.capacity >= 1, f"replay.capacity is {self.capacity}; at least 1 step")
@@ -285,7 +284,7 @@ class ReplayConfig:
 
 @dataclass(frozen=True)
 class PrefixConfig:
-    """The store of prefixes: the frozen part of a policy sees a state once, what it made of it is kept (ours)."""
+    """The store of prefixes: the frozen part of a policy sees a state once, what it made of it is kept."""
 
     mode: Literal["off", "auto", "on"] = machine("auto")
     """"auto" measures in the first updates whether it pays, and says so; it stays off where acting is in step with
@@ -325,7 +324,7 @@ class InteractionConfig:
     machines of a Ray cluster."""
     ranks: Literal["main", "each"] = method("main")
     """Of several processes, those that act: the main one, or each with `env.num_envs` environments of its own and seeds
-    that no other plays. Their episodes go to all of them, and the main one records them (ours)."""
+    that no other plays. Their episodes go to all of them, and the main one records them."""
     ahead: int = method(1000)
     """Control steps by which either side may run ahead of `updates_per_step`; synchronous: 0."""
     images: Literal["auto", "png", "video"] = method("auto")
@@ -398,7 +397,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What happens when practice makes the policy significantly worse than it was after SFT (ours)."""
+    """What happens when practice makes the policy significantly worse than it was after SFT."""
 
     action: Literal["restore", "stop", "off"] = "restore"
     """"restore" goes on from the last good head with a smaller beta; "stop" ends the run with that head."""
@@ -430,14 +429,14 @@ class OptimConfig:
     """Learning rate of the critic (paper)."""
     actor_lr_end: float | None = method(None)
     """Learning rate of the flow head at the last online step, reached along a half cosine; None keeps `actor_lr`
-    (paper). A policy that is judged where it ends is steadier for it (ours)."""
+    (paper). A policy that is judged where it ends is steadier for it."""
     sft_lr: float | None = method(None)
     """Learning rate of the flow head during SFT; None is `actor_lr`."""
     micro_batch: int | None = machine(None)
     """Transitions of a batch, per process, that are computed at once; their gradients add up to those of the batch (but
-    for rounding). None: as many as fit `memory` (ours)."""
+    for rounding). None: as many as fit `memory`."""
     max_grad_norm: float | None = method(None)
-    """Clips actor and critic gradients, each group by itself; None only measures them (code: no clipping)."""
+    """Clips actor and critic gradients, each group by itself; None only measures them (authors' code: no clipping)."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; at least 1")
@@ -464,7 +463,7 @@ class TrainConfig:
     dataset's for a base."""
     outside_statistics: Literal["refuse", "allow"] = reporting("refuse")
     """Reaction to demonstrations that do not fit the statistics in use (other units, deltas in the place of
-    positions): "refuse" ends the run before training, "allow" says so and trains (ours)."""
+    positions): "refuse" ends the run before training, "allow" says so and trains."""
     policy_options: dict[str, Any] = method({})
     """The adapter's own options, such as {"hidden_dims": [512, 512, 512, 512]} for flow_mlp."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -501,7 +500,7 @@ class TrainConfig:
     online_steps: int = method(200_000)
     """Environment steps of stage 2."""
     updates_per_step: float = method(1.0)
-    """UTD, updates per environment step (code: 1 in simulation)."""
+    """UTD, updates per environment step (authors' code: 1 in simulation)."""
     interaction: InteractionConfig = field(default_factory=InteractionConfig)
     """How acting and learning go side by side."""
     best_of_n: int = method(1)
@@ -516,18 +515,18 @@ class TrainConfig:
     """Updates between checkpoints; 0 saves at the end of each stage and on Ctrl-C only. The newest two are kept."""
     checkpoint_minutes: float = reporting(5.0)
     """Minutes after which a checkpoint is written besides, so that a kill takes no more back; 0 writes none by time.
-    Where writing takes long, at most 5 % of the time goes into it (ours)."""
+    Where writing takes long, at most 5 % of the time goes into it."""
     checkpoint_keep_every: int = reporting(0)
     """Checkpoints that are kept besides: those of every so many updates; 0 keeps none besides."""
     accept_changed_data: bool = reporting(False)
-    """Resume although demonstrations or online episodes are not those that the run was trained on (ours)."""
+    """Resume although demonstrations or online episodes are not those that the run was trained on."""
     log_every: int = reporting(50)
     """Updates between log lines."""
     mixed_precision: Literal["no", "bf16"] = method("no")
     """Accelerate's mixed precision for the policy; the critic stays in float32."""
     memory: str | None = machine(None)
     """Most memory that the learner takes on its device, such as "24GB" or "22.5GiB": an update is computed in parts
-    that fit, whose size is measured at the first one. None: at once, on a CPU in parts that suit its caches (ours)."""
+    that fit, whose size is measured at the first one. None: at once, on a CPU in parts that suit its caches."""
     trackers: tuple[str, ...] = reporting(())
     """Accelerate trackers that get the same scalars: "tensorboard", "wandb", "trackio", ..."""
     num_threads: int | None = machine(None)
