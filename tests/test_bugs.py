@@ -18,10 +18,10 @@ from poco_vla.bugs import RemoteBugError, bug_behind, place_of, traceback_of
 from poco_vla.cli.errors import guarded
 from poco_vla.config import EnvSpec
 from poco_vla.errors import ConfigError, DataError, OtherProcessError, PocoError, SimulatorError
+from poco_vla.learner.failures import Failures
 from poco_vla.rollout import EnvPool
 from poco_vla.rollout.cluster import _answer
 from poco_vla.simulators import environment
-from poco_vla.training.failures import Failures
 
 THEIRS = """
 import random
@@ -269,7 +269,7 @@ import sys
 from pathlib import Path
 from accelerate import PartialState
 from poco_vla.cli.errors import guarded
-from poco_vla.training.failures import Failures
+from poco_vla.learner.failures import Failures
 
 def work():
     state = PartialState(cpu=True)

@@ -50,10 +50,11 @@ DOORS = {
     "robots": {"data", "errors", "files", "joint_names", "recording", "serving", "simulators", "terminal"},
     "evaluation": {"algorithms", "config", "data", "errors", "policy", "rollout"},
     "report": {"config", "errors", "evaluation", "files", "roles"},
+    "learner": {"algorithms", "bugs", "config", "data", "errors", "files", "locks", "noise", "types"},
     "training": {
-        *{"adapting", "algorithms", "bugs", "config", "data", "demonstrations", "errors", "evaluation", "files", "hub"},
-        *{"joint_names", "lazy", "locks", "policy", "prefix_cache", "progress", "recording", "registry", "report"},
-        *{"noise", "roles", "rollout", "serving", "simulators", "types"},
+        *{"adapting", "algorithms", "config", "data", "demonstrations", "errors", "evaluation", "files", "hub"},
+        *{"joint_names", "lazy", "learner", "locks", "noise", "policy", "prefix_cache", "progress", "recording"},
+        *{"registry", "report", "roles", "rollout", "serving", "simulators", "types"},
     },
     "hub": {"adapting", "config", "critic", "errors", "files", "policy", "registry", "report", "roles", "training"},
     "lerobot_rl": {"algorithms", "config", "data", "errors", "noise", "policy", "training", "types"},
@@ -105,7 +106,8 @@ THIRD_PARTY = {
     "robots": NUMBERS | {"lerobot", "draccus", "rich", "gymnasium", "safetensors", "filelock"},
     "evaluation": NUMBERS | {"rich"},
     "report": {"numpy", "pandas", "matplotlib", "jinja2", "rich"},
-    "training": NUMBERS | {"accelerate", "lerobot", "safetensors", "huggingface_hub", "peft"},
+    "learner": NUMBERS | {"accelerate"},
+    "training": NUMBERS | {"accelerate", "lerobot", "safetensors"},
     "hub": PURE | {"safetensors", "huggingface_hub", "httpx", "peft"},
     "lerobot_rl": NUMBERS | {"lerobot"},
     "cli": {"tyro", "rich", "docstring_parser", "transformers"},  # --tiny makes an image encoder
@@ -216,7 +218,7 @@ def test_accelerate_and_lerobot_are_imported_where_they_belong_and_nowhere_else(
     users = {
         package: {room(p) for p in LIBRARY_FILES if package in third_party(p)} for package in ("lerobot", "accelerate")
     }
-    assert users["accelerate"] == {"training"}
+    assert users["accelerate"] == {"learner", "training"}
     above = {
         "adapting",
         "data",

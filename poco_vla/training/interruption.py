@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from poco_vla.errors import SimulatorError
+from poco_vla.learner.parent import ParentWatch
 from poco_vla.progress import Display
-from poco_vla.training.parent import ParentWatch
 
 
 class Interrupted(KeyboardInterrupt):

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from poco_vla.errors import CheckpointError
 from poco_vla.joint_names import check_same_names
+from poco_vla.learner.backends import Learner
+from poco_vla.learner.broadcast import shared
 from poco_vla.noise import GlobalBatchRNG
 from poco_vla.policy import FlowPolicy
 from poco_vla.rollout.actor import WeightsVersion
 from poco_vla.training import checkpoint
-from poco_vla.training.backends import Learner
-from poco_vla.training.broadcast import shared
 from poco_vla.training.context import RunContext
 from poco_vla.training.statistics import RunStatistics
 from poco_vla.training.versions import VersionBound

@@ -11,6 +11,12 @@ from poco_vla.algorithms import load_algorithm, options_of
 from poco_vla.config import EnvSpec, TrainConfig, to_json, to_scalars
 from poco_vla.data import BatchSource, Episode, Replay
 from poco_vla.errors import ConfigError
+from poco_vla.learner.backends import Learner, learner_of, open_accelerator
+from poco_vla.learner.broadcast import Sharing
+from poco_vla.learner.failures import Failures
+from poco_vla.learner.finite_check import FiniteWatch
+from poco_vla.learner.launcher import launched_precision, precision_told
+from poco_vla.learner.memory import Budget
 from poco_vla.noise import GlobalBatchRNG
 from poco_vla.policy import FlowPolicy
 from poco_vla.prefix_cache.source import PrefixSource
@@ -21,8 +27,6 @@ from poco_vla.registry import check_options, load_adapter
 from poco_vla.rollout import Actor, EnvPool
 from poco_vla.rollout.actor import WeightsVersion
 from poco_vla.training import checkpoint
-from poco_vla.training.backends import Learner, learner_of, open_accelerator
-from poco_vla.training.broadcast import Sharing
 from poco_vla.training.checkpoints import Checkpoints, Part
 from poco_vla.training.collapse import CollapseRecovery
 from poco_vla.training.collector import Collector
@@ -31,8 +35,6 @@ from poco_vla.training.dataset import RunData, open_data, open_policy
 from poco_vla.training.environments import check_demonstrations, open_environments
 from poco_vla.training.evaluations import Evaluations
 from poco_vla.training.experience import Experience
-from poco_vla.training.failures import Failures
-from poco_vla.training.finite_check import FiniteWatch
 from poco_vla.training.folder import RunFolder, choose_folder, refuse_to_overwrite
 from poco_vla.training.guard import CollapseGuard
 from poco_vla.training.interactions import (
@@ -44,9 +46,7 @@ from poco_vla.training.interactions import (
     picture_shapes_of,
 )
 from poco_vla.training.interruption import Interruption
-from poco_vla.training.launcher import launched_precision, precision_told
 from poco_vla.training.logbook import Logbook, refuse_unknown_trackers
-from poco_vla.training.memory import Budget
 from poco_vla.training.outlook import Outlook
 from poco_vla.training.parts import (
     BaseVersion,

@@ -15,14 +15,14 @@ from poco_vla.algorithms import Algorithm, Stage
 from poco_vla.config import TrainConfig
 from poco_vla.data import BatchSource, Replay, chunk_batch
 from poco_vla.errors import ConfigError, NonFiniteError, OtherProcessError
+from poco_vla.learner.backends import Learner
+from poco_vla.learner.finite_check import FiniteWatch
+from poco_vla.learner.memory import Budget
 from poco_vla.noise import GlobalBatchRNG
 from poco_vla.progress import Bar
 from poco_vla.rollout.actor import WeightsVersion
 from poco_vla.training import checkpoint
-from poco_vla.training.backends import Learner
-from poco_vla.training.finite_check import FiniteWatch
 from poco_vla.training.logbook import Logbook
-from poco_vla.training.memory import Budget
 from poco_vla.training.progress import Progress
 from poco_vla.training.versions import VersionBound
 from poco_vla.types import ChunkBatch, Metrics

@@ -10,7 +10,7 @@ from poco_vla.config import RewardConfig
 from poco_vla.data import Episode
 from poco_vla.data.episode import first_of_each_task
 from poco_vla.errors import DataError, UnknownNameError
-from poco_vla.training import broadcast as sharing
+from poco_vla.learner import broadcast as sharing
 
 
 def episode():

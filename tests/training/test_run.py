@@ -10,7 +10,7 @@ from pointmass_run import small
 from poco_vla.training import Trainer
 from poco_vla.training.checkpoints import NEEDED, OWN_FILE, Part
 
-ROOM = Path(__file__).parents[2] / "poco_vla" / "training"
+ROOMS = [Path(__file__).parents[2] / "poco_vla" / room for room in ("learner", "training")]
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -65,7 +65,9 @@ def declared(node, classes):
     return attributes_of(begin) | fields | {name for base in bases for name in declared(base, classes)}
 
 
-@pytest.mark.parametrize("path", sorted(ROOM.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for room in ROOMS for path in sorted(room.glob("*.py"))], ids=lambda path: path.name
+)
 def test_no_attribute_appears_after_init(path):
     classes = {node.name: node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)}
     for name, node in classes.items():

@@ -18,8 +18,8 @@ from poco_vla.config import InteractionConfig
 from poco_vla.data import Episode
 from poco_vla.data.dataset import info_of
 from poco_vla.errors import CheckpointError, NonFiniteError, OtherProcessError, PocoError, SimulatorError
+from poco_vla.learner.failures import Failures
 from poco_vla.training import Trainer
-from poco_vla.training.failures import Failures
 from poco_vla.training.outlook import Outlook
 from poco_vla.training.progress import Progress
 from poco_vla.training.provenance import Provenance

@@ -10,9 +10,9 @@ import pytest
 
 from poco_vla.config import TrainConfig
 from poco_vla.errors import ConfigError
-from poco_vla.training import launcher
-from poco_vla.training.launcher import launched_precision, precision_told, refuse_unfit_deepspeed, refuse_unheeded
-from poco_vla.training.parent import launcher_of_this_process
+from poco_vla.learner import launcher
+from poco_vla.learner.launcher import launched_precision, precision_told, refuse_unfit_deepspeed, refuse_unheeded
+from poco_vla.learner.parent import launcher_of_this_process
 
 SHIPPED = Path(__file__).parents[2] / "recipes" / "accelerate"
 
@@ -122,5 +122,5 @@ def test_only_a_process_that_a_launcher_started_watches_for_its_end(launch, monk
 def test_a_variable_that_a_user_exported_is_no_launcher(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.setattr("poco_vla.training.launcher._ancestors", lambda: iter([(os.getppid(), ["bash"])]))
+    monkeypatch.setattr("poco_vla.learner.launcher._ancestors", lambda: iter([(os.getppid(), ["bash"])]))
     assert launcher_of_this_process() is None

@@ -9,9 +9,9 @@ from poco_vla.algorithms import STAGES
 from poco_vla.config import DatasetConfig, OptimConfig, PocoConfig, PrefixConfig, num_bytes
 from poco_vla.demonstrations.scripted import ensure_demonstrations
 from poco_vla.errors import ConfigError, NonFiniteError
+from poco_vla.learner.finite_check import FiniteWatch
+from poco_vla.learner.memory import CPU_ROWS, peak_bytes
 from poco_vla.training import Trainer
-from poco_vla.training.finite_check import FiniteWatch
-from poco_vla.training.memory import CPU_ROWS, peak_bytes
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 
 from poco_vla.files import is_alive
+from poco_vla.learner.launcher import find_launcher
 from poco_vla.locks import started
-from poco_vla.training.launcher import find_launcher
 
 MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 """Environment variables that `accelerate launch` and `torchrun` set for the processes they start."""

@@ -33,13 +33,13 @@ from torch import Tensor, distributed, nn
 from poco_vla.algorithms import Algorithm, Stage
 from poco_vla.config import OptimConfig, TrainConfig
 from poco_vla.errors import ConfigError
-from poco_vla.noise import UpdateNoise, micro_batches
-from poco_vla.training.launcher import (
+from poco_vla.learner.launcher import (
     DEEPSPEED_BATCH_SIZES,
     launched_precision,
     refuse_unfit_deepspeed,
     refuse_unheeded,
 )
+from poco_vla.noise import UpdateNoise, micro_batches
 from poco_vla.types import ChunkBatch, Metrics
 
 type Loss = tuple[Tensor, Metrics]
@@ -267,7 +267,7 @@ class Learner:
         """Take over the weights of `algorithm`, to which others were given."""
 
     def optimizer_state(self) -> dict[str, Any]:
-        """As one process's Adam gives it, whatever the backend. All processes call this together."""
+        """Return the state that one process's Adam gives, whatever the backend. All processes call this together."""
         return self.optimizer.state_dict()
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
@@ -445,7 +445,7 @@ class ZeroLearner(_ApartLearner):
         return laid
 
     def _gathered(self, parameter: Tensor, values: Tensor) -> Tensor:
-        """What the processes hold in parts for one parameter, whole."""
+        """Return whole what the processes hold in parts for one parameter."""
         whole = torch.zeros(parameter.numel(), dtype=values.dtype, device=values.device)
         for of_flat, of_parameter in self._overlap(parameter):
             whole[of_parameter] = values[of_flat]
@@ -455,7 +455,7 @@ class ZeroLearner(_ApartLearner):
 
     @staticmethod
     def _overlap(parameter: Any) -> Iterator[tuple[slice, slice]]:
-        """Where a parameter lies in this process's part of its group, if it does, and which of its entries do."""
+        """Yield where a parameter lies in this process's part of its group, and which of its entries do."""
         found = parameter._hp_mapping
         if found is not None:
             flat, own = found.hp_fragment_address, found.lp_fragment_address
