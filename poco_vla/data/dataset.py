@@ -74,7 +74,7 @@ def open_dataset(config: DatasetConfig) -> Any:
     except PocoError:
         raise
     except Exception as error:  # LeRobot, datasets, the Hub client and the network each raise their own
-        raise DataError(f"the dataset {name} cannot be opened: {_reason(error, config, root)}") from error
+        raise DataError(f"the dataset {name} cannot be opened: {_explain(error, config, root)}") from error
     check_rows(dataset, name)
     dataset.cameras = config.cameras
     return dataset
@@ -121,7 +121,7 @@ def _open(config: DatasetConfig, root: Path | None, name: str) -> Any:
     )
 
 
-def _reason(error: Exception, config: DatasetConfig, root: Path | None) -> str:
+def _explain(error: Exception, config: DatasetConfig, root: Path | None) -> str:
     """Return the cause of an error of LeRobot or the Hub client, and its remedy."""
     from lerobot.datasets.utils import BackwardCompatibilityError, ForwardCompatibilityError
 
@@ -205,7 +205,7 @@ def read_episodes(
     bounds = _bounds(columns, name)
     tasks = _tasks_of(dataset, columns, name)
     last = np.isin(np.arange(len(columns["action"])), bounds[1:] - 1)
-    signals = signals_of(columns, last, config, name, _whole_reward(dataset))
+    signals = signals_of(columns, last, config, name, _reward_reader(dataset))
     columns |= read_pictures(dataset, image_keys, columns, config.max_image_bytes, name, resize_images, FRAMES_PER_CALL)
 
     episodes = []
@@ -219,8 +219,8 @@ def read_episodes(
             success=signals.success[begin:end],
             terminal=signals.terminal[begin:end],
             task=said[0],
-            policy_version=_note(rows, POLICY_VERSION, np.int64),
-            interventions=_note(rows, INTERVENTION, np.bool_),
+            policy_version=_optional_column(rows, POLICY_VERSION, np.int64),
+            interventions=_optional_column(rows, INTERVENTION, np.bool_),
             step_tasks=said if len(set(said)) > 1 else None,
             has_reward=signals.has_reward,
         )
@@ -269,7 +269,7 @@ def _tasks_of(dataset: Any, columns: Mapping[str, np.ndarray], name: str) -> lis
     return [tasks[number] for number in numbers.tolist()]
 
 
-def _whole_reward(dataset: Any) -> Callable[[], np.ndarray] | None:
+def _reward_reader(dataset: Any) -> Callable[[], np.ndarray] | None:
     """Return a function that reads next.reward of all rows on disk; None if all episodes are in use."""
     if dataset.episodes is None:
         return None
@@ -285,5 +285,5 @@ def _whole_reward(dataset: Any) -> Callable[[], np.ndarray] | None:
     return read
 
 
-def _note(rows: dict[str, np.ndarray], name: str, dtype: type[np.generic]) -> np.ndarray | None:
+def _optional_column(rows: dict[str, np.ndarray], name: str, dtype: type[np.generic]) -> np.ndarray | None:
     return rows[name].reshape(-1).astype(dtype) if name in rows else None

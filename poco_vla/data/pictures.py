@@ -181,7 +181,7 @@ class _Video(_Camera):
         try:
             frames = decode_video_frames(path, stamps, self.dataset.tolerance_s, return_uint8=True)
         except FrameTimestampError as error:
-            raise self._error(begin, self._late(str(error)), path) from error
+            raise self._error(begin, self._describe_gap(str(error)), path) from error
         except Exception as error:  # each decoder raises its own
             raise self._error(
                 begin,
@@ -191,7 +191,7 @@ class _Video(_Camera):
             ) from None
         return frames.permute(0, 2, 3, 1).numpy()
 
-    def _late(self, said: str) -> str:
+    def _describe_gap(self, said: str) -> str:
         """Describe the time gap between rows and frames, from LeRobot's message, and the option that accepts it."""
         tolerance, frame = self.dataset.tolerance_s, 1 / self.dataset.meta.fps
         found = re.search(r"tolerance \(tensor\(\[(.*?)\]", said, re.DOTALL)
@@ -201,7 +201,7 @@ class _Video(_Camera):
                 f"the video has no frames at the times of the rows ({said.splitlines()[0]}): it is shorter than its "
                 "table, or of another episode; leave the episode out with dataset.episodes"
             )
-        accepts = f"dataset.tolerance_s {_rounded_up(1.05 * max(gaps) + 1e-6):g} accepts the nearest frame"
+        accepts = f"dataset.tolerance_s {_round_up(1.05 * max(gaps) + 1e-6):g} accepts the nearest frame"
         text = (
             f"its frames are up to {max(gaps):.4g} s away from the times of the rows, more than dataset.tolerance_s "
             f"({tolerance:g}); a frame lasts {frame:.4g} s"
@@ -211,7 +211,7 @@ class _Video(_Camera):
         return f"{text}. {accepts}."
 
 
-def _rounded_up(value: float) -> float:
+def _round_up(value: float) -> float:
     """Return the next number of two significant digits."""
     scale = 10.0 ** (np.floor(np.log10(value)) - 1)
     return float(np.ceil(value / scale) * scale)

@@ -14,7 +14,7 @@ REWARD, SUCCESS, DONE, TRUNCATED = "next.reward", "next.success", "next.done", "
 
 
 @dataclass(frozen=True)
-class Signals:
+class StepSignals:
     """Signals of all steps of a dataset, one behind the other.
 
     Attributes:
@@ -44,7 +44,7 @@ def signals_of(
     config: DatasetConfig,
     name: str,
     whole_reward: Callable[[], np.ndarray] | None = None,
-) -> Signals:
+) -> StepSignals:
     """Return success, end and reward of each step.
 
     Args:
@@ -70,7 +70,7 @@ def signals_of(
     else:
         terminal = success
     earned = success.astype(np.float32) if reward is None else reward
-    return Signals(success, terminal, earned, reward is not None, rule)
+    return StepSignals(success, terminal, earned, reward is not None, rule)
 
 
 def _success(

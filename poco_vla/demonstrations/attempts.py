@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Sequence
 from itertools import count
 from typing import Any
 
-from poco_vla.rollout.chunk_env import Limits
+from poco_vla.rollout.chunk_env import TimeLimits
 from poco_vla.rollout.workers import LocalWorker, Worker, close_all, wait, wait_for_one, worker_context
 
 AHEAD = 3
@@ -26,7 +26,7 @@ class Attempts:
     """
 
     def __init__(
-        self, build: Callable[[], Any], workers: int, preload: Sequence[str], limits: Limits, *, local: bool
+        self, build: Callable[[], Any], workers: int, preload: Sequence[str], limits: TimeLimits, *, local: bool
     ) -> None:
         self._build, self._limits = build, limits
         self._context = None if local else worker_context(preload)

@@ -24,7 +24,7 @@ from poco_vla.data import Episode
 from poco_vla.demonstrations.attempts import Attempts
 from poco_vla.errors import ConfigError, DataError, NonFiniteError, SimulatorError
 from poco_vla.recording.recorder import write_dataset
-from poco_vla.rollout.chunk_env import UNLIMITED, Limits, declared_limit, instruction_of, success_of
+from poco_vla.rollout.chunk_env import UNLIMITED, TimeLimits, declared_limit, instruction_of, success_of
 from poco_vla.rollout.pool import make_env
 from poco_vla.rollout.workers import Failure, time_limit
 from poco_vla.simulators import environment, name_of
@@ -81,7 +81,7 @@ def ensure_demonstrations(
         return root
     parts, lock = (root.with_name(f".{root.name}.{name}") for name in ("attempts", "lock"))
     env = environment(spec)
-    limits = Limits(spec.step_timeout, spec.reset_timeout, spec.max_episode_steps)
+    limits = TimeLimits(spec.step_timeout, spec.reset_timeout, spec.max_episode_steps)
     build = partial(Collector, env.package_name, env.gym_id, env.gym_kwargs, limits, name_of(spec))
     workers, local = _num_workers(config), not needs_processes(spec, config)
     attempts = Attempts(build, workers, getattr(env, "preload", ()), limits, local=local)
@@ -167,7 +167,7 @@ def demonstrate(
     *,
     seed: int,
     disturb_at: int = 0,
-    limits: Limits | None = None,
+    limits: TimeLimits | None = None,
     name: str = "",
 ) -> Episode:
     """One episode of the environment's expert.
@@ -185,7 +185,7 @@ def demonstrate(
         limits: of its steps and episodes.
         name: of the environment, for messages.
     """
-    limits, name = limits or Limits(), name or str(env)
+    limits, name = limits or TimeLimits(), name or str(env)
     space = getattr(env, "observation_space", None)
     read = ObservationReader(space, name).read if space is not None else flat_observation
     declared = declared_limit(env)
@@ -250,7 +250,7 @@ def _num_cores() -> int:
 class Collector:
     """The environment of a process that collects demonstrations."""
 
-    def __init__(self, package: str, gym_id: str, kwargs: Mapping[str, Any], limits: Limits, name: str) -> None:
+    def __init__(self, package: str, gym_id: str, kwargs: Mapping[str, Any], limits: TimeLimits, name: str) -> None:
         self.limits, self.name = limits, name
         self.env: Any = make_env(package, gym_id, kwargs).unwrapped
         # On the instance, so that an expert's own steps are limited as well.

@@ -133,13 +133,13 @@ def _section(group: Group, videos: Videos) -> dict[str, Any]:
 
 
 def _mean_of(group: Group, name: str, shown_as: Callable[[float], str]) -> str:
-    """Return a value's mean over finished runs."""
+    """Return a figure's mean over finished runs."""
     values = [run.result[name] for run in group.finished]
     return shown_as(sum(values) / len(values)) if values else "-"
 
 
 def _imitated(group: Group) -> bool:
-    """True if the policies had learned from demonstrations before they acted."""
+    """Return True if the policies had learned from demonstrations before they acted."""
     config = group.runs[0].config
     return bool(config.get("sft_steps", 1)) or config.get("policy") is not None
 
@@ -159,7 +159,7 @@ def _curves(group: Group) -> dict[str, Any] | None:
 
 
 def _key(group: Group) -> list[tuple[str, str]]:
-    """Return the legend of the learning curve."""
+    """Return the lines of the learning curve: class of the mark, and words."""
     curve, others = curve_of(group), published(group.task)
     assert curve is not None
     single = len(group.runs) == 1
@@ -195,7 +195,7 @@ def _published(group: Group) -> dict[str, Any] | None:
 
 
 def _chosen_videos(groups: Sequence[Group], budget: int) -> Videos:
-    """Read the videos, as long as `budget` bytes last: every group's first seed comes before any second."""
+    """Read the videos as long as `budget` bytes last: every group's first seed comes before any second."""
     tiers = zip_longest(*(group.runs for group in groups))
     runs = [run for tier in tiers for run in tier if run is not None]
     chosen: dict[Path, bytes | None] = {}
@@ -208,7 +208,7 @@ def _chosen_videos(groups: Sequence[Group], budget: int) -> Videos:
 
 
 def _run_videos(run: Run, videos: Videos) -> dict[str, Any] | None:
-    """Return a run's videos as HTML; empty if it has none."""
+    """Return a run's videos, and which are left out or lacking; None where it has none."""
     paths = {run.path / f"{name}.mp4": words for name, words in VIDEOS.items()}
     here = {path: words for path, words in paths.items() if path in videos}
     if not here:
@@ -242,7 +242,7 @@ def _folded(command: str) -> str:
 
 
 def _train_snippet(run: Run) -> str:
-    """Return a command for a run whose result does not say which recipe started it: its config.json does."""
+    """Return Python lines for a run that does not tell which recipe began it: its config.json does."""
     return f"""import json
 from dataclasses import replace
 from pathlib import Path
@@ -262,7 +262,7 @@ def _interval(figures: Mapping[str, Any] | None) -> Rate | None:
 
 
 def _duration(seconds: float | int) -> str:
-    """Return a duration such as 5:36, or 1:02:03 from an hour on."""
+    """Return 5:36, or 1:02:03 from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

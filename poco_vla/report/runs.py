@@ -43,7 +43,7 @@ def read_result(run: Path) -> dict[str, Any]:
         raise DataError(f"no result.json in {run}: not the folder of a finished run") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    with _told(path, "not as a run that ended well writes it, run it again"):
+    with _as_data_error(path, "not as a run that ended well writes it, run it again"):
         _check(result)
     return result
 
@@ -66,7 +66,7 @@ def read_run(folder: Path) -> "Run":
             f"no result.json in {folder}: not the folder of a finished run, nor of one that has begun (config.json and "
             f"{' or '.join(LOGS)})"
         )
-    with _told(folder, "its config.json and logs are not as a run writes them"):
+    with _as_data_error(folder, "its config.json and logs are not as a run writes them"):
         result = _so_far(folder, config)
         _check(result)
     return Run(folder, result, config, finished=False)
@@ -98,7 +98,7 @@ def _so_far(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _told(path: Path, advice: str) -> Iterator[None]:
+def _as_data_error(path: Path, advice: str) -> Iterator[None]:
     """Raise KeyError and TypeError of a file's content as a DataError that names the file."""
     try:
         yield

@@ -21,12 +21,12 @@ from poco_vla.data import Episode
 from poco_vla.errors import ConfigError, DataError, NonFiniteError
 from poco_vla.robots.safety import ActionError, ActionLimits, StoppedError, check_finite
 from poco_vla.robots.signals import Signal, Signals
-from poco_vla.robots.standstill import Standstill, awake_and_asleep, oldest_chunk
+from poco_vla.robots.standstill import Standstill, oldest_chunk, time_since_boot
 
 logger = logging.getLogger(__name__)
 
 POLL = 0.01
-"""Seconds; while the robot waits, for a deadline or for the policy, signals are heard this often."""
+"""Seconds between two polls of the signals while the robot waits for a deadline or for the policy."""
 SPIN = 0.001
 """Seconds before a deadline that are spun instead of slept."""
 NOBODY = -1
@@ -193,7 +193,7 @@ class _Run:
     last: np.ndarray | None = None
     plan: np.ndarray | None = None
     k: int = 0
-    adopted: float = 0.0
+    accepted_at: float = 0.0
     version: int = 0
     request: _Request | None = None
     taken_over: bool = False
@@ -250,7 +250,7 @@ class RobotInteraction:
         signals: ends episodes; see :mod:`poco_vla.robots.signals`.
         limits: what may be sent. A person's actions are clipped by them, also where a policy's are refused.
         max_steps: time limit, in control steps.
-        reset: brings robot and scene back before each episode: a script, or a prompt for a person. Signals are heard
+        reset: brings robot and scene back before each episode: a script, or a prompt for a person. Signals are polled
             once it has returned; a STOP meanwhile then lets no episode begin.
         fps: control steps per second; None goes as fast as it can (a simulated robot that is not in real time).
         lead: see above; below `horizon`.
@@ -317,7 +317,7 @@ class RobotInteraction:
 
     def release(self) -> None:
         """Allow episodes again after an emergency stop, once a person has checked the robot."""
-        _heard(self.signals)  # the stop key, pressed more than once, was meant for then
+        _pending_signals(self.signals)  # the stop key, pressed more than once, was meant for then
         self.stopped = False
 
     def run_episode(self) -> RobotEpisode | None:
@@ -329,7 +329,7 @@ class RobotInteraction:
             StoppedError: after an emergency stop, until `release`.
             ActionError: the limits refuse an action.
         """
-        self._hear_stop_between_episodes()
+        self._check_stop_between_episodes()
         self.reset()
         self.signals.begin()
         pace = Pace(self.fps)
@@ -342,11 +342,11 @@ class RobotInteraction:
         run.drop_plan()
         self.stats = _stats(run, ended)
         logger.info("%s", self.stats.message)
-        return self._finished(run, ended.ending)
+        return self._build_episode(run, ended.ending)
 
-    def _hear_stop_between_episodes(self) -> None:
+    def _check_stop_between_episodes(self) -> None:
         self.signals.begin()
-        self.stopped = self.stopped or Signal.STOP in _heard(self.signals)
+        self.stopped = self.stopped or Signal.STOP in _pending_signals(self.signals)
         if self.stopped:
             raise StoppedError("the robot was stopped; look at it, then call release() to run episodes again")
 
@@ -363,33 +363,33 @@ class RobotInteraction:
 
     def _step(self, run: _Run) -> None:
         """Run one control step: send one action, or none while the robot waits at rest."""
-        run.pace.wait(lambda: self._hear(run))
+        run.pace.wait(lambda: self._poll_signals(run))
         run.observation = self.robot.get_observation()
-        run.obs = self._converted(run.observation)
+        run.obs = self._convert(run.observation)
         self.signals.observe(run.obs)
-        self._hear(run)
+        self._poll_signals(run)
         if len(run.actions) >= self.max_steps:
             raise _EndedError(Ending.TIME_LIMIT)
         if run.last is None:
             run.last = self._vector(self.hold(run.observation, None), "hold")
         if run.taken_over:
-            self._send(run, self._persons_action(run.last, run), intervention=True)
+            self._send(run, self._teleoperator_action(run.last, run), intervention=True)
         elif self._planned(run):
             assert run.plan is not None
             action, run.k = run.plan[run.k], run.k + 1
             self._send(run, action, version=run.version)
 
-    def _hear(self, run: _Run) -> None:
-        heard = _heard(self.signals)
-        if Signal.STOP in heard:
+    def _poll_signals(self, run: _Run) -> None:
+        pending = _pending_signals(self.signals)
+        if Signal.STOP in pending:
             raise _EndedError(Ending.STOPPED)
         if stood := run.standstill.passed():
             self._forget_plan(run, f"this program stood still for {stood:.1f} s")
-        for signal in heard:
+        for signal in pending:
             if signal in _ENDINGS:
                 raise _EndedError(_ENDINGS[signal])
             if self.teleoperator is None:
-                logger.warning("takeover was asked for, but there is no teleoperator: the policy drives on")
+                logger.warning("takeover was requested, but there is no teleoperator: the policy continues")
             else:
                 run.taken_over = signal is Signal.TAKEOVER
                 run.drop_plan()
@@ -397,12 +397,12 @@ class RobotInteraction:
     def _forget_plan(self, run: _Run, why: str) -> None:
         """Drop a plan that was made for an earlier state; the next control step asks the policy again."""
         if run.plan is not None or run.request is not None:
-            logger.warning("%s: the rest of its chunk is not sent, and the policy is asked anew", why)
+            logger.warning("%s: the rest of its chunk is dropped, and the policy is asked again", why)
             run.drop_plan()
 
     def _planned(self, run: _Run) -> bool:
         """Return True if there is a planned action to send now."""
-        age = awake_and_asleep() - run.adopted
+        age = time_since_boot() - run.accepted_at
         if run.left > 0 and age > oldest_chunk(self.horizon, run.pace.period):
             self._forget_plan(run, f"the chunk of {self.horizon} actions is {age:.1f} s old")
         if run.left <= self.lead and run.request is None:
@@ -418,7 +418,7 @@ class RobotInteraction:
         if run.request is not request:  # the program stood still meanwhile
             return False
         if request.future.done():
-            return self._adopt(run, request)
+            return self._accept_answer(run, request)
         self._check_patience(run, request)
         run.missed += 1
         self._send(run, self._rest_action(run))
@@ -434,7 +434,7 @@ class RobotInteraction:
         moves = bool(run.pace.period) and self._moves(run)
         while run.request is request and not request.future.done():
             wait([request.future], timeout=POLL)
-            self._hear(run)
+            self._poll_signals(run)
             self._check_patience(run, request)
             if moves and time.monotonic() - began > run.pace.period:
                 break
@@ -450,7 +450,7 @@ class RobotInteraction:
                 f"robot holds, and the episode is discarded after {len(run.actions)} steps",
             )
 
-    def _adopt(self, run: _Run, request: _Request) -> bool:
+    def _accept_answer(self, run: _Run, request: _Request) -> bool:
         """Make the answer the plan; return False if the policy could not be reached and is asked again."""
         error = request.future.exception()
         if isinstance(error, self.retry_on):
@@ -461,10 +461,10 @@ class RobotInteraction:
         run.latencies.append(latency)
         chunk, run.version = (answer, 0) if isinstance(answer, np.ndarray) else (answer.actions, answer.weights_version)
         passed = run.k - request.k
-        planned = _checked_chunk(chunk, self.horizon, self.names)[passed : passed + self.horizon]
+        planned = _check_chunk(chunk, self.horizon, self.names)[passed : passed + self.horizon]
         assert run.last is not None
         run.plan, run.k, run.request = self.limits.apply(planned, self.names, run.last), 0, None
-        run.adopted = awake_and_asleep()
+        run.accepted_at = time_since_boot()
         run.clipped += int((run.plan != planned).any(axis=1).sum())
         return True
 
@@ -486,10 +486,10 @@ class RobotInteraction:
             self._send(run, self._rest_action(run))
         while time.monotonic() - now < self.retry_every:
             time.sleep(POLL)
-            self._hear(run)
+            self._poll_signals(run)
         run.pace.pause()
 
-    def _persons_action(self, last: np.ndarray, run: _Run) -> np.ndarray:
+    def _teleoperator_action(self, last: np.ndarray, run: _Run) -> np.ndarray:
         assert self.teleoperator is not None
         wanted = self._vector(self.teleoperator.get_action(), "teleoperator")[None]
         allowed = self.limits.clip(wanted, self.names, last)
@@ -529,7 +529,7 @@ class RobotInteraction:
         try:
             observation = run.observation if run.observation is not None else self.robot.get_observation()
             self.on_stop(observation)
-        except Exception:  # drivers raise anything; what brought us here must still be heard
+        except Exception:  # drivers raise anything; what brought us here must still be raised
             logger.exception("the robot could not be told to hold: cut its power")
 
     def _hold_present(self, observation: RobotObservation) -> None:
@@ -543,7 +543,7 @@ class RobotInteraction:
         check_finite(vector[None], self.names)
         return vector
 
-    def _converted(self, observation: RobotObservation) -> dict[str, np.ndarray]:
+    def _convert(self, observation: RobotObservation) -> dict[str, np.ndarray]:
         """Return the observation by LeRobot's dataset names: state float32, pictures uint8 [height, width, 3]."""
         if missing := [name for name in self.robot.observation_features if name not in observation]:
             raise DataError(f"{self.robot} gave no {missing}: is a camera or a cable unplugged?")
@@ -557,7 +557,7 @@ class RobotInteraction:
                 raise NonFiniteError(f'{self.robot} gave a "{key}" that is not finite: {value}')
         return {key: value.copy() for key, value in frame.items()}
 
-    def _finished(self, run: _Run, ending: Ending) -> RobotEpisode | None:
+    def _build_episode(self, run: _Run, ending: Ending) -> RobotEpisode | None:
         if ending not in _KEPT or not run.actions:
             return None
         assert self.stats is not None
@@ -602,7 +602,7 @@ def hold_still(names: Sequence[str], observed: Mapping[str, object]) -> Hold:
     return hold
 
 
-def _heard(signals: Signals) -> list[Signal]:
+def _pending_signals(signals: Signals) -> list[Signal]:
     """Return all pending signals, at most 100 of a source that never ends."""
     return list(islice(iter(signals.poll, None), 100))
 
@@ -643,7 +643,7 @@ def _check_teleoperator(teleoperator: Teleoperator, names: Sequence[str]) -> Non
         raise ConfigError(f"{teleoperator} gives {list(features)}, but the robot also needs {missing}")
 
 
-def _checked_chunk(chunk: np.ndarray, horizon: int, names: Sequence[str]) -> np.ndarray:
+def _check_chunk(chunk: np.ndarray, horizon: int, names: Sequence[str]) -> np.ndarray:
     if chunk.ndim != 2 or len(chunk) < horizon or chunk.shape[1] != len(names):
         raise ActionError(
             f"the policy gave a chunk {chunk.shape}; expected at least {horizon} steps of {len(names)} actions "

@@ -32,7 +32,7 @@ def check_match(robot: Robot, metadata: Mapping[str, Any], *, joints: ByName = "
     """
     _check_announcement(metadata)
     has = {key: _seen(feature) for key, feature in observation_features(robot).items()}
-    wants = {key: _said(feature) for key, feature in metadata["observation"].items()}
+    wants = {key: _shown_names(feature) for key, feature in metadata["observation"].items()}
     actions = len(robot.action_features)
     wrong = [f"{key}: the policy takes {wants[key]}, the robot has {has.get(key, 'none')}" for key in wants]
     wrong = [line for line, key in zip(wrong, wants, strict=True) if has.get(key) != wants[key]]
@@ -142,7 +142,7 @@ def _seen(feature: Mapping[str, Any]) -> str:
     return f"{kind} {list(feature['shape'])}"
 
 
-def _said(feature: Mapping[str, Any]) -> str:
+def _shown_names(feature: Mapping[str, Any]) -> str:
     # An older learner announces its dataset's float64 or float16; the client sends what it announces.
     kind = "float32" if str(feature["dtype"]).startswith("float") else feature["dtype"]
     return f"{kind} {list(feature['shape'])}"

@@ -17,7 +17,7 @@ from poco_vla.robots.control import RobotInteraction, Sent
 from poco_vla.robots.devices import make_devices
 from poco_vla.robots.joint_order import ByName, joint_order
 from poco_vla.robots.matching import check_match, limits_of
-from poco_vla.robots.session import Learner, RobotSession, patiently
+from poco_vla.robots.session import Learner, RobotSession, call_with_retries
 from poco_vla.robots.signals import KEYS, AnySignals, KeySignals, KnowsSuccess, RobotSuccess, Signal, Signals
 from poco_vla.robots.spool import Spool
 from poco_vla.robots.view import View, log_lines
@@ -79,7 +79,7 @@ def run_robot(
     with ExitStack() as stack:
         stack.enter_context(_interrupted_by_signals())
         stack.enter_context(log_lines(view, silent=client_module.__name__))
-        look = _looking_on(view, show, stack)
+        look = _step_callback(view, show, stack)
         with view:
             client = _learner_at(url, token_of(token), certificate, view)
             stack.callback(client.close)
@@ -95,7 +95,7 @@ def run_robot(
             raise ConfigError(f"--horizon is {chunk}, but the policy's chunks have {metadata['horizon']} steps")
         stored = stack.enter_context(Spool(spool, view.say))
         _connect(robot, teleoperator, stack)
-        signals, keys = _judges(rewards, robot, stack)
+        signals, keys = _success_signals(rewards, robot, stack)
         learner = Learner(client, metadata["observation"], view, order)
         drive = RobotInteraction(
             robot,
@@ -131,7 +131,7 @@ def _run(session: RobotSession) -> None:
 def _learner_at(url: str, token: str | None, certificate: Path | None, view: View) -> PolicyClient:
     """Return a client that is connected to a server which takes episodes, however long connecting takes."""
     view.note(f"connecting to {url}")
-    client = patiently(lambda: PolicyClient(url, token, certificate, timeout=TIMEOUT, retry=RETRY), view)
+    client = call_with_retries(lambda: PolicyClient(url, token, certificate, timeout=TIMEOUT, retry=RETRY), view)
     if not client.metadata.get("takes_episodes"):
         client.close()
         raise ConfigError(
@@ -153,7 +153,7 @@ def _connect(robot: Robot, teleoperator: Teleoperator | None, stack: ExitStack) 
         stack.callback(device.disconnect)
 
 
-def _judges(rewards: str, robot: Robot, stack: ExitStack) -> tuple[Signals, KeySignals | None]:
+def _success_signals(rewards: str, robot: Robot, stack: ExitStack) -> tuple[Signals, KeySignals | None]:
     """Return the sources of success and failure. The emergency key of a terminal always works."""
     sources: list[Signals] = []
     keys = None
@@ -181,7 +181,7 @@ def _put_back(robot: Robot, prompt: bool, view: View, keys: KeySignals | None) -
         robot.reset()
 
 
-def _looking_on(view: View, show: bool, stack: ExitStack) -> Callable[[Sent], None]:
+def _step_callback(view: View, show: bool, stack: ExitStack) -> Callable[[Sent], None]:
     """Return the function that is called after each control step."""
     if not show:
         return view.step

@@ -52,7 +52,7 @@ class Learner:
 
     def status(self) -> Mapping[str, Any]:
         """Return the status of training; waits while the learner cannot be reached."""
-        return self._patiently(self.client.status)
+        return self._call_with_retries(self.client.status)
 
     def record(self, episode: Episode, key: str) -> None:
         """Send an episode and return when the learner has it on disk; waits while the learner cannot be reached.
@@ -62,14 +62,14 @@ class Learner:
         """
         wanted = replace(episode, obs={name: episode.obs[name] for name in self.observations})
         wanted = self.order.episode(wanted)
-        self._patiently(lambda: self.client.record(wanted, key))
+        self._call_with_retries(lambda: self.client.record(wanted, key))
 
-    def _patiently[T](self, talk: Callable[[], T]) -> T:
+    def _call_with_retries[T](self, talk: Callable[[], T]) -> T:
         with self._one_at_a_time:
-            return patiently(talk, self.view)
+            return call_with_retries(talk, self.view)
 
 
-def patiently[T](talk: Callable[[], T], view: View) -> T:
+def call_with_retries[T](talk: Callable[[], T], view: View) -> T:
     """Call `talk` until the learner can be reached, with one message about the wait. Ctrl-C ends it."""
     away = False
     while True:

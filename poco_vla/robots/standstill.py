@@ -8,7 +8,7 @@ WITHOUT_RATE = 10.0
 """Seconds where the loop has no fixed rate, as with a simulated robot."""
 
 
-def awake_and_asleep() -> float:
+def time_since_boot() -> float:
     """Return seconds on a clock that nobody sets and that goes on while the machine sleeps, where there is one."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if clock is None else time.clock_gettime(clock)
@@ -27,7 +27,7 @@ class Standstill:
 
     def passed(self) -> float:
         """Record that the loop runs. Return the seconds for which it stood still, 0 if it did not."""
-        now = awake_and_asleep()
+        now = time_since_boot()
         gap = 0.0 if self._last is None else now - self._last
         self._last = now
         return gap if gap > self.longest else 0.0

@@ -26,10 +26,10 @@ class View:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._line: Callable[[], Text] = Text
-        self._told = self._learner = ""
+        self._shown_text = self._learner = ""
         self._episode: tuple[int, int, int | float] = (0, 0, 1)
         self._live = Live(
-            get_renderable=self._rendered,
+            get_renderable=self._render,
             console=console,
             refresh_per_second=5,
             transient=True,
@@ -70,9 +70,9 @@ class View:
         """Show that the learner lets no episode begin."""
         text = f"the robot rests: {status.get('note') or 'waiting for the learner'}"
         self.note(text)
-        if not self.console.is_terminal and text != self._told:
+        if not self.console.is_terminal and text != self._shown_text:
             self.say(text)
-        self._told = text
+        self._shown_text = text
 
     def begin(self, number: int, max_steps: int, fps: int | float) -> None:
         """Show that an episode is about to begin: the robot may have to be put back first."""
@@ -82,7 +82,7 @@ class View:
         """Show a finished control step."""
         self._line = lambda: _episode_line(*self._episode, sent)
 
-    def _rendered(self) -> Text:
+    def _render(self) -> Text:
         line = Text(no_wrap=True, overflow="ellipsis").append_text(self._line())
         return line.append(f"   {self._learner}" if line and self._learner else "", "dim")
 
@@ -90,7 +90,7 @@ class View:
         """Print a finished episode that was kept; `rate` is the number of recent episodes and the share of these that
         succeed."""
         style = {"success": "green", "failure": "yellow"}.get(stats.ending.value, "")
-        details = [f"{stats.steps} steps", f"weights {version:,}" if version >= 0 else "", _odd(stats), fate]
+        details = [f"{stats.steps} steps", f"weights {version:,}" if version >= 0 else "", _unusual_counts(stats), fate]
         words = ", ".join(filter(None, details))
         count, success = rate
         line = Text.assemble(f"episode {number}: ", (stats.ending.value, f"bold {style}"), f", {words}; ")
@@ -144,7 +144,7 @@ def _episode_line(number: int, max_steps: int, fps: int | float, sent: Sent) -> 
     return Text.assemble((f"episode {number}  ", "bold"), "   ".join(words), "  ", who)
 
 
-def _odd(stats: EpisodeStats) -> str:
+def _unusual_counts(stats: EpisodeStats) -> str:
     """Return the counts that are unusual in an episode, as text."""
     found = {"by hand": stats.interventions, "missed": stats.missed, "late": stats.overruns}
     return ", ".join(f"{count} {name}" for name, count in found.items() if count)

@@ -17,7 +17,7 @@ UNLIMITED = 2000
 
 
 @dataclass(frozen=True)
-class Limits:
+class TimeLimits:
     """Time limits of an environment.
 
     Attributes:
@@ -113,13 +113,13 @@ class ChunkEnv(gym.Env):
         horizon: int,
         index: int,
         num_envs: int,
-        limits: Limits | None = None,
+        limits: TimeLimits | None = None,
         name: str | None = None,
     ) -> None:
         self.env = env
         self.index, self.num_envs, self.horizon = index, num_envs, horizon
         self.name = name or str(env)
-        self.limits = limits or Limits()
+        self.limits = limits or TimeLimits()
         self.declared = declared_limit(env)
         self.most_steps = self.limits.steps or (2 * self.declared if self.declared else UNLIMITED)
         self._reader = ObservationReader(env.observation_space, self.name)
@@ -141,7 +141,7 @@ class ChunkEnv(gym.Env):
             }
         )
         self.action_space = batch_space(env.action_space, horizon)
-        self._told = self._stepped = False
+        self._reports_success = self._stepped = False
         self._ended = False
         self._taken = 0
         self._task = ""
@@ -188,7 +188,7 @@ class ChunkEnv(gym.Env):
             "now": self._now,
             "idle": self._idle,
             "task": self._task,
-            "told": self._told,
+            "reports_success": self._reports_success,
             "cut_off": self.cut_off,
             "converted": sorted(self._reader.converted.values()),
         }
@@ -220,7 +220,7 @@ class ChunkEnv(gym.Env):
             )
         observation, reward, terminated, truncated, info = answer
         success = success_of(info, self.name)
-        self._told = self._told or success is not None
+        self._reports_success = self._reports_success or success is not None
         ends = bool(_single(terminated, f"{self.name} returns terminated", "True or False"))
         cut = bool(_single(truncated, f"{self.name} returns truncated", "True or False"))
         worth = _single(reward, f"{self.name} returns the reward", "one number")
@@ -229,7 +229,7 @@ class ChunkEnv(gym.Env):
             raise NonFiniteError(f"{self.name} returned the reward {worth}")
         self._taken += 1
         too_long = not (ends or cut) and self._taken >= self.most_steps
-        if success is None and (ends or cut or (too_long and not self._told)):
+        if success is None and (ends or cut or (too_long and not self._reports_success)):
             raise ConfigError(self._without_success(info))
         self.cut_off += too_long
         steps.add(self._now, worth, bool(success), ends)

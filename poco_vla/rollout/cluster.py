@@ -114,7 +114,7 @@ class Played:
     episodes: list[Episode]
     steps: int
     version: int
-    said: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Failed:
         return error
 
 
-class Worker:
+class RolloutWorker:
     """Environments and an actor in a Ray process. It knows nothing of the learner.
 
     Every call answers: what went wrong is an answer, too. Only death is not.
@@ -177,13 +177,13 @@ class Worker:
             if not parameter.requires_grad:  # a target network has no gradient, but it changes
                 parameter.data = parameter.data.clone()
         algorithm.requires_grad_(False)
-        algorithm.to(_move(algorithm.policy, "cuda" if spec.gpu else "cpu"))
+        algorithm.to(_set_device(algorithm.policy, "cuda" if spec.gpu else "cpu"))
         self._actor = Actor(algorithm, spec.seed, spec.best_of_n)
         self._number = -1
-        self._said: list[str] = []
-        self._envs = EnvPool(spec.env, spec.horizon, spec.stride, say=self._said.append)
+        self._messages: list[str] = []
+        self._envs = EnvPool(spec.env, spec.horizon, spec.stride, say=self._messages.append)
         self._envs.reset(spec.first_seeds)
-        return Played([], 0, 0, self._told())
+        return Played([], 0, 0, self._take_messages())
 
     def _play(self, published: Published, best_of_n: int) -> Played:
         assert self._envs is not None
@@ -191,13 +191,13 @@ class Worker:
             self._renew(published)
         chunks = self._actor.chunks(self._envs.obs, self._envs.tasks, best_of_n=best_of_n)
         episodes, steps = self._envs.step(chunks, published.version)
-        return Played(episodes, steps, published.version, self._told())
+        return Played(episodes, steps, published.version, self._take_messages())
 
-    def _told(self) -> tuple[str, ...]:
+    def _take_messages(self) -> tuple[str, ...]:
         """Return the messages of the environments since the last call."""
-        said = tuple(self._said)
-        self._said.clear()
-        return said
+        messages = tuple(self._messages)
+        self._messages.clear()
+        return messages
 
     @torch.no_grad()
     def _renew(self, published: Published) -> None:
@@ -216,7 +216,7 @@ def _answer(act: Callable[[], Played]) -> Played | Failed:
         return Failed.of(error)
 
 
-def _move(policy: FlowPolicy, device: str) -> str:
+def _set_device(policy: FlowPolicy, device: str) -> str:
     """Set the device on which the processors of a policy put their tensors, and return it."""
     from lerobot.processor import DeviceProcessorStep
 
@@ -405,7 +405,7 @@ class ClusterInteraction(BackgroundInteraction):
             best_of_n=self._most_candidates,
             version=version_of("poco-vla"),
         )
-        remote = ray.remote(num_cpus=settings.worker_cpus, num_gpus=settings.worker_gpus)(Worker)
+        remote = ray.remote(num_cpus=settings.worker_cpus, num_gpus=settings.worker_gpus)(RolloutWorker)
         slot.actor = remote.options(max_restarts=0, scheduling_strategy="SPREAD").remote()
         slot.lives += 1
         slot.promised = 0
@@ -414,12 +414,12 @@ class ClusterInteraction(BackgroundInteraction):
     # -- in the thread ------------------------------------------------------------------------------------------------
 
     def _play(self) -> None:
-        self._heard = time.monotonic()
+        self._last_answer = time.monotonic()
         while not self._stop:
-            self._send_out()
-            self._take_in()
+            self._start_rounds()
+            self._receive_rounds()
 
-    def _send_out(self) -> None:
+    def _start_rounds(self) -> None:
         """Start a round on every idle worker, as long as acting may continue even if all running rounds take their most
         steps."""
         while self._idle:
@@ -433,20 +433,20 @@ class ClusterInteraction(BackgroundInteraction):
             slot.promised = self.env.num_envs * self.horizon
             self._running[slot.actor.play.remote(self._published, best_of_n)] = slot
 
-    def _take_in(self) -> None:
+    def _receive_rounds(self) -> None:
         import ray
 
         if not self._running:
             with self._changed:
                 self._changed.wait(timeout=POLL)
-            self._heard = time.monotonic()
+            self._last_answer = time.monotonic()
             return
         ready, _ = ray.wait(list(self._running), timeout=POLL)
         for reference in ready:
-            self._hear(self._running.pop(reference), reference)
-        self._tell_of_silence()
+            self._receive_answer(self._running.pop(reference), reference)
+        self._report_silence()
 
-    def _hear(self, slot: _WorkerSlot, reference: Any) -> None:
+    def _receive_answer(self, slot: _WorkerSlot, reference: Any) -> None:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -459,17 +459,17 @@ class ClusterInteraction(BackgroundInteraction):
             return
         if isinstance(answer, Failed):
             raise answer.error(slot.index)
-        for line in answer.said:
+        for line in answer.messages:
             self._say(f"Ray worker {slot.index}: {line}")
         for episode in answer.episodes:
             assert episode.seed is not None
-            slot.seeds[self._place_of(episode, slot)] = episode.seed + self.stride  # seeds that failed are left out
+            slot.seeds[self._env_index(episode, slot)] = episode.seed + self.stride  # seeds that failed are left out
             slot.deaths = 0
-        self._heard = time.monotonic()
-        self._brought(answer.episodes, answer.steps, answer.version)
+        self._last_answer = time.monotonic()
+        self._deliver(answer.episodes, answer.steps, answer.version)
         self._idle.append(slot)
 
-    def _place_of(self, episode: Episode, slot: _WorkerSlot) -> int:
+    def _env_index(self, episode: Episode, slot: _WorkerSlot) -> int:
         """Return the index of the worker's environment that played an episode."""
         assert episode.seed is not None
         return (episode.seed - self._first_seed) % self.stride - slot.index * self.env.num_envs
@@ -505,12 +505,12 @@ class ClusterInteraction(BackgroundInteraction):
         took = time.monotonic() - now
         self._publish_after = now + took / PUBLISHING
 
-    def _tell_of_silence(self) -> None:
+    def _report_silence(self) -> None:
         import ray
 
-        if time.monotonic() - self._heard < SILENCE:
+        if time.monotonic() - self._last_answer < SILENCE:
             return
-        self._heard = time.monotonic()
+        self._last_answer = time.monotonic()
         free, settings = ray.available_resources(), self.settings
         self._say(
             f"no Ray worker has answered for {SILENCE:.0f} s; the cluster has {free.get('CPU', 0):g} CPUs and "

@@ -56,7 +56,7 @@ class Interaction(ABC):
             PocoError: acting or recording failed.
         """
 
-    def tell(self, progress: Mapping[str, Any]) -> None:  # noqa: B027 (nobody listens in a simulation)
+    def report_progress(self, progress: Mapping[str, Any]) -> None:  # noqa: B027 (nobody listens in a simulation)
         """Report the progress of training to clients on the robot's side."""
 
     def state(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class BackgroundInteraction(Interaction):
                 self._error = error
                 self._changed.notify_all()
 
-    def _brought(self, episodes: list[Episode], steps: int, version: int) -> None:
+    def _deliver(self, episodes: list[Episode], steps: int, version: int) -> None:
         """Record the episodes of a round, then pass them to the learner."""
         episodes = _record(self.recorder, episodes)
         with self._changed:
@@ -229,7 +229,7 @@ class AsynchronousInteraction(BackgroundInteraction):
         while self._may_go_on():
             chunks = self.actor.chunks(self.envs.obs, self.envs.tasks, best_of_n=self._best_of_n)
             version = self.actor.weights_version
-            self._brought(*self.envs.step(chunks, version), version)
+            self._deliver(*self.envs.step(chunks, version), version)
 
     def _may_go_on(self) -> bool:
         with self._changed:

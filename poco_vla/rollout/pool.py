@@ -13,7 +13,7 @@ import numpy as np
 from poco_vla.config import EnvSpec
 from poco_vla.data import Episode
 from poco_vla.errors import ConfigError, SimulatorError
-from poco_vla.rollout.chunk_env import ChunkEnv, Limits
+from poco_vla.rollout.chunk_env import ChunkEnv, TimeLimits
 from poco_vla.rollout.workers import (
     Failure,
     LocalWorker,
@@ -55,7 +55,13 @@ class Environments:
     """
 
     def __init__(
-        self, make: Callable[[int], ChunkEnv], count: int, preload: Iterable[str], limits: Limits, *, in_process: bool
+        self,
+        make: Callable[[int], ChunkEnv],
+        count: int,
+        preload: Iterable[str],
+        limits: TimeLimits,
+        *,
+        in_process: bool,
     ) -> None:
         self._make, self.limits = make, limits
         self._context = None if in_process else worker_context(tuple(preload))
@@ -134,13 +140,13 @@ class EnvPool:
         self.say, self.give_up = say, give_up
         self.max_failures = spec.max_failures
         self.failures = 0
-        self._limits = Limits(spec.step_timeout, spec.reset_timeout, spec.max_episode_steps)
+        self._limits = TimeLimits(spec.step_timeout, spec.reset_timeout, spec.max_episode_steps)
         self._in_a_row = [0] * spec.num_envs
         self._finished_any = False
         self._error: Exception | None = None
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._end: int | None = None
-        self._states: list[dict[str, Any]] = [{"task": "", "told": False} for _ in range(spec.num_envs)]
+        self._states: list[dict[str, Any]] = [{"task": "", "reports_success": False} for _ in range(spec.num_envs)]
         self._lost: set[int] = set()
         self._chunks: np.ndarray | None = None
         self._versions = [0] * spec.num_envs
@@ -188,9 +194,9 @@ class EnvPool:
         return np.array([bool(state["idle"]) for state in self._states])
 
     @property
-    def tells_success(self) -> bool:
+    def reports_success(self) -> bool:
         """Return True once an environment has given info["is_success"]."""
-        return any(state["told"] for state in self._states)
+        return any(state["reports_success"] for state in self._states)
 
     @property
     def steps_in_flight(self) -> int:
@@ -265,7 +271,7 @@ class EnvPool:
         if self._error is not None:
             raise self._error
 
-    def tell(self, instruction: str | None) -> None:
+    def set_instruction(self, instruction: str | None) -> None:
         """Set the instruction of all episodes from now on; None takes the environment's."""
         self.spec = replace(self.spec, instruction=instruction)
         self._look()
@@ -342,8 +348,8 @@ class EnvPool:
             self._obs = {key: np.stack([state["now"][key] for state in known]) for key in known[0]["now"]}
 
     def _say_once(self, words: str) -> None:
-        if words not in self._told:
-            self._told.add(words)
+        if words not in self._reported:
+            self._reported.add(words)
             self.say(words)
 
     # -- failures -----------------------------------------------------------------------------------------------------
@@ -466,7 +472,7 @@ def _make_chunk_env(
     kwargs: Mapping[str, Any],
     horizon: int,
     stride: int,
-    limits: Limits,
+    limits: TimeLimits,
     name: str,
     index: int,
 ) -> ChunkEnv:

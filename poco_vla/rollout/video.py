@@ -11,7 +11,7 @@ from poco_vla.config import EnvSpec
 from poco_vla.data import Episode
 from poco_vla.errors import SimulatorError
 from poco_vla.recording.encoding import silent_stderr
-from poco_vla.rollout.chunk_env import Limits
+from poco_vla.rollout.chunk_env import TimeLimits
 from poco_vla.rollout.pool import make_env
 from poco_vla.rollout.workers import LocalWorker, Worker, close_all, time_limit, wait, worker_context
 from poco_vla.simulators import environment, name_of
@@ -34,7 +34,7 @@ def write_episode_video(episode: Episode, env: EnvSpec, path: Path, *, every: in
     from lerobot.utils.io_utils import write_video
 
     config = environment(env)
-    frames = _played(episode, env, config, every)
+    frames = _replay_frames(episode, env, config, every)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
     try:
@@ -46,10 +46,10 @@ def write_episode_video(episode: Episode, env: EnvSpec, path: Path, *, every: in
     return path
 
 
-def _played(episode: Episode, env: EnvSpec, config: Any, every: int) -> list[np.ndarray]:
+def _replay_frames(episode: Episode, env: EnvSpec, config: Any, every: int) -> list[np.ndarray]:
     """Yield the frames of an episode that is played again, in a worker process unless the environment runs in this
     one."""
-    limits = Limits(env.step_timeout, env.reset_timeout)
+    limits = TimeLimits(env.step_timeout, env.reset_timeout)
     build = partial(_Player, config.package_name, config.gym_id, config.gym_kwargs, limits)
     context = worker_context(getattr(config, "preload", ()))
     worker = LocalWorker(build) if env.in_process else Worker(context, build, "video", within=limits.reset)
@@ -70,7 +70,7 @@ def _played(episode: Episode, env: EnvSpec, config: Any, every: int) -> list[np.
 class _Player:
     """An environment that shows what it plays."""
 
-    def __init__(self, package: str, gym_id: str, kwargs: Mapping[str, Any], limits: Limits) -> None:
+    def __init__(self, package: str, gym_id: str, kwargs: Mapping[str, Any], limits: TimeLimits) -> None:
         self.sim: Any = make_env(package, gym_id, kwargs).unwrapped
         self.limits = limits
 

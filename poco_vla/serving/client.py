@@ -24,7 +24,7 @@ from poco_vla.serving.codec import (
     MAX_BYTES,
     PROTOCOL_VERSION,
     VERSION_HEADER,
-    Limits,
+    MessageLimits,
     ProtocolError,
     pack,
     unpack,
@@ -103,7 +103,7 @@ class PolicyClient:
     ) -> None:
         self.url, self.timeout, self.retry = url, timeout, retry or Retry()
         self.record_timeout = record_timeout
-        self.limits = Limits(max_bytes=max_bytes)
+        self.limits = MessageLimits(max_bytes=max_bytes)
         self._tls = _client_tls(url, certificate)
         self._headers = {VERSION_HEADER: str(PROTOCOL_VERSION)}
         if token is not None:
@@ -116,7 +116,7 @@ class PolicyClient:
                 )
         self._open: tuple[ClientConnection, ExitStack] | None = None
         self._metadata: dict[str, Any] = {}
-        self._insist(lambda connection: None)
+        self._retry(lambda connection: None)
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -150,7 +150,7 @@ class PolicyClient:
         """
         request = pack({**self._as_announced(obs), "task": task})
         started = time.perf_counter()
-        reply = self._insist(lambda connection: self._ask(connection, request))
+        reply = self._retry(lambda connection: self._ask(connection, request))
         return self._chunk_of(reply, time.perf_counter() - started)
 
     def status(self) -> Mapping[str, Any]:
@@ -162,7 +162,7 @@ class PolicyClient:
             ProtocolError: its reply holds neither.
             ConnectionLostError: no reply within the budget.
         """
-        reply = self._insist(lambda connection: self._ask(connection, pack({"status": True})))
+        reply = self._retry(lambda connection: self._ask(connection, pack({"status": True})))
         status = reply.get("status") if isinstance(reply, dict) else None
         if not isinstance(status, dict) or not all(isinstance(status.get(name), bool) for name in ("act", "done")):
             raise ProtocolError(f'the server at {self.url} sent no status with "act" and "done": {reply!r:.200}')
@@ -182,7 +182,7 @@ class PolicyClient:
             ConnectionLostError: no word within the budget that it is on disk; it may be.
         """
         try:
-            self._insist(lambda connection: self._upload(connection, episode, key))
+            self._retry(lambda connection: self._upload(connection, episode, key))
         except DataError as error:
             raise RefusedError(f"not sent to {self.url}: {error}") from error
 
@@ -231,7 +231,7 @@ class PolicyClient:
 
     # -- connecting ---------------------------------------------------------------------------------------------------
 
-    def _insist[T](self, talk: Callable[[ClientConnection], T]) -> T:
+    def _retry[T](self, talk: Callable[[ClientConnection], T]) -> T:
         """Call `talk` with the connection; if it is lost, reconnect and call again, as repeated requests have no other
         effect."""
         pause, deadline = self.retry.first, None

@@ -27,7 +27,7 @@ class ProtocolError(PocoError):
 
 
 @dataclass(frozen=True)
-class Limits:
+class MessageLimits:
     """What a message may cost its receiver, checked before anything is allocated for it.
 
     Attributes:
@@ -59,13 +59,13 @@ def pack(value: Any) -> bytes:
     return packed
 
 
-def unpack(data: bytes, limits: Limits | None = None) -> Any:
+def unpack(data: bytes, limits: MessageLimits | None = None) -> Any:
     """Return the value of a message from an untrusted sender. Arrays are writable copies in the machine's byte order.
 
     Raises:
         ProtocolError: a malformed message or one beyond `limits`; no other error leaves this function.
     """
-    _check_structure(data, limits or Limits())
+    _check_structure(data, limits or MessageLimits())
     try:
         return msgpack.unpackb(data, object_hook=_from_wire)
     except PocoError:
@@ -88,7 +88,7 @@ _TEXTS = (0xD9, 0xDA, 0xDB)
 """First byte of texts that are not short."""
 
 
-def _check_structure(data: bytes, limits: Limits) -> None:
+def _check_structure(data: bytes, limits: MessageLimits) -> None:
     """Check the headers before unpacking. MessagePack's own limits are per list: nested lists that each declare a
     million values, with none of them present, would take gigabytes."""
     if len(data) > limits.max_bytes:

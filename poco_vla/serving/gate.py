@@ -21,7 +21,7 @@ HANDSHAKE_SECONDS = 5.0
 """For a connection to be encrypted and to ask for the websocket."""
 MAX_HEAD = 16 * 1024
 """Bytes of a request that asks for the websocket."""
-MAX_STRANGERS = 32
+MAX_UNAUTHENTICATED = 32
 """Connections that have not shown a token, nor got a websocket; of more the oldest is dropped."""
 MAX_CLIENTS = 64
 """Open websockets."""
@@ -93,24 +93,24 @@ class Gate(socket.socket):
     It counts what it accepts, so that connections count whose encryption has not even begun.
     """
 
-    max_strangers = MAX_STRANGERS
+    max_unauthenticated = MAX_UNAUTHENTICATED
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Accept a connection; if there are too many unauthenticated ones, drop the oldest of them."""
         connection, address = super().accept()
-        strangers = self._alive()
-        for old in strangers[: max(0, len(strangers) + 1 - self.max_strangers)]:
+        waiting = self._alive()
+        for old in waiting[: max(0, len(waiting) + 1 - self.max_unauthenticated)]:
             with suppress(OSError):  # it may be gone already
                 old.shutdown(socket.SHUT_RDWR)
-        self._accepted = [*map(ref, strangers), ref(connection)]
+        self._accepted = [*map(ref, waiting), ref(connection)]
         return connection, address
 
-    def let_in(self, number: int) -> None:
+    def mark_authenticated(self, number: int) -> None:
         """Stop counting the connection of this file number as unauthenticated."""
         self._accepted = [ref(one) for one in self._alive() if one.fileno() != number]
 
     @property
-    def num_strangers(self) -> int:
+    def num_unauthenticated(self) -> int:
         """Return the number of unauthenticated connections."""
         return len(self._alive())
 
@@ -119,7 +119,7 @@ class Gate(socket.socket):
         return [one for one in found if one is not None and one.fileno() != -1]
 
 
-class Intake:
+class PendingBytes:
     """Bytes that have come of messages that are not whole, over all connections."""
 
     def __init__(self, most: int) -> None:
@@ -143,11 +143,11 @@ class Intake:
 class BoundedConnection(ServerConnection):
     """A connection whose request, and whose messages on their way, are bounded in bytes."""
 
-    intake: Intake
+    intake: PendingBytes
     heard = 0.0
 
     @classmethod
-    def kind(cls, intake: Intake) -> Callable[..., "BoundedConnection"]:
+    def kind(cls, intake: PendingBytes) -> Callable[..., "BoundedConnection"]:
         """Return a factory of connections that count their bytes in `intake`."""
 
         def make(*args: Any, **kwargs: Any) -> BoundedConnection:

@@ -79,7 +79,7 @@ class RemoteInteraction(Interaction):
         chosen = np.concatenate([np.zeros(0, dtype=np.int64), *versions])
         return Received(episodes, sum(map(len, episodes)), chosen[chosen >= 0])
 
-    def tell(self, progress: Mapping[str, Any]) -> None:
+    def report_progress(self, progress: Mapping[str, Any]) -> None:
         self._progress = dict(progress)
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ from poco_vla.serving.codec import (
     MAX_BYTES,
     PROTOCOL_VERSION,
     VERSION_HEADER,
-    Limits,
+    MessageLimits,
     ProtocolError,
     pack,
     unpack,
@@ -48,7 +48,7 @@ from poco_vla.serving.gate import (
     MESSAGES_AHEAD,
     BoundedConnection,
     Gate,
-    Intake,
+    PendingBytes,
     listen,
     message_limit,
     room_for_connections,
@@ -57,8 +57,8 @@ from poco_vla.serving.upload import MAX_EPISODE_BYTES, Inbox, check_task
 from poco_vla.serving.uploads import IDLE, BusyError, Uploads
 
 logger = logging.getLogger(__name__)
-_STRANGERS = logging.getLogger(f"{__name__}.strangers")
-_STRANGERS.setLevel(logging.CRITICAL)  # websockets logs a traceback for each that does not speak its protocol
+_UNAUTHENTICATED = logging.getLogger(f"{__name__}.unauthenticated")
+_UNAUTHENTICATED.setLevel(logging.CRITICAL)  # websockets logs a traceback for each that does not speak its protocol
 
 INSTRUCTION_KEYS = ("task", "prompt")
 """LeRobot's name of the instruction, and openpi's."""
@@ -130,7 +130,7 @@ def observations_of(policy: str, keys: Iterable[str]) -> dict[str, Feature]:
     return found
 
 
-class _NotTakenError(Exception):
+class _NotStoredError(Exception):
     """An episode that is as it should be, but could not be kept now; `cause` says why."""
 
     def __init__(self, cause: Exception) -> None:
@@ -139,7 +139,7 @@ class _NotTakenError(Exception):
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _PendingRequest:
     """A checked request that waits for its chunk."""
 
     obs: dict[str, np.ndarray]
@@ -217,15 +217,15 @@ class PolicyServer:
         self.episodes, self.max_episode_bytes = episodes, max_episode_bytes
         self.host, self.port = host, port
         observation_bytes = sum(feature.nbytes for feature in self.obs_spec.values())
-        self.limits = Limits(max_bytes=message_limit(observation_bytes, max_bytes))
+        self.limits = MessageLimits(max_bytes=message_limit(observation_bytes, max_bytes))
         self.max_batch = max_batch
         self.max_clients = max_clients
         self._uploads = Uploads(max_uploads, 2 * max_episode_bytes)
-        self._intake = Intake(max(MESSAGES_AHEAD, 2 * self.limits.max_bytes))
+        self._intake = PendingBytes(max(MESSAGES_AHEAD, 2 * self.limits.max_bytes))
         self._token = token
         self._tls = _server_tls(certificate, key)
         self._connections: set[BoundedConnection] = set()
-        self._waiting: asyncio.Queue[_Asked] = asyncio.Queue()
+        self._waiting: asyncio.Queue[_PendingRequest] = asyncio.Queue()
         self._taking: dict[str, asyncio.Future[None]] = {}
         self._stop = asyncio.Event()
         self._thread: threading.Thread | None = None
@@ -293,13 +293,13 @@ class PolicyServer:
             self._loop.close()
 
     async def _serve(self, listening: Gate) -> None:
-        forwards = asyncio.create_task(self._answer_all())
+        forwards = asyncio.create_task(self._run_batches())
         self._taker = ThreadPoolExecutor(1, "policy-server-episodes")
         self._gate = listening
         settings: dict[str, Any] = {"ssl": self._tls, "max_size": self.limits.max_bytes}
         # Pictures hardly shrink and take long to; of what a client sends ahead, little is read ahead.
         settings |= {"compression": None, "max_queue": 2}
-        settings |= {"open_timeout": HANDSHAKE_SECONDS, "backlog": BACKLOG, "logger": _STRANGERS}
+        settings |= {"open_timeout": HANDSHAKE_SECONDS, "backlog": BACKLOG, "logger": _UNAUTHENTICATED}
         settings |= {"create_connection": BoundedConnection.kind(self._intake)}
         if self._tls is not None:
             settings["ssl_handshake_timeout"] = HANDSHAKE_SECONDS
@@ -331,7 +331,7 @@ class PolicyServer:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, words)
         assert isinstance(connection, BoundedConnection)
         self._connections.add(connection)
-        self._gate.let_in(connection.number)
+        self._gate.mark_authenticated(connection.number)
         return None
 
     def _has_place(self) -> bool:
@@ -350,13 +350,13 @@ class PolicyServer:
     async def _converse(self, connection: ServerConnection) -> None:
         assert isinstance(connection, BoundedConnection)
         try:
-            await self._answer_one(connection)
+            await self._serve_client(connection)
         except ConnectionClosed:  # a client may leave at any time
             pass
         finally:
             self._connections.discard(connection)
 
-    async def _answer_one(self, connection: BoundedConnection) -> None:
+    async def _serve_client(self, connection: BoundedConnection) -> None:
         """Answer a client's messages until it leaves or a reply cannot be made."""
         await connection.send(pack(self.metadata))
         inbox = Inbox(self.obs_spec, self.actor.policy.spec.action_dim, self.max_episode_bytes, self._uploads)
@@ -377,7 +377,7 @@ class PolicyServer:
             except BusyError as error:
                 await connection.close(1013, f"try again later: {error}")
                 return
-            except _NotTakenError as error:
+            except _NotStoredError as error:
                 words = "an episode could not be kept now, its sender keeps it: %s"
                 logger.error(words, error, exc_info=bug_behind(error.cause))  # noqa: TRY400
                 await connection.close(1011, "the episode could not be kept")
@@ -397,7 +397,7 @@ class PolicyServer:
         if isinstance(request, dict) and request.keys() == {"status"}:
             return pack({"status": dict(self._sink().status())})
         if isinstance(request, dict) and "episode" in request:
-            return pack(await self._hear_of_episode(request, inbox))
+            return pack(await self._handle_episode(request, inbox))
         return pack(await self._chunk(request, received, previous))
 
     async def _chunk(self, request: Any, received: float, previous: Mapping[str, float]) -> dict[str, Any]:
@@ -418,7 +418,7 @@ class PolicyServer:
             raise DataError("this server takes no episodes: no training run is behind it")
         return self.episodes
 
-    async def _hear_of_episode(self, message: Mapping[Any, Any], inbox: Inbox) -> dict[str, Any]:
+    async def _handle_episode(self, message: Mapping[Any, Any], inbox: Inbox) -> dict[str, Any]:
         sink = self._sink()
         if "rows" in message:
             return {"episode": message["episode"], "rows": inbox.add(message)}
@@ -428,7 +428,7 @@ class PolicyServer:
         except DataError:
             raise
         except Exception as error:
-            raise _NotTakenError(error) from error
+            raise _NotStoredError(error) from error
         finally:
             self._uploads.release(inbox)
         return {"episode": message["episode"], "recorded": True}
@@ -444,7 +444,7 @@ class PolicyServer:
 
     # -- forwards -----------------------------------------------------------------------------------------------------
 
-    async def _answer_all(self) -> None:
+    async def _run_batches(self) -> None:
         """Run one forward after another in a thread, so that pings and refusals do not wait for it."""
         with ThreadPoolExecutor(1, "policy-server-forward") as thread:
             while True:
@@ -453,7 +453,7 @@ class PolicyServer:
                     batch.append(self._waiting.get_nowait())
                 await asyncio.get_running_loop().run_in_executor(thread, self._answer, batch)
 
-    def _answer(self, batch: Sequence[_Asked]) -> None:
+    def _answer(self, batch: Sequence[_PendingRequest]) -> None:
         try:
             answers = self._forward(batch)
         except Exception as error:  # handed to whoever asked: this thread serves everybody
@@ -466,7 +466,7 @@ class PolicyServer:
         for asked, answer in zip(batch, answers, strict=True):
             asked.answer.set_result(answer)
 
-    def _forward(self, batch: Sequence[_Asked]) -> list[_Answer]:
+    def _forward(self, batch: Sequence[_PendingRequest]) -> list[_Answer]:
         obs = {key: np.stack([asked.obs[key] for asked in batch]) for key in self.obs_spec}
         started = time.perf_counter()
         chunks = self.actor.chunks(obs, [asked.task for asked in batch])
@@ -474,7 +474,7 @@ class PolicyServer:
         return [_Answer(chunk, self.actor.weights_version, seconds, len(batch)) for chunk in chunks]
 
 
-def check_request(request: Any, spec: Mapping[str, Feature]) -> _Asked:
+def check_request(request: Any, spec: Mapping[str, Feature]) -> _PendingRequest:
     """Return a request's observations and instruction, checked.
 
     Raises:
@@ -494,7 +494,7 @@ def check_request(request: Any, spec: Mapping[str, Feature]) -> _Asked:
     if not isinstance(request[named[0]], str):
         raise DataError(f'"{named[0]}" is a {type(request[named[0]]).__name__}, expected a text')
     check_task(named[0], request[named[0]])
-    return _Asked({key: feature.check(key, request[key]) for key, feature in spec.items()}, request[named[0]])
+    return _PendingRequest({key: feature.check(key, request[key]) for key, feature in spec.items()}, request[named[0]])
 
 
 def _check_bounds(bounds: tuple[np.ndarray, np.ndarray] | None, action_dim: int) -> tuple[np.ndarray, ...] | None:

@@ -92,7 +92,7 @@ class Inbox:
         self._optional = {name: Feature((), dtype) for name, dtype in _OPTIONAL.items()}
         self._observations, self._max_bytes = list(observations), max_bytes
         self._uploads = uploads
-        self._growing: _Growing | None = None
+        self._growing: _PartialEpisode | None = None
 
     def add(self, piece: Mapping[Any, Any]) -> int:
         """Append a piece and return the number of rows so far.
@@ -151,7 +151,7 @@ class Inbox:
         obs = {name: columns.pop(name) for name in self._observations}
         return Episode(obs, task=task, seed=seed, **columns)
 
-    def _begin(self, key: str, steps: int, rows: Any) -> "_Growing":
+    def _begin(self, key: str, steps: int, rows: Any) -> "_PartialEpisode":
         spec = self._needed | {n: f for n, f in self._optional.items() if isinstance(rows, dict) and n in rows}
         each = sum(feature.nbytes for feature in spec.values())
         if not 0 < steps * each <= self._max_bytes:
@@ -160,10 +160,10 @@ class Inbox:
             )
         if self._uploads is not None:
             self._uploads.reserve(self, steps * each)
-        return _Growing(key, steps, spec)
+        return _PartialEpisode(key, steps, spec)
 
 
-class _Growing:
+class _PartialEpisode:
     """An episode of which `filled` of `steps` rows are there."""
 
     def __init__(self, key: str, steps: int, spec: Mapping[str, Feature]) -> None:

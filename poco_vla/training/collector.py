@@ -145,7 +145,7 @@ class Collector:
 
     def _tell(self, interaction: Interaction) -> None:
         told = {"online_steps": self.config.online_steps, "set_aside": self.admission.num_set_aside}
-        interaction.tell(self.logbook.told() | told)
+        interaction.report_progress(self.logbook.told() | told)
 
     def _shrunk(self, episode: Episode) -> Episode:
         return episode.with_images(self.acting.actor.policy.resize_images)

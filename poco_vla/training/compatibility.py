@@ -113,7 +113,7 @@ def check_rollout(pool: "EnvPool", actions: np.ndarray, say: Callable[[str], Non
     size = min(pool.horizon, FIRST_STEPS // 2)
     try:
         while not ended and taken < MOST_STEPS and time.monotonic() - began < PATIENCE:
-            if taken >= FIRST_STEPS and pool.tells_success and not pool.failures:
+            if taken >= FIRST_STEPS and pool.reports_success and not pool.failures:
                 break
             chunk = actions[np.arange(taken, taken + size) % len(actions)]
             episodes, _ = pool.step(np.broadcast_to(chunk, (pool.num_envs, *chunk.shape)))
@@ -121,7 +121,7 @@ def check_rollout(pool: "EnvPool", actions: np.ndarray, say: Callable[[str], Non
         pool.check()
     finally:
         pool.max_failures = most
-    if not pool.tells_success:
+    if not pool.reports_success:
         say(
             f"warning: no step of {taken} in {pool.name} has told success yet: the step that ends an episode has to "
             'return info["is_success"]'

@@ -49,7 +49,7 @@ def open_environments(
         resources.callback(envs.close)
         envs.reset(config.eval.seed)
         spec = settle_instruction(spec, envs.tasks, first_of_each_task(demos), say)
-        envs.tell(spec.instruction)
+        envs.set_instruction(spec.instruction)
         check_env_pictures(policy, envs)
         network_obs(policy, envs.obs, envs.tasks)
         check_pictures(policy, demos[0].obs, envs.obs)

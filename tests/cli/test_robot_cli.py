@@ -26,7 +26,7 @@ from poco_vla.errors import ConfigError, UnknownNameError
 from poco_vla.robots import KeySignals, RobotSuccess, Signal, SimulatedArm, SimulatedArmConfig, devices
 from poco_vla.robots.devices import make_devices
 from poco_vla.robots.matching import check_match, limits_of
-from poco_vla.robots.program import _judges, _put_back
+from poco_vla.robots.program import _put_back, _success_signals
 from poco_vla.robots.spool import Spool, decoded
 from poco_vla.robots.view import View
 from poco_vla.serving.server import Feature
@@ -302,7 +302,7 @@ def test_space_and_d_are_heard_whoever_judges(rewards, kept, monkeypatch, tmp_pa
     with os.fdopen(program) as stdin, ExitStack() as stack:
         monkeypatch.setattr(sys, "stdin", stdin)
         arm = SimulatedArm(SimulatedArmConfig(views=(), calibration_dir=tmp_path))
-        signals, keys = _judges(rewards, arm, stack)
+        signals, keys = _success_signals(rewards, arm, stack)
         assert "".join(keys.keys) == kept
         assert [type(source) for source in signals.sources][1:] == [RobotSuccess] * ("robot" in rewards)
     os.close(person)
@@ -328,7 +328,7 @@ def test_a_stop_while_the_scene_is_put_back_moves_nothing(tmp_path):
 
 def test_a_robot_that_cannot_judge_itself_is_not_asked_to(tmp_path, no_terminal):
     with ExitStack() as stack, pytest.raises(ConfigError, match="cannot tell success by itself"):
-        _judges("robot", PointRobot(tmp_path), stack)
+        _success_signals("robot", PointRobot(tmp_path), stack)
 
 
 def test_help_needs_no_robot_and_says_each_option(capsys):

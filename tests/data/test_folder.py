@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from poco_vla.config import DatasetConfig
 from poco_vla.data import open_dataset, read_episodes
-from poco_vla.data.dataset import _reason, info_of
+from poco_vla.data.dataset import _explain, info_of
 from poco_vla.data.folder import check_videos, video_file, video_files
 from poco_vla.errors import ConfigError, DataError
 
@@ -246,7 +246,7 @@ def test_a_damaged_table_is_named(root, tree):
     ids=["older", "newer", "untagged"],
 )
 def test_lerobots_own_remedies_for_formats_on_the_hub_are_kept(error, said):
-    assert said in _reason(error, DatasetConfig("you/x_1.0"), None)
+    assert said in _explain(error, DatasetConfig("you/x_1.0"), None)
 
 
 def test_a_folder_in_the_home_folder_is_found(root, monkeypatch):

@@ -22,7 +22,7 @@ from poco_vla.robots import ActionLimits, KeySignals, RobotInteraction, Signal, 
 from poco_vla.robots import session as session_module
 from poco_vla.robots.control import NOBODY
 from poco_vla.robots.program import _run
-from poco_vla.robots.session import Learner, RobotSession, patiently
+from poco_vla.robots.session import Learner, RobotSession, call_with_retries
 from poco_vla.robots.spool import Spool, decoded
 from poco_vla.robots.view import View
 from poco_vla.serving.client import ConnectionLostError, PolicyClient, Retry
@@ -339,4 +339,4 @@ def test_patience_ends_at_other_errors(tmp_path):
         raise PocoError("wrong token")
 
     with pytest.raises(PocoError, match="wrong token"):
-        patiently(refuse, View(Console(file=io.StringIO())))
+        call_with_retries(refuse, View(Console(file=io.StringIO())))

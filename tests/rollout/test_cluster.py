@@ -299,7 +299,7 @@ def test_a_policys_processors_move_with_it(adapter, monkeypatch):
     monkeypatch.setattr(DeviceProcessorStep, "__post_init__", lambda step: moved.append(step.device))
     policy = load_adapter(adapter).tiny()
     moved.clear()
-    assert cluster._move(policy, "cuda") == "cuda"
+    assert cluster._set_device(policy, "cuda") == "cuda"
     assert moved == ["cuda"]
 
 

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from poco_vla.serving.codec import Limits, ProtocolError, pack, unpack
+from poco_vla.serving.codec import MessageLimits, ProtocolError, pack, unpack
 
 DTYPES = ["bool", "int8", "uint8", "<i2", ">i4", "<u8", ">f2", "<f4", ">f8"]
 ARRAYS = hnp.arrays(st.sampled_from(DTYPES), hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
@@ -166,15 +166,15 @@ def test_a_byte_that_is_no_boolean_becomes_true():
 
 
 def test_a_message_is_bounded_in_bytes_values_and_depth():
-    unpack(pack([1] * 99), Limits(max_bytes=102, max_elements=100, max_depth=1))
+    unpack(pack([1] * 99), MessageLimits(max_bytes=102, max_elements=100, max_depth=1))
     with pytest.raises(ProtocolError, match="102 bytes; at most 101"):
-        unpack(pack([1] * 99), Limits(max_bytes=101))
+        unpack(pack([1] * 99), MessageLimits(max_bytes=101))
     with pytest.raises(ProtocolError, match="at most 99"):
-        unpack(pack([1] * 99), Limits(max_elements=99))
+        unpack(pack([1] * 99), MessageLimits(max_elements=99))
     with pytest.raises(ProtocolError, match="inside each other"):
-        unpack(pack({"a": [1]}), Limits(max_depth=1))
+        unpack(pack({"a": [1]}), MessageLimits(max_depth=1))
     with pytest.raises(ProtocolError, match="inside each other"):
-        unpack(b"\x91" * 100_000 + b"\x01", Limits(max_elements=10**6))
+        unpack(b"\x91" * 100_000 + b"\x01", MessageLimits(max_elements=10**6))
 
 
 def test_lists_that_only_declare_their_length_cost_nothing():
@@ -196,7 +196,7 @@ OBSERVATION = pack(
 
 def survives(data):
     try:
-        pack(unpack(data, Limits(max_bytes=10_000)))
+        pack(unpack(data, MessageLimits(max_bytes=10_000)))
     except ProtocolError:
         return False
     return True

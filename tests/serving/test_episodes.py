@@ -19,7 +19,7 @@ from poco_vla.data.episode import Episode
 from poco_vla.errors import DataError
 from poco_vla.rollout import Actor
 from poco_vla.serving.client import ConnectionLostError, PolicyClient, RefusedError, Retry
-from poco_vla.serving.codec import Limits, ProtocolError, pack, unpack
+from poco_vla.serving.codec import MessageLimits, ProtocolError, pack, unpack
 from poco_vla.serving.server import Feature, PolicyServer
 from poco_vla.serving.upload import PIECE_BYTES, Inbox, ending, pieces
 
@@ -657,13 +657,13 @@ def test_an_acknowledgement_of_something_else_is_a_protocol_error(server, sink, 
     async def answer(self, message, inbox):
         return reply
 
-    monkeypatch.setattr(PolicyServer, "_hear_of_episode", answer)
+    monkeypatch.setattr(PolicyServer, "_handle_episode", answer)
     with PolicyClient(server.url) as client, pytest.raises(ProtocolError, match="answered an episode"):
         client.record(episode(), "a")
 
 
 def test_limits_of_a_message_hold_for_pieces_too(server):
     with raw(server) as connection:
-        connection.send(b"\0" * (Limits(max_bytes=SHORT).max_bytes + 1))
+        connection.send(b"\0" * (MessageLimits(max_bytes=SHORT).max_bytes + 1))
         with pytest.raises(ConnectionClosed):
             connection.recv(timeout=10)

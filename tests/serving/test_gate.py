@@ -55,12 +55,12 @@ def until(true):
 
 def test_of_many_idle_strangers_the_oldest_are_dropped_and_a_robot_gets_in():
     with server_of(Sink(), token="secret") as server, ExitStack() as stack:
-        strangers = [stack.enter_context(stranger(server)) for _ in range(gate.MAX_STRANGERS + 20)]
+        strangers = [stack.enter_context(stranger(server)) for _ in range(gate.MAX_UNAUTHENTICATED + 20)]
         assert is_dropped(strangers[0])
-        assert until(lambda: server._gate.num_strangers <= gate.MAX_STRANGERS)
+        assert until(lambda: server._gate.num_unauthenticated <= gate.MAX_UNAUTHENTICATED)
         with PolicyClient(server.url, "secret") as client:
             assert client.chunk(state(), "go").actions.shape == (4, 3)
-            assert until(lambda: server._gate.num_strangers <= gate.MAX_STRANGERS)
+            assert until(lambda: server._gate.num_unauthenticated <= gate.MAX_UNAUTHENTICATED)
 
 
 def test_a_stranger_that_says_nothing_is_dropped_after_a_while_without_a_line_in_the_log(monkeypatch, caplog):
