@@ -525,7 +525,7 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16"] = method("no")
     """Accelerate's mixed precision for the policy; the critic stays in float32."""
     memory: str | None = machine(None)
-    """Most memory that the learner takes on its device, such as "24GB" or "22.5GiB": an update is computed in parts
+    """Most memory that the learner takes on its GPU, such as "24GB" or "22.5GiB": an update is computed in parts
     that fit, whose size is measured at the first one. None: at once, on a CPU in parts that suit its caches."""
     trackers: tuple[str, ...] = reporting(())
     """Accelerate trackers that get the same scalars: "tensorboard", "wandb", "trackio", ..."""

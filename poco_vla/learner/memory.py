@@ -1,15 +1,11 @@
 """How many transitions of a batch are computed at once: as many as the memory that a user gives allows."""
 
 import math
-import os
-import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from poco_vla.algorithms import Algorithm, Stage
 from poco_vla.config import TrainConfig, num_bytes
@@ -42,6 +38,9 @@ class Budget:
         beside: bytes on the device that the memory is not about.
         prefixes: bytes of those that a batch brings along: while it is learned from, the next one's are loaded.
         say: tells a person one line.
+
+    Raises:
+        ConfigError: ``memory`` is given, and the device is no GPU.
     """
 
     def __init__(
@@ -58,6 +57,11 @@ class Budget:
         self.config, self.algorithm, self.optimizer = config, algorithm, optimizer
         self.accelerator, self.run, self.beside, self.prefixes = accelerator, run, beside, prefixes
         self.say = say
+        if config.memory is not None and accelerator.device.type != "cuda":
+            raise ConfigError(
+                f"memory is {config.memory}, which is measured on a GPU, and this run is on {accelerator.device.type}: "
+                "leave it out (a CPU computes in micro-batches that suit its caches), or give optim.micro_batch"
+            )
         self._sizes: dict[Stage, int] = {}
 
     def part(self, batch: ChunkBatch, noise: UpdateNoise, stage: Stage) -> int:
@@ -84,7 +88,7 @@ class Budget:
     def _fitting(self, batch: ChunkBatch, noise: UpdateNoise, stage: Stage, memory: int) -> int:
         """Parts are measured, each twice as large as the one before, until one does not fit. Between the last two the
         peak is taken for linear: as the largest of several that are, it lies below."""
-        held = self._held(batch, noise)
+        held = self._held()
         room = int(memory * MARGIN) - held
         sizes, peaks = [0, 1], [0, self._peak(batch, noise, stage, 1)]
         while sizes[-1] < len(batch) and peaks[-1] <= room:
@@ -105,17 +109,12 @@ class Budget:
         self.say(f"{stage}: {size} of {len(batch)} transitions at once fit {self.config.memory}")
         return size
 
-    def _held(self, batch: ChunkBatch, noise: UpdateNoise) -> int:
+    def _held(self) -> int:
         """Bytes of what is there however it is cut: weights, batch and noise, and, be they there yet or not, the
         optimizer's moments and the next batch's prefixes."""
         trained = [p for p in self.algorithm.parameters() if p.requires_grad]
-        if self.accelerator.device.type == "cuda":
-            missing = 2 * sum(_bytes(p) for p in trained if p not in self.optimizer.state)
-            there = torch.cuda.memory_allocated(self.accelerator.device) - self.beside()
-            return there + missing + self.prefixes()
-        weights = sum(map(_bytes, [*self.algorithm.parameters(), *self.algorithm.buffers()]))
-        drawn = sum(map(_bytes, _tensors(vars(batch)) + _tensors(vars(noise))))
-        return weights + 2 * sum(map(_bytes, trained)) + drawn + 2 * self.prefixes()
+        missing = 2 * sum(_bytes(p) for p in trained if p not in self.optimizer.state)
+        return torch.cuda.memory_allocated(self.accelerator.device) - self.beside() + missing + self.prefixes()
 
     def _peak(self, batch: ChunkBatch, noise: UpdateNoise, stage: Stage, size: int) -> int:
         """Most bytes that a part of this size takes beside what is there, gradients included."""
@@ -132,30 +131,10 @@ class Budget:
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """Most bytes of tensors that were there at once while `work` ran, over those that were there before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports the GPU that is not there as an error
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning: Profiler clears events", UserWarning)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            work()
-    assert seen.profiler is not None
-    assert seen.profiler.kineto_results is not None
-    events: list[Any] = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
-def _tensors(values: Mapping[str, Any]) -> list[Tensor]:
-    """Return the tensors of a batch or its noise."""
-    nested = [_tensors(value) if isinstance(value, Mapping) else [value] for value in values.values()]
-    return [value for some in nested for value in some if isinstance(value, Tensor)]
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _shown(count: float | int) -> str:

@@ -1,17 +1,20 @@
 """Updates in parts: what they take, what they change, and what is said where not even the smallest fits."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from pointmass_run import small
 
-from poco_vla.algorithms import STAGES
 from poco_vla.config import DatasetConfig, OptimConfig, PocoConfig, PrefixConfig, num_bytes
 from poco_vla.demonstrations.scripted import ensure_demonstrations
 from poco_vla.errors import ConfigError, NonFiniteError
 from poco_vla.learner.finite_check import FiniteWatch
-from poco_vla.learner.memory import CPU_ROWS, peak_bytes
+from poco_vla.learner.memory import CPU_ROWS, Budget
+from poco_vla.noise import UpdateNoise
 from poco_vla.training import Trainer
+from poco_vla.types import ChunkBatch
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -70,54 +73,89 @@ def test_a_cpu_takes_parts_that_suit_its_caches_where_there_are_many_candidates(
     assert max(sizes[1:]) <= CPU_ROWS // 33 == 62
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_an_update_keeps_to_the_memory_it_is_given(stage, trainer, monkeypatch):
-    """Measured again, weights and moments added: below the budget, and above the half of it, so that none is wasted."""
-    free = trainer(memory="1GB")
-    budget = free.updater.budget
-    batch = free.updater.batches.draw()
-    plan = free.updater.algorithm.draw_noise(batch, stage)
-    assert budget.part(batch, plan, stage) == 256
-    most = peak_bytes(lambda: free.updater.learner.measure(batch, stage, plan), CPU)
-    held = budget._held(batch, plan)
+def fitting(budget, stage, memory):
+    """Size of a micro-batch of 256 transitions in so much memory."""
+    flags, numbers = torch.zeros(256, dtype=torch.bool), torch.zeros(256)
+    chunks = torch.zeros(256, 1, 1), torch.ones(256, 1, dtype=torch.bool)
+    batch = ChunkBatch({}, {}, *chunks, numbers, numbers, is_demo=flags, is_success=flags)
+    return budget._fitting(batch, UpdateNoise(), stage, memory)
 
-    given = held + 0.4 * most
-    bound = trainer(memory=f"{given / 1e6:.6f}MB")
-    size = bound.updater.budget.part(batch, plan, stage)
+
+def budget_of(peak, held=1000):
+    """A budget on a device where a micro-batch of n transitions takes `peak(n)` bytes beside `held`; what it says."""
+    budget, said = Budget.__new__(Budget), []
+    budget.config = SimpleNamespace(memory="what is given")
+    budget.accelerator = SimpleNamespace(device=CPU, gather=lambda sizes: sizes)
+    budget.say = said.append
+    budget._held, budget._peak = lambda: held, lambda batch, noise, stage, size: peak(size)
+    return budget, said
+
+
+PEAKS = {
+    "linear": lambda n: 100 * n,
+    "fixed part": lambda n: 5000 + 70 * n,
+    "largest of two": lambda n: max(4000 + 10 * n, 90 * n),
+}
+
+
+@pytest.mark.parametrize("share", [0.3, 0.4, 0.9])
+@pytest.mark.parametrize("name", PEAKS)
+def test_an_update_keeps_to_the_memory_it_is_given(name, share):
+    """Below the memory, and above the half of it, so that none is wasted. tests/training/test_gpu.py measures a GPU."""
+    peak = PEAKS[name]
+    given = int(1000 + share * peak(256))
+    size = fitting(budget_of(peak)[0], "online", given)
     assert 1 <= size < 256
-    monkeypatch.setattr(bound.updater.algorithm, "draw_noise", lambda *_: plan)
-    took = held + peak_bytes(lambda: bound.updater.learner.gradients(batch, stage, bound.updater.budget.part), CPU)
-    assert 0.5 * given < took <= given
+    assert 0.5 * given < 1000 + peak(size) <= given
+
+
+def test_the_part_that_fits_is_told():
+    budget, said = budget_of(PEAKS["linear"])
+    assert fitting(budget, "sft", 10**6) == 256
+    assert said == ["sft: 256 of 256 transitions at once fit what is given"]
+
+
+def test_all_processes_take_the_smallest_size():
+    budget, _ = budget_of(PEAKS["linear"])
+    budget.accelerator.gather = lambda sizes: torch.cat([sizes, torch.tensor([7])])
+    assert fitting(budget, "sft", 10**6) == 7
+
+
+def test_a_memory_that_holds_no_update_is_refused_with_what_takes_it():
+    """1,000 bytes held and 100,000 of one transition: 101,000 / 0.95."""
+    budget, _ = budget_of(lambda n: 100_000 * n)
+    with pytest.raises(ConfigError, match=r"take 1KB and one transition 100KB .* \(at least 107KB\)"):
+        fitting(budget, "sft", 50_000)
+
+
+def test_what_is_held_is_weights_batch_moments_to_come_and_prefixes(monkeypatch):
+    """10,000 bytes on the device, 2,000 of them of others; 2 moments of 50 floats; 300 bytes of prefixes."""
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10_000)
+    module = torch.nn.ParameterList([torch.zeros(50), torch.nn.Parameter(torch.zeros(7), requires_grad=False)])
+    budget = Budget.__new__(Budget)
+    budget.algorithm, budget.optimizer = module, SimpleNamespace(state={})
+    budget.accelerator = SimpleNamespace(device=CPU)
+    budget.beside, budget.prefixes = lambda: 2000, lambda: 300
+    assert budget._held() == 8000 + 2 * 50 * 4 + 300
+    budget.optimizer.state[module[0]] = {}
+    assert budget._held() == 8300
 
 
 def test_prefixes_that_are_read_ahead_are_counted(trainer):
-    """256 states and 256 next ones, of 4 numbers each; as many again for the next batch."""
-    held = {}
+    """256 states and 256 next ones, of 4 numbers each."""
+    found = {}
     for mode in ("off", "on"):
-        made = trainer(memory="1GB", prefixes=PrefixConfig(mode=mode))
-        batch = made.updater.batches.draw()
-        held[mode] = made.updater.budget._held(batch, made.updater.algorithm.draw_noise(batch, "online"))
-        observed = sum(x.nbytes for x in (*batch.obs.values(), *batch.next_obs.values()) if isinstance(x, torch.Tensor))
-        held[mode] -= observed
-    assert held["on"] - held["off"] == 2 * 512 * 4 * 4
+        made = trainer(prefixes=PrefixConfig(mode=mode))
+        made.updater.batches.draw()
+        found[mode] = made.updater.budget.prefixes()
+    assert found == {"off": 0, "on": 512 * 4 * 4}
 
 
-def test_the_part_that_fits_is_told(trainer, capfd):
-    made = trainer(memory="1GB")
-    made.display.console.quiet = False
-    updated(made, ("sft",))
-    told = capfd.readouterr()
-    assert "sft: 256 of 256 transitions at once fit 1GB" in told.out
-    assert "Profiler" not in told.err
+def test_memory_is_refused_on_a_cpu_and_beside_a_size(trainer):
+    with pytest.raises(ConfigError, match="memory is 1GB, which is measured on a GPU, and this run is on cpu"):
+        trainer(memory="1GB")
     with pytest.raises(ConfigError, match="give one of them"):
         trainer(memory="1GB", optim=OptimConfig(micro_batch=4))
-
-
-def test_a_memory_that_holds_no_update_is_refused_with_what_takes_it(trainer):
-    with pytest.raises(
-        ConfigError, match=r"memory is 10KB, but weights, .* take \d+KB and one.* \(at least [\d.]+[KM]B\)"
-    ):
-        updated(trainer(memory="10KB"), ("sft",))
 
 
 @pytest.mark.parametrize(("text", "number"), [("24GB", 24e9), ("22.5 GiB", 22.5 * 2**30), ("500mb", 5e8)])
@@ -129,20 +167,6 @@ def test_amounts_of_memory(text, number):
 def test_what_is_no_amount_of_memory_is_refused(text):
     with pytest.raises(ConfigError, match="is no amount of memory; write it like 24GB"):
         num_bytes(text)
-
-
-def test_peak_of_tensors_by_hand():
-    """Two tensors of 4,000 bytes at once, then one of 8,000: the most is 8,000, and what was there before is not
-    counted."""
-    before = torch.ones(10_000)
-
-    def work():
-        one = before[:1000] + 1
-        two = one * 2
-        del one, two
-        return before[:2000] * 3
-
-    assert peak_bytes(work, CPU) == pytest.approx(8000, abs=256)
 
 
 # -- losses that are not finite, seen late ----------------------------------------------------------------------------
