@@ -6,7 +6,6 @@ from poco_vla.deprecated import install
 from poco_vla.lazy import load_on_demand
 
 if TYPE_CHECKING:
-    from poco_vla.adapting.lora import Lora, inject_lora, merge_lora
     from poco_vla.algorithms import Algorithm, available_algorithms, load_algorithm
     from poco_vla.algorithms.poco import Poco
     from poco_vla.config import (
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from poco_vla.noise import GlobalBatchRNG
     from poco_vla.policy import FlowPolicy, Prefix, propose
     from poco_vla.posterior import effective_sample_size, posterior_weights
+    from poco_vla.pretrained.lora import Lora, inject_lora, merge_lora
     from poco_vla.registry import available_adapters, load_adapter
     from poco_vla.training.trainer import train
     from poco_vla.types import ActionSpec, ChunkBatch, Metrics
@@ -69,7 +69,7 @@ __getattr__, __dir__ = load_on_demand(
         "files": ["atomic_folder"],
         "flow": ["integrate", "interpolate", "target_velocity"],
         "hub": ["export_policy", "load_critic", "load_head", "push_head"],
-        "adapting.lora": ["Lora", "inject_lora", "merge_lora"],
+        "pretrained.lora": ["Lora", "inject_lora", "merge_lora"],
         "noise": ["GlobalBatchRNG"],
         "policy": ["FlowPolicy", "Prefix", "propose"],
         "posterior": ["effective_sample_size", "posterior_weights"],

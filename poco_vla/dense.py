@@ -51,7 +51,7 @@ def batched_linear(
 
 
 def suits_onednn(x: Float[Tensor, "*batch I"]) -> bool:
-    """Whether oneDNN takes the product of `x` with a float32 weight, and is faster."""
+    """Return True if oneDNN takes the product of `x` with a float32 weight, and is faster."""
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"

@@ -25,12 +25,12 @@ from torch.optim import Adam, Optimizer
 
 from poco_vla.algorithms import Algorithm, Stage
 from poco_vla.algorithms.poco import Poco
+from poco_vla.checkpointing.checkpoint import load_trainable_state, trainable_state
 from poco_vla.config import PocoConfig
 from poco_vla.data import Replay, chunk_batch
 from poco_vla.errors import DataError, NonFiniteError
 from poco_vla.noise import GlobalBatchRNG
 from poco_vla.policy import FlowPolicy
-from poco_vla.training.checkpoint import load_trainable_state, trainable_state
 from poco_vla.types import ChunkBatch
 
 POLICY, DRAWS = "policy", "draws"
@@ -103,7 +103,7 @@ class PocoAlgorithm(RLAlgorithm):
 
     @property
     def stage(self) -> Stage:
-        """What the next update does."""
+        """Return the stage of the next update."""
         after = self.optimization_step - self.config.sft_steps
         return "sft" if after < 0 else "warmup" if after < self.config.warmup_steps else "online"
 
@@ -155,7 +155,7 @@ class PocoAlgorithm(RLAlgorithm):
         return self.optimizers
 
     def get_weights(self) -> dict[str, Any]:
-        """What was trained of the policy: the head, or its LoRA. The backbone is never sent."""
+        """Return what was trained of the policy: the head, or its LoRA. The backbone is never sent."""
         return {POLICY: self._part(of_policy=True)}
 
     def load_weights(self, weights: Mapping[str, Any], device: str | torch.device = "cpu") -> None:

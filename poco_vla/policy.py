@@ -149,12 +149,12 @@ class FlowPolicy(nn.Module):
 
     @property
     def can_pack(self) -> bool:
-        """Whether `pack` and `unpack` are there, and a state's prefix is always the same: no augmentation."""
+        """Return True if `pack` and `unpack` exist and a state's prefix is always the same (no augmentation)."""
         return type(self).pack is not FlowPolicy.pack
 
     def pack(self, prefix: Any) -> list[Packed]:
-        """What is to be stored of each of B states: its valid tokens without padding, and nothing that weights made
-        which train."""
+        """Return what is to be stored of each of B states: its valid tokens without padding, and nothing that
+        trained weights made."""
         raise NotWrittenError(f"{type(self).__name__} has no pack: its adapter has to write it")
 
     def unpack(self, states: Sequence[Mapping[str, Tensor]]) -> Prefix:
@@ -163,7 +163,7 @@ class FlowPolicy(nn.Module):
         raise NotWrittenError(f"{type(self).__name__} has no unpack: its adapter has to write it")
 
     def preprocess_actions(self, batch: dict[str, Any]) -> Tensor:
-        """What `preprocess` makes of a batch's actions, where its pictures were left out; states and `task` are
+        """Return what `preprocess` makes of a batch's actions, where its pictures were left out; states and `task` are
         there."""
         return self.preprocess(batch)["action"]
 
@@ -242,7 +242,7 @@ class FlowPolicy(nn.Module):
     def save_head(self, path: str | Path) -> None:
         """Write what was trained and where its base is; `from_pretrained` loads it. For policies that have a `base`.
 
-        :mod:`poco_vla.adapting.heads` has the file format and what writes and reads it.
+        :mod:`poco_vla.pretrained.heads` has the file format and what writes and reads it.
         """
         raise NotWrittenError(f"{type(self).__name__} has no save_head: its adapter has to write it")
 

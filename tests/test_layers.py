@@ -38,7 +38,8 @@ DOORS = {
     "progress": {"terminal"},
     "joint_names": {"errors"},
     "registry": {"errors", "policy"},
-    "adapting": {"errors", "files", "joint_names", "policy", "types"},
+    "pretrained": {"errors", "files"},
+    "adapting": {"errors", "files", "joint_names", "policy", "pretrained", "types"},
     "conformance": {"bugs", "distill", "errors", "flow", "policy", "types"},
     "data": {"config", "errors", "lazy", "policy", "types"},
     "prefix_cache": {"config", "data", "policy"},
@@ -51,32 +52,36 @@ DOORS = {
     "evaluation": {"algorithms", "config", "data", "errors", "policy", "rollout"},
     "report": {"config", "errors", "evaluation", "files", "roles"},
     "learner": {"algorithms", "bugs", "config", "data", "errors", "files", "locks", "noise", "types"},
-    "training": {
-        *{"adapting", "algorithms", "config", "data", "demonstrations", "errors", "evaluation", "files", "hub"},
-        *{"joint_names", "lazy", "learner", "locks", "noise", "policy", "prefix_cache", "progress", "recording"},
-        *{"registry", "report", "roles", "rollout", "serving", "simulators", "types"},
+    "checkpointing": {
+        "adapting",
+        "algorithms",
+        "config",
+        "data",
+        "errors",
+        "files",
+        "locks",
+        "policy",
+        "roles",
+        "types",
     },
-    "hub": {"adapting", "config", "critic", "errors", "files", "policy", "registry", "report", "roles", "training"},
-    "lerobot_rl": {"algorithms", "config", "data", "errors", "noise", "policy", "training", "types"},
+    "training": {
+        *{"algorithms", "checkpointing", "config", "data", "demonstrations", "errors", "evaluation", "files", "hub"},
+        *{"joint_names", "lazy", "learner", "noise", "policy", "prefix_cache", "progress", "recording", "registry"},
+        *{"report", "rollout", "serving", "simulators", "types"},
+    },
+    "hub": {
+        *{"checkpointing", "config", "critic", "errors", "files", "policy", "pretrained", "registry", "report"},
+        "roles",
+    },
+    "lerobot_rl": {"algorithms", "checkpointing", "config", "data", "errors", "noise", "policy", "types"},
     "cli": {
-        *{
-            "adapting",
-            "algorithms",
-            "bugs",
-            "config",
-            "demonstrations",
-            "devices",
-            "errors",
-            "evaluation",
-            "files",
-            "hub",
-        },
-        *{"lazy", "progress", "recording", "registry", "report", "robots", "roles", "rollout", "serving"},
-        *{"simulators", "terminal", "training"},
+        *{"algorithms", "bugs", "checkpointing", "config", "demonstrations", "devices", "errors", "evaluation"},
+        *{"files", "hub", "lazy", "pretrained", "progress", "recording", "registry", "report", "robots", "roles"},
+        *{"rollout", "serving", "simulators", "terminal", "training"},
     },
     "__init__": {
-        *{"adapting", "algorithms", "config", "conformance", "critic", "dense", "deprecated", "distill", "errors"},
-        *{"evaluation", "files", "flow", "hub", "lazy", "noise", "policy", "posterior", "registry", "training"},
+        *{"algorithms", "config", "conformance", "critic", "dense", "deprecated", "distill", "errors", "evaluation"},
+        *{"files", "flow", "hub", "lazy", "noise", "policy", "posterior", "pretrained", "registry", "training"},
         "types",
     },
 }
@@ -95,7 +100,9 @@ THIRD_PARTY = {
     "terminal": {"rich"},
     "progress": {"rich"},
     "joint_names": set(),
-    "adapting": {"torch", "safetensors", "huggingface_hub", "peft", "lerobot"},
+    "pretrained": {"torch", "safetensors", "huggingface_hub", "peft"},
+    "adapting": {"torch", "safetensors", "lerobot"},
+    "checkpointing": NUMBERS | {"safetensors"},
     "data": NUMBERS | {"lerobot", "filelock", "pyarrow"},  # of a dataset's files what LeRobot does not read
     "prefix_cache": NUMBERS | {"filelock"},
     "recording": NUMBERS | {"lerobot", "pyarrow", "datasets", "av", "safetensors", "filelock"},
@@ -107,7 +114,7 @@ THIRD_PARTY = {
     "evaluation": NUMBERS | {"rich"},
     "report": {"numpy", "pandas", "matplotlib", "jinja2", "rich"},
     "learner": NUMBERS | {"accelerate"},
-    "training": NUMBERS | {"accelerate", "lerobot", "safetensors"},
+    "training": NUMBERS | {"accelerate"},
     "hub": PURE | {"safetensors", "huggingface_hub", "httpx", "peft"},
     "lerobot_rl": NUMBERS | {"lerobot"},
     "cli": {"tyro", "rich", "docstring_parser", "transformers"},  # --tiny makes an image encoder
@@ -302,7 +309,7 @@ def test_adapters_use_poco_vlas_public_names_only(path):
 
     for name in imports(path):
         if name.split(".")[0] == "poco_vla":
-            modules = {"raw", "adapting"}
+            modules = {"raw", "adapting", "pretrained"}
             public = {*poco_vla.__all__, *modules}
             inside = name.removeprefix("poco_vla.")
             assert name == "poco_vla" or inside in public or inside.split(".")[0] in modules, f"{name} is not public"

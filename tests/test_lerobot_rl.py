@@ -14,6 +14,7 @@ from lerobot.rewards.classifier.configuration_classifier import RewardClassifier
 from lerobot.rl import ReplayBuffer, RLAlgorithm, RLAlgorithmConfig, RLTrainer, make_algorithm
 from lerobot_policy_flow_mlp.adapter import FlowMlp
 
+from poco_vla.checkpointing.checkpoint import trainable_state
 from poco_vla.config import DatasetConfig, OptimConfig, PocoConfig, TrainConfig
 from poco_vla.data import Episode, Replay, open_dataset, read_episodes
 from poco_vla.data.dataset import info_of
@@ -22,7 +23,6 @@ from poco_vla.lerobot_rl import ChunkMixer, PocoAlgorithm, PocoAlgorithmConfig
 from poco_vla.recording.recorder import write_dataset
 from poco_vla.robots import RewardModelSuccess, Signal
 from poco_vla.training import Trainer, train
-from poco_vla.training.checkpoint import trainable_state
 
 STATE, FRONT = "observation.state", "observation.images.front"
 POCO = PocoConfig(num_candidates=3, eta=0.2, zeta=0.8, gamma=0.9, critic_hidden=(16, 16))

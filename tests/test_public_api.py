@@ -210,7 +210,7 @@ def test_the_contract_of_a_policy_is_this(method, arguments):
     ],
 )
 def test_what_adapters_write_and_read_heads_with_keeps_its_arguments(name, signature):
-    from poco_vla.adapting import heads
+    from poco_vla.pretrained import heads
 
     found = inspect.signature(inspect.unwrap(getattr(heads, name)))
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in found.parameters.values()]
@@ -276,7 +276,7 @@ def test_errors_that_users_can_mend_are_value_errors():
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("poco_vla.heads", "poco_vla.adapting.heads"),
+        ("poco_vla.heads", "poco_vla.pretrained.heads"),
         ("poco_vla.rollout.environments", "poco_vla.simulators"),
         ("poco_vla.rollout.environments.ogbench", "poco_vla.simulators.ogbench"),
         ("poco_vla.rollout.serving.client", "poco_vla.serving.client"),

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from poco_vla.checkpointing import checkpoint
 from poco_vla.config import EnvSpec, PrefixConfig, TrainConfig, to_json
 from poco_vla.errors import CheckpointError
 from poco_vla.hub.artifact import _anywhere
 from poco_vla.report import group_runs
 from poco_vla.roles import machine, method, role_of, roles_of
-from poco_vla.training import checkpoint
 
 DEFAULT = TrainConfig(env=EnvSpec())
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from poco_vla.adapting.sources import read_object
 from poco_vla.errors import DataError, PolicyError
 from poco_vla.joint_names import listed
+from poco_vla.pretrained.sources import read_object
 
 logger = logging.getLogger(__name__)
 

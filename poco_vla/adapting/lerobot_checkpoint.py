@@ -13,10 +13,11 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor, nn
 
-from poco_vla.adapting import camera_names, heads, naming, normalization, policy_config, processors, weights
-from poco_vla.adapting.lora import Lora
+from poco_vla.adapting import camera_names, naming, normalization, processors, weights
 from poco_vla.adapting.normalization import Stats
 from poco_vla.errors import PolicyError
+from poco_vla.pretrained import heads, policy_config
+from poco_vla.pretrained.lora import Lora
 
 logger = logging.getLogger(__name__)
 

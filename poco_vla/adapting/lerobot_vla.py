@@ -18,7 +18,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from poco_vla.adapting import camera_names, heads, naming, processors
+from poco_vla.adapting import camera_names, naming, processors
 from poco_vla.adapting.lerobot_checkpoint import (
     Checkpoint,
     Described,
@@ -27,11 +27,12 @@ from poco_vla.adapting.lerobot_checkpoint import (
     fit,
     load_pipelines,
 )
-from poco_vla.adapting.lora import Lora, inject_lora, merge_lora
 from poco_vla.adapting.weights import Weights
 from poco_vla.errors import PolicyError
 from poco_vla.files import atomic_folder
 from poco_vla.policy import FlowPolicy
+from poco_vla.pretrained import heads
+from poco_vla.pretrained.lora import Lora, inject_lora, merge_lora
 from poco_vla.types import ActionSpec
 
 TRANSFORMER_LAYERS = (

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from poco_vla.adapting.heads import read_about
 from poco_vla.errors import PolicyError
 from poco_vla.joint_names import (
     ACTION,
@@ -26,6 +25,7 @@ from poco_vla.joint_names import (
     match_names,
     names_of,
 )
+from poco_vla.pretrained.heads import read_about
 
 __all__ = [
     "ACTION",

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poco_vla.adapting.tensor_files import read_tensors
 from poco_vla.errors import DataError
+from poco_vla.pretrained.tensor_files import read_tensors
 
 logger = logging.getLogger(__name__)
 

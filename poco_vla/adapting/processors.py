@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from poco_vla.adapting.normalization import NEEDED
-from poco_vla.adapting.sources import read_object
-from poco_vla.adapting.tensor_files import read_tensors
 from poco_vla.errors import DataError, PolicyError
 from poco_vla.joint_names import ACTION
+from poco_vla.pretrained.sources import read_object
+from poco_vla.pretrained.tensor_files import read_tensors
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 MAX_TEXT = 4096

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poco_vla.adapting.heads import PEFT_PREFIX, PEFT_WEIGHTS, POLICY_WEIGHTS
 from poco_vla.adapting.normalization import NEEDED
-from poco_vla.adapting.sources import Source, check_file, locate, on_hub, read_object
-from poco_vla.adapting.tensor_files import check_finite, open_tensors, read_tensors
 from poco_vla.errors import PolicyError
+from poco_vla.pretrained.heads import PEFT_PREFIX, PEFT_WEIGHTS, POLICY_WEIGHTS
+from poco_vla.pretrained.sources import Source, check_file, locate, on_hub, read_object
+from poco_vla.pretrained.tensor_files import check_finite, open_tensors, read_tensors
 
 INDEX = f"{POLICY_WEIGHTS}.index.json"
 PEFT_CONFIG = "adapter_config.json"

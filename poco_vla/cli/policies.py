@@ -120,9 +120,9 @@ class _Policy:
 
 def _policy_of(command: Eval | Serve) -> _Policy:
     """Find a policy, and its adapter where none is told."""
-    from poco_vla.adapting.heads import read_about
     from poco_vla.devices import check_device
     from poco_vla.hub import load_head, located
+    from poco_vla.pretrained.heads import read_about
     from poco_vla.registry import load_adapter
 
     check_device(command.device)

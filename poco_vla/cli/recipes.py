@@ -77,9 +77,9 @@ def _whole_number(word: str) -> int:
 
 
 def _state_of(config: TrainConfig) -> Literal["done", "resumable", "new"]:
-    """How far the newest run is that `config` stands for."""
+    """Return how far the newest run of `config` is."""
+    from poco_vla.checkpointing.checkpoint import can_resume
     from poco_vla.training import runs_of
-    from poco_vla.training.checkpoint import can_resume
 
     runs = runs_of(config)
     if runs and _is_done(runs[-1]):
@@ -138,7 +138,7 @@ def run_sweep(
 
 def _run_variant(config: TrainConfig) -> None:
     """One run of a sweep, or what is left of it."""
-    from poco_vla.training import checkpoint
+    from poco_vla.checkpointing import checkpoint
 
     folder = config.output_dir
     if (folder / "config.json").is_file():

@@ -91,7 +91,7 @@ class _Probe:
         return self.policy.velocity(self.encode(rows), x, t)
 
     def gap(self, found: Tensor, expected: Tensor) -> str:
-        """How far two tensors are apart, in words; empty when they are equal within the tolerance."""
+        """Say how far two tensors are apart; empty when they are equal within the tolerance."""
         if found.shape != expected.shape:
             return f"shape {list(found.shape)} instead of {list(expected.shape)}"
         found, expected = found.detach().double(), expected.detach().double()
@@ -245,7 +245,7 @@ _BY_PREFIX = "the policy, under the prefix it belongs to"
 def _remembered(
     probe: _Probe, untouched: FlowPolicy, before: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor]
 ) -> Iterator[str]:
-    """Where what `before` asked for is kept, if it changes the answer to `now`."""
+    """Return where the request of `before` is kept, if it changes the answer to `now`."""
 
     def ask(policy: FlowPolicy, prefix: Prefix, question: tuple[Tensor, Tensor]) -> Tensor:
         # A time that is expanded from one number stays so; a policy that writes into its input is another's finding.
@@ -348,7 +348,7 @@ def _check_stored_prefix(probe: _Probe) -> Iterator[str]:
 
 
 def _check_packing(probe: _Probe) -> Iterator[str]:
-    """What is stored of a state serves as its prefix, in any company, and holds nothing that trains."""
+    """Check that a packed state serves as its prefix in any batch, and holds nothing that trains."""
     policy = probe.policy
     if not policy.can_pack or any(_check_stored_prefix(probe)) or any(_check_pure(probe)) or any(_check_memory(probe)):
         return  # no store, or another check's finding
@@ -393,8 +393,8 @@ def _check_packing(probe: _Probe) -> Iterator[str]:
 
 @torch.no_grad()
 def _unlike(probe: _Probe, found: Prefix, rows: Any) -> str:
-    """How a prefix of some of the states differs from a fresh one: by its features, or the velocity on it, without and
-    with gradients."""
+    """Say how a prefix of some of the states differs from a fresh one: by its features, or the velocity on it, without
+    and with gradients."""
     expected, x, t = probe.encode().select(rows), probe.x[rows], probe.t[rows]
     if gap := probe.gap(found.features, expected.features):
         return f"features, {gap}"
@@ -450,7 +450,7 @@ def _moved(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _carries_gradient(probe: _Probe) -> bool:
-    """Whether a velocity requires grad because of the prefix."""
+    """Return True if a velocity requires grad because of the prefix."""
     with torch.enable_grad():
         prefix = probe.encode()
     trained = [p for p in probe.policy.parameters() if p.requires_grad]
@@ -730,7 +730,7 @@ def _check_padding(probe: _Probe) -> Iterator[str]:
 
 
 def _padding_read(probe: _Probe) -> tuple[bool, bool]:
-    """Whether velocity, and the model's own sampler, read padded dimensions."""
+    """Return two flags: velocity reads padded dimensions, the model's own sampler does."""
     policy, real = probe.policy, probe.policy.spec.action_dim
     if real == policy.spec.width:
         return False, False
@@ -742,12 +742,12 @@ def _padding_read(probe: _Probe) -> tuple[bool, bool]:
 
 
 def _padding_zeroed(probe: _Probe) -> bool:
-    """Whether velocity reads padded dimensions of x and gives zeros there."""
+    """Return True if velocity reads padded dimensions of x and gives zeros there."""
     return _padding_read(probe)[0] and not probe.velocity(probe.x, probe.t)[..., probe.policy.spec.action_dim :].any()
 
 
 def _postprocesses(probe: _Probe, dims: int) -> bool:
-    """Whether actions of that many dimensions go through the post-processor."""
+    """Return True if actions of that many dimensions go through the post-processor."""
     actions = probe.x[:, 0, :, :dims].clamp(-1, 1)
     try:
         return probe.policy.postprocess(actions).shape == actions.shape

@@ -52,11 +52,11 @@ DOWNLOAD_BLOCK = 2**20
 
 
 def _nothing(done: int) -> None:
-    """What is called after each episode where nobody asks."""
+    """Do nothing after an episode."""
 
 
 def _no_bytes(done: int, total: int | None) -> None:
-    """What is called after each block where nobody asks."""
+    """Do nothing after a block of bytes."""
 
 
 def import_ogbench(
@@ -409,7 +409,7 @@ def _unreachable(url: str, reason: str) -> DataError:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """What a damaged file makes its reader raise, as DataError."""
+    """Raise as DataError what a damaged file makes its reader raise."""
     try:
         yield
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:

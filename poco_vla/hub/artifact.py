@@ -1,7 +1,7 @@
 """What goes to the Hub of a run, gathered in a folder: nothing of it names this machine or holds a secret.
 
 head.safetensors        or adapter_model.safetensors (peft), or model.safetensors (a whole policy)
-poco.json               :mod:`poco_vla.adapting.heads`, and what was trained how, on what, with which result
+poco.json               :mod:`poco_vla.pretrained.heads`, and what was trained how, on what, with which result
 config.json, policy_*   LeRobot's configuration and processors
 critic.safetensors      if asked for
 README.md, curve.png    the model card
@@ -25,7 +25,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from poco_vla.adapting.heads import (
+from poco_vla.checkpointing import checkpoint
+from poco_vla.config import TrainConfig
+from poco_vla.errors import HubError, PocoError
+from poco_vla.files import recover_folder, write_json
+from poco_vla.hub.peft_form import PEFT_CONFIG, write_peft
+from poco_vla.hub.secrets import find_home, find_secret, secret_values
+from poco_vla.pretrained.heads import (
     ABOUT,
     FORMAT,
     HEAD_WEIGHTS,
@@ -35,16 +41,10 @@ from poco_vla.adapting.heads import (
     read_about,
     sha256_of,
 )
-from poco_vla.adapting.sources import read_object
-from poco_vla.adapting.tensor_files import check_finite, check_weights_file, read_tensors
-from poco_vla.config import TrainConfig
-from poco_vla.errors import HubError, PocoError
-from poco_vla.files import recover_folder, write_json
-from poco_vla.hub.peft_form import PEFT_CONFIG, write_peft
-from poco_vla.hub.secrets import find_home, find_secret, secret_values
+from poco_vla.pretrained.sources import read_object
+from poco_vla.pretrained.tensor_files import check_finite, check_weights_file, read_tensors
 from poco_vla.registry import GROUP, load_adapter
 from poco_vla.roles import role_of
-from poco_vla.training import checkpoint
 
 type Form = Literal["head", "peft", "policy"]
 type Which = Literal["last", "best"]
@@ -196,7 +196,7 @@ def head_in(folder: Path) -> Head | None:
 
 
 def source_folder(run: Path, which: Which) -> Path:
-    """Where a run keeps the policy that is asked for.
+    """Return the folder in which a run keeps the policy that is asked for.
 
     Raises:
         HubError: it has none.
@@ -326,7 +326,7 @@ def _link(file: Path, name: Path) -> None:
 
 
 def _account(result: Mapping[str, Any], config: Mapping[str, Any], which: Which, folder: Path) -> dict[str, Any]:
-    """What was trained how, on what, with which result."""
+    """Return what was trained how, on what, with which result."""
     dataset = config["dataset"]
     demonstrations = result.get("demonstrations") or {}
     origin = _origin(config)
@@ -371,7 +371,7 @@ def _origin(config: Mapping[str, Any]) -> Literal["hub", "folder", "script", "un
 
 
 def _distribution(adapter: str) -> dict[str, str] | None:
-    """What installs an adapter, for those who have not got it."""
+    """Return the distribution that installs an adapter."""
     for point in entry_points(group=GROUP):
         if point.name == adapter and point.dist is not None:
             return {"name": point.dist.name, "version": point.dist.version}

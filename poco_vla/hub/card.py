@@ -283,5 +283,5 @@ def _short(value: float | str) -> str:
 
 
 def _on_hub(name: str | None) -> bool:
-    """Whether a dataset's id is one of the Hub; what was made on the spot is called "local/..."."""
+    """Return True if a dataset's id is one of the Hub; datasets made on the spot are called "local/..."."""
     return bool(name) and name.count("/") == 1 and not name.startswith("local/")

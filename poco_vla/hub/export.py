@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from poco_vla.adapting.heads import ABOUT, base_of, head_folder, read_about
 from poco_vla.errors import HubError
 from poco_vla.files import write_json
 from poco_vla.hub.artifact import copy_described, head_in, put_weights
 from poco_vla.hub.fetch import load_head, located
 from poco_vla.hub.rate import FPS, note_rate
+from poco_vla.pretrained.heads import ABOUT, base_of, head_folder, read_about
 
 
 def export_policy(

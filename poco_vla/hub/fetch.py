@@ -7,21 +7,21 @@ from typing import Any
 
 import torch
 
-from poco_vla.adapting.heads import (
+from poco_vla.critic import ChunkCritic
+from poco_vla.errors import HubError, UnknownAdapterError
+from poco_vla.hub.artifact import CRITIC
+from poco_vla.hub.places import policy_folder
+from poco_vla.policy import FlowPolicy
+from poco_vla.pretrained.heads import (
     ABOUT,
     HEAD_WEIGHTS,
     POLICY_WEIGHTS,
     another_file,
     read_about,
 )
-from poco_vla.adapting.policy_config import describing
-from poco_vla.adapting.sources import Source, check_file, check_sizes, locate
-from poco_vla.adapting.tensor_files import check_finite, check_tensors, read_shapes, read_tensors
-from poco_vla.critic import ChunkCritic
-from poco_vla.errors import HubError, UnknownAdapterError
-from poco_vla.hub.artifact import CRITIC
-from poco_vla.hub.places import policy_folder
-from poco_vla.policy import FlowPolicy
+from poco_vla.pretrained.policy_config import describing
+from poco_vla.pretrained.sources import Source, check_file, check_sizes, locate
+from poco_vla.pretrained.tensor_files import check_finite, check_tensors, read_shapes, read_tensors
 from poco_vla.registry import available_adapters, load_adapter
 
 CRITIC_SIZES = {"feature_dim": 1_000_000, "horizon": 4096, "action_dim": 65_536, "hidden": 65_536, "members": 1000}
@@ -108,7 +108,7 @@ def load_critic(repo_or_path: str | Path, *, revision: str | None = None, target
 
 
 def located(repo_or_path: str | Path, revision: str | None = None) -> Source:
-    """Return the source as :func:`poco_vla.adapting.sources.locate` does; of a run, that of its last policy."""
+    """Return the source as :func:`poco_vla.pretrained.sources.locate` does; of a run, that of its last policy."""
     return locate(policy_folder(repo_or_path), revision)
 
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from poco_vla.adapting.heads import PEFT_PREFIX, PEFT_WEIGHTS, Head
 from poco_vla.errors import HubError
+from poco_vla.pretrained.heads import PEFT_PREFIX, PEFT_WEIGHTS, Head
 
 PEFT_CONFIG = "adapter_config.json"
 

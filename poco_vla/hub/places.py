@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from poco_vla.adapting.heads import ABOUT
-from poco_vla.adapting.sources import read_object
+from poco_vla.checkpointing import checkpoint
 from poco_vla.errors import HubError
 from poco_vla.hub.artifact import source_folder
-from poco_vla.training import checkpoint
+from poco_vla.pretrained.heads import ABOUT
+from poco_vla.pretrained.sources import read_object
 
 RESULT = "result.json"
 

@@ -13,12 +13,12 @@ from httpx import HTTPError
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from poco_vla.adapting.heads import ABOUT, Head, read_about, sha256_of
-from poco_vla.adapting.sources import content_of, weights_in
 from poco_vla.errors import HubError, PocoError
 from poco_vla.files import write_json
 from poco_vla.hub.artifact import CARD, Artifact, Dtype, Form, Which, check_portable, head_in, source_folder, stage
 from poco_vla.hub.card import Licence, model_card
+from poco_vla.pretrained.heads import ABOUT, Head, read_about, sha256_of
+from poco_vla.pretrained.sources import content_of, weights_in
 from poco_vla.registry import load_adapter
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _check_name(repo_id: str) -> None:
 
 
 def _full_name(api: HfApi, repo_id: str) -> str:
-    """With the user's own namespace where none is given; who that is, is asked in any case."""
+    """Return a repository's name, in the user's own namespace where none is given; the Hub is asked who the user is."""
     if api.token is None and get_token() is None:
         raise HubError(
             "no token for the Hub: run `hf auth login` (it needs write access) or set HF_TOKEN. --dry-run needs none"
@@ -186,7 +186,7 @@ class _Place:
 
 
 def _look(api: HfApi, repo_id: str, adapter: str, *, private: bool) -> _Place:
-    """What is there now; HubError where it is somebody's or another adapter's."""
+    """Return what is in the repository now; raise HubError if it is somebody's or another adapter's."""
     try:
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:

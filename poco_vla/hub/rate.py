@@ -4,10 +4,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from poco_vla.adapting.heads import ABOUT, read_about
 from poco_vla.errors import ConfigError, PocoError
 from poco_vla.files import read_json, write_json
 from poco_vla.hub.fetch import located
+from poco_vla.pretrained.heads import ABOUT, read_about
 
 FPS = "fps"
 """Name of the rate in poco.json and result.json, in control steps per second."""

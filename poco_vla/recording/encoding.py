@@ -24,8 +24,7 @@ def silent_stderr() -> Iterator[None]:
 
 @contextmanager
 def keep_scheduling() -> Iterator[None]:
-    """As root, SVT-AV1 puts the thread that calls it, and all that it starts later, ahead of everything else on the
-    machine (SCHED_FIFO 99), and leaves it there."""
+    """Restore the thread's scheduling, which SVT-AV1 as root sets to SCHED_FIFO 99: ahead of all else on the machine."""
     if not hasattr(os, "sched_getscheduler"):  # macOS
         yield
         return

@@ -127,7 +127,7 @@ class EpisodeRecorder:
         return self._disk.ends[self._accounted - 1] if self._accounted else 0
 
     def has(self, key: str) -> bool:
-        """Whether an episode of this key is among them. "" is no key."""
+        """Return True if an episode of this key is recorded. "" is no key."""
         return self._disk.keys.get(key, self._accounted) < self._accounted
 
     def add(self, episode: Episode, key: str = "") -> None:
@@ -321,7 +321,7 @@ def _save(dataset: Any, episode: Episode) -> None:
 
 
 def _same(a: Episode, b: Episode) -> bool:
-    """Whether two runs of an episode are one, by what both have: `a` has no pictures that video has changed."""
+    """Return True if two runs of an episode are one, by what both have: `a` has no pictures that video has changed."""
     return (
         len(a) == len(b)
         and a.task == b.task
@@ -340,7 +340,7 @@ def _kind(feature: Mapping[str, Any]) -> str:
 
 
 def can_be_video(shape: Sequence[int]) -> bool:
-    """Whether the encoders take pictures of this shape (height, width, 3)."""
+    """Return True if the encoders take pictures of this shape (height, width, 3)."""
     height, width = shape[:2]
     return min(height, width) >= MIN_VIDEO_SIDE and height % 2 == width % 2 == 0
 

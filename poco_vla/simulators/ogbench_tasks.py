@@ -26,7 +26,7 @@ _SENTENCES = {
 
 
 def sentence(task: str) -> str:
-    """What the robot is told to do."""
+    """Return the instruction for the robot."""
     return _SENTENCES[task.split("-")[0]]
 
 

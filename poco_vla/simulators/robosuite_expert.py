@@ -111,7 +111,7 @@ class Expert:
         return np.append(np.clip(motion, -1.0, 1.0), goal.grip).astype(np.float32)
 
     def goal(self, scene: Scene) -> Goal:
-        """What to do in this state."""
+        """Return what to do in this state."""
         raise NotImplementedError
 
     def reach(self, scene: Scene, point: Vector, yaw: float) -> Goal:
@@ -129,12 +129,12 @@ class Expert:
         return Goal(offset + np.array([0, 0, height]), turn, OPEN)
 
     def around(self, scene: Scene, point: Vector, *, slack: float) -> bool:
-        """Whether `point` is between the fingertips."""
+        """Return True if `point` is between the fingertips."""
         offset = np.abs(point - scene.hand)
         return bool(np.hypot(*offset[:2]) < 0.008 * slack and offset[2] < 0.008 * slack)
 
     def holds(self, scene: Scene, point: Vector) -> bool:
-        """Whether the object is between the fingertips and keeps them apart."""
+        """Return True if the object is between the fingertips and keeps them apart."""
         return abs(scene.opening - self.width) < 0.005 and self.around(scene, point, slack=2.5)
 
     def _scene(self) -> Scene:
@@ -267,7 +267,7 @@ def yaw_of(axis: Vector) -> float:
 
 
 def nearest_yaw(yaw: float, period: float, scene: Scene) -> float:
-    """Of `yaw` and what equals it by symmetry, the one that is easy for the arm, rather than far from where it is."""
+    """Return `yaw` or its equal by symmetry, whichever is easy for the arm rather than far from where it is."""
     around = yaw + period * np.arange(round(2 * np.pi / period))
     now = yaw_of(scene.hand_rotation[:, 0])
     return float(around[np.argmin(np.abs(wrapped(around - _NEUTRAL)) + 0.3 * np.abs(wrapped(around - now)))])

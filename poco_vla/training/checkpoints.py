@@ -7,9 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from poco_vla.training import checkpoint
+from poco_vla.checkpointing import checkpoint
+from poco_vla.checkpointing.schedule import CheckpointClock
 from poco_vla.training.context import RunContext
-from poco_vla.training.schedule import CheckpointClock
 
 NEEDED = ("progress", "batches", "acting", "base_version", "guard", "logbook")
 """Parts that state.json must hold; older versions wrote no others."""

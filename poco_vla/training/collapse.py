@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poco_vla.checkpointing import checkpoint
 from poco_vla.learner.broadcast import shared
-from poco_vla.training import checkpoint
 from poco_vla.training.context import RunContext
 from poco_vla.training.guard import CollapseGuard
 from poco_vla.training.updates import Updater

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from accelerate import Accelerator
 
+from poco_vla.checkpointing.progress import Progress
 from poco_vla.config import TrainConfig
 from poco_vla.progress import Display
 from poco_vla.training.folder import RunFolder
 from poco_vla.training.interruption import Interruption
 from poco_vla.training.logbook import Logbook
-from poco_vla.training.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from poco_vla.checkpointing.statistics import RunStatistics
 from poco_vla.config import DatasetConfig, TrainConfig
 from poco_vla.data import DatasetInfo, Episode, open_dataset, read_episodes
 from poco_vla.data.dataset import info_of
@@ -14,9 +15,8 @@ from poco_vla.demonstrations.scripted import demonstrations_root, ensure_demonst
 from poco_vla.policy import FlowPolicy
 from poco_vla.progress import Display
 from poco_vla.registry import load_adapter
+from poco_vla.rollout.compatibility import check_fit, check_inputs
 from poco_vla.simulators import environment
-from poco_vla.training.compatibility import check_fit, check_inputs
-from poco_vla.training.statistics import RunStatistics
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from poco_vla import report
+from poco_vla.checkpointing.provenance import Provenance
 from poco_vla.config import DatasetConfig
 from poco_vla.data import Episode, Replay, open_dataset, read_episodes
 from poco_vla.data.folder import read_info
@@ -16,7 +17,6 @@ from poco_vla.recording.admission import Admission
 from poco_vla.training.collapse import CollapseRecovery
 from poco_vla.training.context import RunContext
 from poco_vla.training.dataset import RunData
-from poco_vla.training.provenance import Provenance
 
 EPISODES_AT_ONCE = 50
 """Episodes with pictures that are read together."""

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from poco_vla.checkpointing import checkpoint
 from poco_vla.config import TrainConfig
 from poco_vla.errors import CheckpointError, ConfigError
 from poco_vla.files import wait_for_space, write_json
 from poco_vla.learner.broadcast import shared
 from poco_vla.progress import Display
-from poco_vla.training import checkpoint
 
 EPISODES = "episodes"
 """Dataset of online episodes in a run's folder."""

@@ -15,11 +15,11 @@ from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
 from poco_vla.algorithms import Stage
+from poco_vla.checkpointing.progress import Progress
 from poco_vla.errors import UnknownNameError
 from poco_vla.evaluation import wilson_interval
 from poco_vla.files import atomic_file
 from poco_vla.progress import Bar
-from poco_vla.training.progress import Progress
 
 
 def refuse_unknown_trackers(trackers: Sequence[str]) -> None:
@@ -93,7 +93,7 @@ class Logbook:
         self._write("evaluations.jsonl", figures)
 
     def told(self) -> dict[str, Any]:
-        """How the online stage goes, in words and numbers for people elsewhere."""
+        """Return how the online stage goes, in words and numbers for people elsewhere."""
         now = self.progress
         shown = _success(now.recent) if now.recent else "no episode yet"
         return {"env_steps": now.env_steps, "updates": now.update, "episodes": now.episodes, "success": shown}

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from poco_vla.checkpointing.progress import Progress
 from poco_vla.data import Episode
-from poco_vla.training.progress import Progress
 
 ENOUGH = 20
 """Online episodes after which a run in which demonstrations alone succeed is told so."""

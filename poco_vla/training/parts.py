@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poco_vla.checkpointing import checkpoint
+from poco_vla.checkpointing.statistics import RunStatistics
+from poco_vla.checkpointing.versions import VersionBound
 from poco_vla.errors import CheckpointError
 from poco_vla.joint_names import check_same_names
 from poco_vla.learner.backends import Learner
@@ -13,10 +16,7 @@ from poco_vla.learner.broadcast import shared
 from poco_vla.noise import GlobalBatchRNG
 from poco_vla.policy import FlowPolicy
 from poco_vla.rollout.actor import WeightsVersion
-from poco_vla.training import checkpoint
 from poco_vla.training.context import RunContext
-from poco_vla.training.statistics import RunStatistics
-from poco_vla.training.versions import VersionBound
 
 
 class BaseVersion:

@@ -8,6 +8,10 @@ import torch
 from accelerate.utils import DistributedType
 
 from poco_vla.algorithms import load_algorithm, options_of
+from poco_vla.checkpointing import checkpoint
+from poco_vla.checkpointing.progress import Progress
+from poco_vla.checkpointing.provenance import Provenance
+from poco_vla.checkpointing.versions import VersionBound
 from poco_vla.config import EnvSpec, TrainConfig, to_json, to_scalars
 from poco_vla.data import BatchSource, Episode, Replay
 from poco_vla.errors import ConfigError
@@ -26,7 +30,6 @@ from poco_vla.recording.recorder import EpisodeRecorder
 from poco_vla.registry import check_options, load_adapter
 from poco_vla.rollout import Actor, EnvPool
 from poco_vla.rollout.actor import WeightsVersion
-from poco_vla.training import checkpoint
 from poco_vla.training.checkpoints import Checkpoints, Part
 from poco_vla.training.collapse import CollapseRecovery
 from poco_vla.training.collector import Collector
@@ -58,10 +61,7 @@ from poco_vla.training.parts import (
     WeightVersions,
 )
 from poco_vla.training.prefixes import open_prefixes
-from poco_vla.training.progress import Progress
-from poco_vla.training.provenance import Provenance
 from poco_vla.training.updates import Updater
-from poco_vla.training.versions import VersionBound
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from poco_vla.algorithms import Algorithm, Stage
+from poco_vla.checkpointing import checkpoint
+from poco_vla.checkpointing.progress import Progress
+from poco_vla.checkpointing.versions import VersionBound
 from poco_vla.config import TrainConfig
 from poco_vla.data import BatchSource, Replay, chunk_batch
 from poco_vla.errors import ConfigError, NonFiniteError, OtherProcessError
@@ -21,10 +24,7 @@ from poco_vla.learner.memory import Budget
 from poco_vla.noise import GlobalBatchRNG
 from poco_vla.progress import Bar
 from poco_vla.rollout.actor import WeightsVersion
-from poco_vla.training import checkpoint
 from poco_vla.training.logbook import Logbook
-from poco_vla.training.progress import Progress
-from poco_vla.training.versions import VersionBound
 from poco_vla.types import ChunkBatch, Metrics
 
 

@@ -8,7 +8,7 @@ from poco_vla_pi05.architecture import ARCHITECTURE_FILE, TINY
 from poco_vla_pi05.tokenizer import byte_tokenizer
 from safetensors.torch import load_file, save_file
 
-from poco_vla.adapting import heads
+from poco_vla.pretrained import heads
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 STATE, ACTION = "observation.state", "action"

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from poco_vla import PocoError, load_adapter
-from poco_vla.adapting import heads
-from poco_vla.adapting.sources import locate
 from poco_vla.adapting.weights import weights_of, whole_source
 from poco_vla.cli import main
 from poco_vla.hub import export_policy, load_head
+from poco_vla.pretrained import heads
+from poco_vla.pretrained.sources import locate
 
 ADAPTERS = ("flow_mlp", "pi05", "smolvla", "groot_n1d6")
 WEIGHTS, CONFIG = heads.POLICY_WEIGHTS, "config.json"

@@ -10,7 +10,7 @@ from lerobot_policy_groot_n1d6.adapter import GrootN1d6Adapter
 from safetensors.torch import load_file
 
 from poco_vla import PolicyError, propose
-from poco_vla.adapting import heads
+from poco_vla.pretrained import heads
 
 
 @pytest.fixture(scope="module")

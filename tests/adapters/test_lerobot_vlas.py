@@ -13,7 +13,8 @@ from poco_vla_smolvla.adapter import SmolVla
 from safetensors.torch import load_file, save_file
 
 from poco_vla import DataError, PocoError, PolicyError, check_policy
-from poco_vla.adapting import heads, lerobot_vla
+from poco_vla.adapting import lerobot_vla
+from poco_vla.pretrained import heads
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 PROJECTION = "model.action_out_proj.weight"

@@ -29,7 +29,7 @@ from poco_vla_pi05.architecture import ARCHITECTURE_FILE, TINY, lerobot_builds
 from safetensors.torch import load_file
 
 from poco_vla import DataError, PolicyError, propose
-from poco_vla.adapting import heads
+from poco_vla.pretrained import heads
 
 LAST_NORM = "model.paligemma_with_expert.paligemma.model.language_model.norm.weight"
 PROJECTION = "model.action_out_proj.weight"

@@ -12,8 +12,8 @@ from poco_vla_pi05.architecture import TINY, lerobot_builds
 from safetensors.torch import load_file
 
 from poco_vla import Lora, Poco, PocoConfig, PolicyError, check_policy, flow_errors, propose
-from poco_vla.adapting import heads
-from poco_vla.training.checkpoint import load_trainable_state, trainable_state
+from poco_vla.checkpointing.checkpoint import load_trainable_state, trainable_state
+from poco_vla.pretrained import heads
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from poco_vla_smolvla.adapter import LORA_TARGETS, SmolVla
 from safetensors.torch import load_file, save_file
 
 from poco_vla import DataError, PolicyError, check_policy, export_policy, flow_errors, propose
-from poco_vla.adapting import heads
+from poco_vla.pretrained import heads
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 PROJECTION = "model.action_out_proj.weight"

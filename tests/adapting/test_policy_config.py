@@ -5,7 +5,7 @@ import os
 import pytest
 
 from poco_vla import PolicyError
-from poco_vla.adapting.policy_config import check_regular
+from poco_vla.pretrained.policy_config import check_regular
 
 
 def put(folder, name, size):

@@ -7,10 +7,10 @@ import matplotlib
 import torch
 
 from poco_vla import ChunkCritic, EnvSpec, PocoConfig, TrainConfig, load_adapter
+from poco_vla.checkpointing.checkpoint import save
 from poco_vla.config import to_json
 from poco_vla.files import write_json
 from poco_vla.hub.rate import note_rate
-from poco_vla.training.checkpoint import save
 
 matplotlib.use("Agg")
 CRITIC = {"critic_hidden": (8, 8)}

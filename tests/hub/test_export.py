@@ -12,8 +12,8 @@ from poco_vla_pi05.architecture import TINY, lerobot_builds
 from run_folders import based_run
 
 from poco_vla import PocoError, PolicyError, export_policy, load_adapter, load_head, propose, push_head
-from poco_vla.adapting import heads
 from poco_vla.errors import HubError
+from poco_vla.pretrained import heads
 
 pytest_plugins = ["hub_server"]
 BASE, HEAD = "lerobot/pi05_base", "someone/pen"

@@ -10,9 +10,9 @@ from run_folders import based_run, move, write_run
 from safetensors.torch import load_file, save_file
 
 from poco_vla import PolicyError, load_adapter, load_head, propose, push_head
-from poco_vla.adapting import heads
-from poco_vla.adapting.sources import PICKLES
 from poco_vla.errors import HubError
+from poco_vla.pretrained import heads
+from poco_vla.pretrained.sources import PICKLES
 
 pytest_plugins = ["hub_server"]
 BASE, HEAD = "lerobot/pi05_base", "someone/pen"

@@ -13,9 +13,9 @@ from run_folders import about_of, based_run, move, write_run
 from safetensors.torch import load_file, save_file
 
 from poco_vla import PocoError, load_adapter, load_critic, load_head, propose, push_head
-from poco_vla.adapting.heads import sha256_of
 from poco_vla.errors import HubError
 from poco_vla.hub.artifact import check_portable
+from poco_vla.pretrained.heads import sha256_of
 
 pytest_plugins = ["hub_server"]
 BASE, HEAD = "lerobot/pi05_base", "someone/pen"

@@ -5,9 +5,9 @@ import json
 import pytest
 from lerobot_policy_flow_mlp.adapter import FlowMlp
 
-from poco_vla.adapting.heads import read_about
 from poco_vla.errors import ConfigError
 from poco_vla.hub.rate import note_rate, rate_of
+from poco_vla.pretrained.heads import read_about
 
 
 @pytest.fixture

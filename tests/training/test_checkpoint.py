@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from toy_policies import ToyPolicy, toy_batch
 
 from poco_vla import Poco, PocoConfig
+from poco_vla.checkpointing import checkpoint
 from poco_vla.config import DatasetConfig, EnvSpec, TrainConfig
 from poco_vla.errors import CheckpointError
 from poco_vla.files import write_json
-from poco_vla.training import checkpoint
 
 CONFIG = TrainConfig(env=EnvSpec())
 

@@ -14,6 +14,10 @@ import torch
 from accelerate.state import AcceleratorState
 from pointmass_run import small
 
+from poco_vla.checkpointing.progress import Progress
+from poco_vla.checkpointing.provenance import Provenance
+from poco_vla.checkpointing.schedule import CheckpointClock
+from poco_vla.checkpointing.versions import AHEAD, VersionBound
 from poco_vla.config import InteractionConfig
 from poco_vla.data import Episode
 from poco_vla.data.dataset import info_of
@@ -21,10 +25,6 @@ from poco_vla.errors import CheckpointError, NonFiniteError, OtherProcessError, 
 from poco_vla.learner.failures import Failures
 from poco_vla.training import Trainer
 from poco_vla.training.outlook import Outlook
-from poco_vla.training.progress import Progress
-from poco_vla.training.provenance import Provenance
-from poco_vla.training.schedule import CheckpointClock
-from poco_vla.training.versions import AHEAD, VersionBound
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -90,7 +90,7 @@ def test_what_imitation_has_trained_is_on_disk_before_an_evaluation_may_fail(tmp
 
 def test_a_checkpoint_by_time_waits_for_its_minutes_and_for_slow_disks(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("poco_vla.training.schedule.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("poco_vla.checkpointing.schedule.time.monotonic", lambda: now[0])
     clock, never = CheckpointClock(1.0), CheckpointClock(0.0)
     due = []
     for now[0] in (59.0, 61.0):

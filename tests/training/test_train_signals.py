@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from poco_vla.checkpointing import checkpoint
 from poco_vla.errors import CheckpointError
 from poco_vla.files import is_alive
 from poco_vla.locks import NOTE
-from poco_vla.training import checkpoint
 
 HERE = Path(__file__).parents[1]
 LAUNCH = ("--quiet", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")

@@ -9,10 +9,10 @@ import torch
 from lerobot_policy_flow_mlp.adapter import FlowMlp
 from safetensors.torch import save_file
 
+from poco_vla.checkpointing.statistics import RunStatistics
 from poco_vla.config import TrainConfig
 from poco_vla.data import DatasetInfo, Episode
 from poco_vla.errors import CheckpointError, DataError
-from poco_vla.training.statistics import RunStatistics
 
 KEYS = {"observation.state": 3, "action": 2}
 FEATURES = {key: {"dtype": "float32", "shape": (n,), "names": None} for key, n in KEYS.items()}

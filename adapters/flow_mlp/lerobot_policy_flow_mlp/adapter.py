@@ -18,8 +18,9 @@ from lerobot_policy_flow_mlp.configuration_flow_mlp import MAX_WIDTH, FlowMlpCon
 from lerobot_policy_flow_mlp.modeling_flow_mlp import STATE_KEYS, TRUST_VARIABLE, FlowMlpPolicy
 from lerobot_policy_flow_mlp.processor_flow_mlp import make_flow_mlp_pre_post_processors
 from poco_vla import ActionSpec, FlowPolicy, PolicyError, atomic_folder, linear, raw
-from poco_vla.adapting import camera_names, heads, naming, normalization, policy_config, processors, weights
+from poco_vla.adapting import camera_names, naming, normalization, processors, weights
 from poco_vla.adapting.lerobot_checkpoint import kept_order
+from poco_vla.pretrained import heads, policy_config
 
 OF_DATASET = frozenset(
     {"input_features", "output_features", "chunk_size", "n_action_steps", "push_to_hub", "action_feature_names"}

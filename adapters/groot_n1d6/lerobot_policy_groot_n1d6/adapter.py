@@ -47,7 +47,7 @@ from lerobot_policy_groot_n1d6.processing.steps import (
 )
 from lerobot_policy_groot_n1d6.processor_groot_n1d6 import make_groot_n1d6_pre_post_processors
 from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, atomic_folder, inject_lora, merge_lora, raw
-from poco_vla.adapting import camera_names, heads, naming, normalization, policy_config, processors
+from poco_vla.adapting import camera_names, naming, normalization, processors
 from poco_vla.adapting import weights as weight_files
 from poco_vla.adapting.lerobot_checkpoint import (
     Checkpoint,
@@ -57,6 +57,7 @@ from poco_vla.adapting.lerobot_checkpoint import (
     tiny_features,
     tiny_stats,
 )
+from poco_vla.pretrained import heads, policy_config
 
 PROCESSED = {"embodiment", "tokenizer", "byte_ids", "letterbox", "exact_images", "augment_images"}
 """Options that the processors heed."""

@@ -15,7 +15,7 @@ from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TO
 from torch import Tensor
 
 from poco_vla import Lora, raw
-from poco_vla.adapting import heads, naming
+from poco_vla.adapting import naming
 from poco_vla.adapting.lerobot_checkpoint import (
     DTYPES,
     Checkpoint,
@@ -27,6 +27,7 @@ from poco_vla.adapting.lerobot_checkpoint import (
 )
 from poco_vla.adapting.lerobot_vla import TRANSFORMER_LAYERS, LeRobotVla
 from poco_vla.adapting.weights import Weights
+from poco_vla.pretrained import heads
 from poco_vla_pi05 import checkpoint, expert, processors
 from poco_vla_pi05.architecture import ARCHITECTURE_FILE, PROJECTIONS, TINY, Architecture, empty_policy, random_weights
 from poco_vla_pi05.prefix import Pi05Prefix, encode

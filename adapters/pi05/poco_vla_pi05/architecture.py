@@ -21,7 +21,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
 from poco_vla import PolicyError
-from poco_vla.adapting import heads, policy_config
+from poco_vla.pretrained import heads, policy_config
 
 ARCHITECTURE_FILE = "architecture.json"
 """Lies beside the weights of a model that has not pi0.5's own sizes."""

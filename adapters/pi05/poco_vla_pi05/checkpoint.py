@@ -15,8 +15,9 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from torch import Tensor
 
 from poco_vla import PolicyError
-from poco_vla.adapting import heads, policy_config, weights
+from poco_vla.adapting import weights
 from poco_vla.adapting.lerobot_checkpoint import Checkpoint, Described, LoadOptions, fill_policy, read_config
+from poco_vla.pretrained import heads, policy_config
 from poco_vla_pi05.architecture import Architecture
 
 WEIGHTS = heads.POLICY_WEIGHTS

@@ -8,9 +8,9 @@ from transformers import AutoTokenizer
 from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
 
 from poco_vla import PolicyError
-from poco_vla.adapting import policy_config
 from poco_vla.adapting.processors import PREPROCESSOR
-from poco_vla.adapting.sources import read_object
+from poco_vla.pretrained import policy_config
+from poco_vla.pretrained.sources import read_object
 
 DEFAULT = "google/paligemma-3b-pt-224"
 """What LeRobot's pi0.5 processors ask for: a gated repository."""

@@ -14,10 +14,11 @@ from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TO
 from torch import Tensor
 
 from poco_vla import Lora, raw
-from poco_vla.adapting import heads, naming
+from poco_vla.adapting import naming
 from poco_vla.adapting.lerobot_checkpoint import Checkpoint, Described, LoadOptions, tiny_features, tiny_stats
 from poco_vla.adapting.lerobot_vla import TRANSFORMER_LAYERS, LeRobotVla
 from poco_vla.adapting.weights import Weights
+from poco_vla.pretrained import heads
 from poco_vla_smolvla import checkpoint, network
 from poco_vla_smolvla.network import SmolVlaPrefix
 from poco_vla_smolvla.vlm import Vlm, empty_policy, random_weights, tiny_vlm

@@ -18,8 +18,9 @@ from lerobot.processor import (
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK
 
 from poco_vla import DataError, PolicyError
-from poco_vla.adapting import heads, processors, weights
+from poco_vla.adapting import processors, weights
 from poco_vla.adapting.lerobot_checkpoint import fill_policy, read_config
+from poco_vla.pretrained import heads
 
 INPUT_STEPS: processors.Steps = {
     **processors.INPUT_STEPS,

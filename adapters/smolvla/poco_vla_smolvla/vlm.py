@@ -22,7 +22,7 @@ from transformers.models.smolvlm import SmolVLMConfig, SmolVLMImageProcessor, Sm
 from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 
 from poco_vla import PolicyError
-from poco_vla.adapting import policy_config
+from poco_vla.pretrained import policy_config
 
 
 @dataclass(frozen=True)

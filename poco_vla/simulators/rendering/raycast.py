@@ -188,7 +188,7 @@ def _interpolate(
 def _rays(
     eyes: Sequence[mujoco.MjvGLCamera], at: Real[np.ndarray, "N 2"], aspect: float
 ) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "N 3"]]:
-    """Where the view's rays start (between MuJoCo's two stereo eyes) and their unit directions.
+    """Return where the view's rays start (between MuJoCo's two stereo eyes) and their unit directions.
 
     Args:
         at: rows and columns as fractions of the picture's height and width.

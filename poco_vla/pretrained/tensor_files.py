@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from poco_vla.adapting.sources import check_file
 from poco_vla.errors import PolicyError
+from poco_vla.pretrained.sources import check_file
 
 
 def open_tensors(file: Path) -> Any:

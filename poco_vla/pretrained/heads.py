@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from poco_vla.adapting.lora import Lora
-from poco_vla.adapting.sources import REVISION, Source, check_file, locate, on_hub, read_object
-from poco_vla.adapting.tensor_files import check_finite, check_tensors, read_shapes, read_tensors
 from poco_vla.errors import PolicyError
 from poco_vla.files import atomic_folder, write_json
+from poco_vla.pretrained.lora import Lora
+from poco_vla.pretrained.sources import REVISION, Source, check_file, locate, on_hub, read_object
+from poco_vla.pretrained.tensor_files import check_finite, check_tensors, read_shapes, read_tensors
 
 ABOUT = "poco.json"
 FORMAT = 1
@@ -51,7 +51,7 @@ class PeftLayout:
     shape: tuple[int, int] = (0, 0)
 
     def found_in(self, module: nn.Module) -> "PeftLayout":
-        """With the idle layer's whole name and shape."""
+        """Return the record with the idle layer's whole name and shape."""
         ((name, layer),) = ((n, m) for n, m in module.named_modules() if n.endswith(f".{self.idle}"))
         assert isinstance(layer, nn.Linear)
         return replace(self, idle=name, shape=(layer.out_features, layer.in_features))
@@ -66,7 +66,7 @@ class Head:
         base: Hub id or folder of the model that it belongs on.
         revision: that model's Hub commit; None for a folder.
         fingerprint: :func:`fingerprint` of that model.
-        content: :func:`poco_vla.adapting.sources.content_of` its folder; None for a Hub commit, which does not change.
+        content: :func:`poco_vla.pretrained.sources.content_of` its folder; None for a Hub commit.
         horizon: H.
         file: the weights, in the same folder.
         sha256: their hash.
@@ -297,7 +297,7 @@ def write_about(
 
 
 def base_of(head: Head, moved: str | Path | None = None) -> Source:
-    """Where the frozen weights are: where a head says, or where its user says they are now.
+    """Return where the frozen weights are: where a head says, or where its user says they are now.
 
     Args:
         head: the head.
@@ -347,7 +347,7 @@ def sha256_of(file: Path) -> str:
 
 
 def another_file(file: Path, expected: str) -> str:
-    """What is wrong with a file whose SHA-256 poco.json says, in words; empty where it is the one."""
+    """Say what is wrong with a file whose SHA-256 is in poco.json; empty where it is the one."""
     found = sha256_of(file)
     if found == expected:
         return ""

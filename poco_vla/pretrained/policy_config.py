@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from poco_vla.adapting.sources import check_sizes, read_object
 from poco_vla.errors import PocoError, PolicyError
+from poco_vla.pretrained.sources import check_sizes, read_object
 
 CONFIG = "config.json"
 SIZES: Mapping[str, int] = {

@@ -9,8 +9,8 @@ from poco_vla.config import EnvSpec
 from poco_vla.data import DatasetInfo
 from poco_vla.errors import ConfigError, DataError, SimulatorError
 from poco_vla.rollout import EnvPool
+from poco_vla.rollout.compatibility import check_fit, check_inputs, check_pictures, check_rollout
 from poco_vla.simulators import environment
-from poco_vla.training.compatibility import check_fit, check_inputs, check_pictures, check_rollout
 
 STATE = {"dtype": "float32", "shape": (6,), "names": None}
 ACTION = {"dtype": "float32", "shape": (3,), "names": None}

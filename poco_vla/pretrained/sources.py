@@ -92,7 +92,7 @@ def locate(repo_or_path: str | Path, revision: str | None = None) -> Source:
 
 
 def on_hub(name: str, revision: str | None = None) -> Source:
-    """As :func:`locate`, of a repository: a folder of that name here is not looked at."""
+    """Locate a repository like :func:`locate`, without a look at a local folder of that name."""
     if revision is not None and (".." in revision or not REVISION.fullmatch(revision)):
         raise PolicyError(f'"{revision}" is no commit, tag or branch of "{name}"')  # the Hub's cache makes a path of it
     with hub_errors(name, revision):
@@ -235,7 +235,7 @@ def check_file(file: Path) -> None:
 
 @contextmanager
 def hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """What goes wrong at the Hub within this block, as a PolicyError that says what to do."""
+    """Raise what goes wrong at the Hub within this block as a PolicyError that says what to do."""
     try:
         yield
     except PolicyError:

@@ -108,7 +108,7 @@ def _link(path: Path, name: Path) -> None:
 
 
 def _superfluous(found: Sequence[Path], keep: int, keep_every: int) -> list[Path]:
-    """Of checkpoints, oldest first, those that nobody asked to keep."""
+    """Return the checkpoints that nobody asked to keep, oldest first."""
     milestones = [int(path.name) // keep_every if keep_every else 0 for path in found]
     return [path for i, path in enumerate(found[:-keep]) if milestones[i] == (milestones[i - 1] if i else 0)]
 

@@ -17,11 +17,11 @@ from poco_vla.adapting.normalization import (
     statistics_of,
     unit_range,
 )
+from poco_vla.checkpointing import checkpoint
 from poco_vla.config import TrainConfig
 from poco_vla.data import DatasetInfo, Episode
 from poco_vla.errors import CheckpointError, DataError
 from poco_vla.policy import FlowPolicy
-from poco_vla.training import checkpoint
 
 MOST_STARTS = 20_000
 """States, spread over the demonstrations, that are held against the statistics."""
