@@ -24,7 +24,7 @@ def silent_stderr() -> Iterator[None]:
 
 @contextmanager
 def keep_scheduling() -> Iterator[None]:
-    """Restore the thread's scheduling, which SVT-AV1 as root sets to SCHED_FIFO 99: ahead of all else on the machine."""
+    """Restore the thread's scheduling, which SVT-AV1 as root sets to SCHED_FIFO 99, ahead of everything else."""
     if not hasattr(os, "sched_getscheduler"):  # macOS
         yield
         return
