@@ -89,7 +89,8 @@ def evaluate(
     """Run `episodes` episodes, open loop within each chunk.
 
     Args:
-        policy: the policy to evaluate, which acts by plain samples; or an algorithm, which acts as it does in training.
+        policy: the policy to evaluate, which acts by plain samples; or an algorithm, which acts by its `act` with one
+            candidate (`best_of_n` is for training alone).
         env: the environment, or a pool of it that is already running (its episodes are abandoned).
         episodes: how many.
         seed: episode i starts from seed + i; the policy's noise is seeded too, so that an evaluation repeats.

@@ -59,7 +59,7 @@ class Algorithm(nn.Module):
 
     def __init__(self, policy: FlowPolicy, config: Any = None, rng: GlobalBatchRNG | None = None) -> None:
         super().__init__()
-        # In eval mode throughout: no dropout, so that candidates are plain samples and `rng` the only randomness.
+        # Deviation 7: eval mode throughout, so that candidates are plain samples and `rng` is the only randomness.
         self.policy = policy.eval()
         self.config = config
         self.rng = rng or GlobalBatchRNG(torch.default_generator)

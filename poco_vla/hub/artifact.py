@@ -25,8 +25,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from poco_vla.algorithms import load_algorithm
 from poco_vla.checkpointing import checkpoint
-from poco_vla.config import TrainConfig
+from poco_vla.config import PocoConfig, TrainConfig
 from poco_vla.errors import HubError, PocoError
 from poco_vla.files import recover_folder, write_json
 from poco_vla.hub.peft_form import PEFT_CONFIG, write_peft
@@ -303,6 +304,14 @@ def _put_policy(source: Path, folder: Path) -> dict[str, Any]:
     return {"format": FORMAT, "weights": weights, "options": read_about(source).get("options", {})}
 
 
+def _algorithm(config: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return name and options of what trained the policy; of POCO, zeta as it was calibrated."""
+    name = config.get("algorithm", "poco")
+    ours = load_algorithm(name).config_class is PocoConfig
+    options = dict(config["poco"] if ours else config.get("algorithm_options", {}))
+    return {"name": name} | options | ({"zeta": result["zeta"]} if "zeta" in options and "zeta" in result else {})
+
+
 def _put_critic(run: Path, result: Mapping[str, Any], poco: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The critic and its target, out of the newest checkpoint; their file, its hash, and what builds them."""
     try:
@@ -311,6 +320,8 @@ def _put_critic(run: Path, result: Mapping[str, Any], poco: Mapping[str, Any], f
     except (PocoError, KeyError) as error:
         raise HubError(f"there is no critic to push: {error}") from error
     tensors = {name: t for name, t in weights.items() if name.split(".")[0] in ("critic", "target_critic")}
+    if not tensors:
+        raise HubError(f"there is no critic to push: {run} was trained by an algorithm without one")
     check_finite(tensors, folder / CRITIC)
     save_file(tensors, folder / CRITIC, metadata={"format": "pt"})
     options = {name: poco[f"critic_{name}"] for name in ("hidden", "members", "activation", "layer_norm_eps")}
@@ -335,7 +346,7 @@ def _account(result: Mapping[str, Any], config: Mapping[str, Any], which: Which,
         "fps": result.get("fps"),
         "adapter_distribution": _distribution(result["adapter"]),
         "normalization": _statistics(folder),
-        "algorithm": config["poco"] | {"zeta": result.get("zeta", config["poco"]["zeta"])},
+        "algorithm": _algorithm(config, result),
         "training": _anywhere(config) | ({} if origin == "script" else {"demonstrations": None}),
         "datasets": [dataset["repo_id"]] if origin == "hub" else [],
         "demonstrations": {"origin": origin, "name": dataset["repo_id"] or None},

@@ -203,7 +203,7 @@ def _use(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
 
 def _training(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
     about = artifact.about
-    training, poco, results = about["training"], about["algorithm"], about["results"]
+    training, algorithm, results = about["training"], about["algorithm"], about["results"]
     datasets = ", ".join(f"[{n}]({HUB}/datasets/{n})" for n in about["datasets"] if _on_hub(n))
     steps = results["demonstration_steps"]
     optim = training["optim"]
@@ -212,8 +212,7 @@ def _training(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[st
         "supervised fine-tuning": f"{training['sft_steps']:,} updates",
         "critic warm-up": f"{training['warmup_steps']:,} updates",
         "online": f"{results['env_steps']:,} environment steps, {results['updates']:,} updates in all",
-        "chunk H, candidates N": f"{about['horizon']}, {poco['num_candidates']}",
-        "eta, beta, zeta, gamma": ", ".join(_short(poco[name]) for name in ("eta", "beta", "zeta", "gamma")),
+        **_options(algorithm, about["horizon"]),
         "batch, learning rates": f"{optim['batch_size']}, actor {optim['actor_lr']:g}, critic {optim['critic_lr']:g}",
         "device, time": f"{results['device']}, {results['seconds'] / 60:,.0f} min",
     }
@@ -276,6 +275,17 @@ def _task(env: Mapping[str, Any]) -> str:
 def _figures(about: Mapping[str, Any]) -> Mapping[str, Any] | None:
     results = about["results"]
     return results["best"] if results["which"] == "best" else results["after"]
+
+
+def _options(algorithm: Mapping[str, Any], horizon: int) -> dict[str, str]:
+    """Return the rows about what trained the policy: POCO's in the paper's symbols, another one's options by name."""
+    if "eta" not in algorithm:
+        options = ", ".join(f"{name} {value}" for name, value in algorithm.items() if name != "name")
+        return {"algorithm": f"{algorithm['name']}{f' ({options})' if options else ''}", "chunk H": str(horizon)}
+    return {
+        "chunk H, candidates N": f"{horizon}, {algorithm['num_candidates']}",
+        "eta, beta, zeta, gamma": ", ".join(_short(algorithm[name]) for name in ("eta", "beta", "zeta", "gamma")),
+    }
 
 
 def _short(value: float | str) -> str:

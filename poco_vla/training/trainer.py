@@ -125,6 +125,7 @@ class Trainer:
         most = UPDATES_PER_ROUND if beside else math.inf
         credit = config.interaction.ahead * config.updates_per_step if beside and ahead else 0.0
         self.updater.anneal()
+        # Deviation 8: what is owed before the first online episode has come is made up for afterwards.
         while now.owed_updates + credit >= 1 and self.replay.num_online_steps and most > 0:
             now.owed_updates -= 1
             most -= 1
