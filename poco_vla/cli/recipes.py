@@ -63,7 +63,9 @@ def _split_runs(args: Sequence[str], *several: str) -> tuple[list[str], list[int
     seeds.add_argument("--seed", type=_whole_number)
     for flag in several:
         parser.add_argument(flag, dest="names", nargs="+")
-    found, rest = parser.parse_known_args(list(args))
+    lists = ("--seeds", *several)  # argparse takes one value alone after "--seeds="
+    words = [part for word in args for part in (word.split("=", 1) if word.split("=")[0] in lists else [word])]
+    found, rest = parser.parse_known_args(words)
     if found.seed is not None:
         rest += ["--seed", str(found.seed)]
     return rest, found.seeds, getattr(found, "names", None) or []

@@ -179,8 +179,8 @@ def test_two_processes_of_a_launch_show_an_option_that_is_unknown_once(monkeypat
     for first in (True, False):
         with pytest.raises(SystemExit) as stop:
             run_recipe(TrainConfig(env=EnvSpec()), [word, "1"])
-        assert stop.value.code == 2
-        assert ("Unrecognized" in "".join(capsys.readouterr())) == first
+        assert stop.value.code == 1
+        assert (f'no option named "{word}"' in "".join(capsys.readouterr())) == first
 
 
 def test_an_error_keeps_its_square_brackets(tmp_path, capsys):
