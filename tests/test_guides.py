@@ -502,7 +502,7 @@ def test_the_judged_arm_tells_success_once(judged_arm):
 
 def test_the_guides_of_whole_tasks_are_run():
     """A guide that hands files from one command to the next has its steps here."""
-    assert set(PAGES) == RUN_WHOLE
+    assert set(PAGES) == set(RUN_WHOLE)
 
 
 @pytest.mark.parametrize("name", PAGES)

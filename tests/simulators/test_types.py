@@ -58,7 +58,7 @@ def test_a_seed_repeats_bit_for_bit_after_another_episode_and_in_another_instanc
 def test_a_seed_repeats_bit_for_bit_in_a_fresh_process(env):
     program = (
         f"import sys; sys.path[:0] = {sys.path!r}\n"
-        "from test_environments import OGBenchEnv, TASK, digest\n"
+        "from test_types import OGBenchEnv, TASK, digest\n"
         "print('digest', digest(OGBenchEnv(TASK), 3))"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
