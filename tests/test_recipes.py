@@ -140,7 +140,7 @@ def launch(name, folder, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["offline_to_online_scene", "online_lift"])
+@pytest.mark.parametrize("name", ["offline_to_online_scene", pytest.param("online_lift", marks=pytest.mark.exhaustive)])
 def test_smoke_runs_every_stage_of_a_recipe(name, tmp_path):
     setting, task = chosen(name)
     done = launch("simulations.py", tmp_path, "--smoke", "--task", task, f"--setting={setting}")
@@ -176,6 +176,7 @@ def test_the_robot_recipe_runs_with_tiny(tmp_path):
     assert Path(held["vision_encoder"]).name == "encoder"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_sweep_runs_what_is_asked_for_once_and_writes_one_report(tmp_path):
     first = launch("ablation_square.py", tmp_path, "--smoke", "--only", "sft", "zeta-0.08")

@@ -118,7 +118,9 @@ def test_lerobot_train_makes_a_policy_that_lerobot_eval_runs(data, tmp_path):
     assert (tmp_path / "eval" / "eval_info.json").exists()
 
 
-@pytest.mark.parametrize("name", ["flow_mlp", "pi05", "groot_n1d6"])
+@pytest.mark.parametrize(
+    "name", ["flow_mlp", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("pi05", "groot_n1d6"))]
+)
 def test_lerobot_eval_runs_what_we_export_in_batches(runs, name, tmp_path):
     """Two environments side by side; the figures that it prints are those of its file, and each episode has a film."""
     made = runs(name)

@@ -22,6 +22,7 @@ from measure import Size
 TINY = Size(batch=6, width=16, layers=3, candidates=4, flow_steps=3, horizon=2, critics=2, action_dim=3, state_dim=7)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_every_section_runs_and_is_kept(tmp_path, capsys):
     sizes = [f"--size.{name.replace('_', '-')}={value}" for name, value in vars(TINY).items()]

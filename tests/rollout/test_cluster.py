@@ -268,6 +268,7 @@ def test_a_policy_arrives_as_it_was_sent_and_what_is_frozen_is_shared(nodes, ada
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_run_trains_on_the_cluster_and_its_checkpoint_opens_with_more_workers(nodes, tmp_path):
     settings = InteractionConfig(mode="ray", ahead=60, workers=1)
