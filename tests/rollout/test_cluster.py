@@ -319,7 +319,7 @@ def test_ctrl_c_saves_and_no_process_of_the_runs_own_cluster_is_left(tmp_path):
     try:
         wait_until(lambda: process.poll() is not None or (log.exists() and log.read_text().count("\n") >= 3), PATIENCE)
         started = descendants(process.pid)
-        assert any("ray::Worker" in name for name in started.values()), started
+        assert any("ray::RolloutWorker" in name for name in started.values()), started
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(PATIENCE) == 130, shown.read_text()
     finally:
