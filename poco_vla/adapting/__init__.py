@@ -1,1 +1,1 @@
-"""What model adapters are built from: where a model lies, its weights, names, statistics, processors and head files."""
+"""Build model adapters: fit a LeRobot checkpoint to a dataset by its names, statistics, processors and weights."""

@@ -73,7 +73,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where the parts of a checkpoint are.
+    """Locate the parts of a checkpoint.
 
     Attributes:
         source: what was asked for; its configuration and processors hold.
@@ -140,7 +140,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Described:
-    """What a checkpoint says of itself.
+    """Hold what a checkpoint says of itself.
 
     Attributes:
         config: LeRobot's configuration of the policy; :func:`fit` changes it.

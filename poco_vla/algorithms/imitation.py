@@ -19,8 +19,8 @@ class ImitationConfig:
     """Options of imitation."""
 
     anchor: Literal["all", "demos", "demos_and_successes"] = "demos_and_successes"
-    """What is imitated online: everything, the demonstrations, or those and the policy's own successes (filtered
-    behaviour cloning) (ours)."""
+    """Chunks that are imitated online: everything, the demonstrations, or those and the policy's own successes
+    (filtered behaviour cloning)."""
     error_mean: Literal["valid", "all"] = "valid"
     """Denominator of masked means: entries that count, or all of them."""
 

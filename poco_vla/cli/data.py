@@ -34,7 +34,7 @@ class OGBenchData:
     episodes: int | None = None
     """Trajectories to take, from the first; None is all."""
     downloads: Path = Path("runs/downloads")
-    """Where downloaded files are kept."""
+    """Folder that keeps downloaded files."""
 
 
 @dataclass
@@ -54,7 +54,7 @@ class RobomimicData:
     episodes: int | None = None
     """Demonstrations to take, from the first; None is all."""
     downloads: Path = Path("runs/downloads")
-    """Where downloaded files are kept."""
+    """Folder that keeps downloaded files."""
 
 
 @dataclass

@@ -93,8 +93,8 @@ class PersistentFiles:
     lose the bytes, checksums tell: they are looked at when an entry is first read.
 
     Args:
-        folder: of the shelf; all that lies there is of one identity, which the caller sees to.
-        room: for this process's file, and what is there already.
+        folder: of the entries; all that lies there is of one identity, which the caller sees to.
+        budget: for this process's file, and what is there already.
     """
 
     def __init__(self, folder: Path, budget: DiskBudget) -> None:
@@ -204,7 +204,7 @@ class RingFile:
 
     Args:
         folder: on whose disk it lies.
-        room: that it may take; where there is no more, the ring begins anew.
+        budget: space that it may take; where there is no more, the ring begins anew.
     """
 
     def __init__(self, folder: Path, budget: DiskBudget) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
+from pi05_folders import change_json, change_weights
 from poco_vla_pi05.adapter import Pi05
 from poco_vla_smolvla.adapter import SmolVla
-from safetensors.torch import load_file, save_file
 
 from poco_vla import DataError, PocoError, PolicyError, check_policy
 from poco_vla.adapting import lerobot_vla
@@ -110,17 +110,6 @@ def velocity(policy, horizon=10):
     x = torch.randn(2, 3, horizon, 32, generator=generator)
     obs = type(policy).tiny().example_obs(2)
     return policy.velocity(policy.encode(obs), x, torch.rand(2, 3, generator=generator))
-
-
-def change_json(file, **values):
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-def change_weights(folder, change):
-    """Let `change` work on the table of tensors in a folder."""
-    weights = load_file(folder / heads.POLICY_WEIGHTS)
-    change(weights)
-    save_file(weights, folder / heads.POLICY_WEIGHTS, metadata={"format": "pt"})
 
 
 # -- what cannot be loaded --------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Check SmolVLA's checkpoints beyond what all VLAs have in common (test_lerobot_vlas.py)."""
 
 import copy
-import json
 import shutil
 
 import pytest
@@ -12,9 +11,10 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.policies.smolvla.processor_smolvla import make_smolvla_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
 from peft import PeftModel
+from pi05_folders import change_json, change_weights
 from poco_vla_smolvla import checkpoint
 from poco_vla_smolvla.adapter import LORA_TARGETS, SmolVla
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from poco_vla import DataError, PolicyError, check_policy, export_policy, flow_errors, propose
 from poco_vla.pretrained import heads
@@ -63,17 +63,6 @@ def velocity(policy, horizon=10, obs=None):
     x = torch.randn(2, 3, horizon, 32, generator=generator)
     obs = SmolVla.tiny().example_obs(2) if obs is None else obs
     return policy.velocity(policy.encode(obs), x, torch.rand(2, 3, generator=generator))
-
-
-def change_json(file, **values):
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-def change_weights(folder, change):
-    """Let `change` work on the table of tensors in a folder."""
-    weights = load_file(folder / heads.POLICY_WEIGHTS)
-    change(weights)
-    save_file(weights, folder / heads.POLICY_WEIGHTS, metadata={"format": "pt"})
 
 
 # -- what cannot be loaded --------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class Pi05Options:
 
 @dataclass(frozen=True)
 class Pi05Parts:
-    """What a policy needs beside its configuration and weights: its tokenizer, and its sizes."""
+    """Hold what a policy needs beside its configuration and weights: its tokenizer, and its sizes."""
 
     tokenizer: Any
     architecture: Architecture

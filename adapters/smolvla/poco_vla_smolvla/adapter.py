@@ -42,7 +42,7 @@ class SmolVlaOptions:
 
 @dataclass(frozen=True)
 class SmolVlaParts:
-    """What a policy needs beside its configuration and weights.
+    """Hold what a policy needs beside its configuration and weights.
 
     Attributes:
         vlm: configuration and tokenizer of its VLM.
