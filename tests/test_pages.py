@@ -107,11 +107,15 @@ def test_a_page_needs_no_document_that_users_do_not_have(name):
 def known_options():
     """Options of every `poco-vla` command, by the fields of what they are parsed into."""
     import poco_vla.cli
+    from poco_vla import available_algorithms, load_algorithm
     from poco_vla.config import TrainConfig
 
     modules = [import_module(f"poco_vla.cli.{found.name}") for found in iter_modules(poco_vla.cli.__path__)]
     records = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
-    return set().union(*(_options(cls) for cls in (TrainConfig, *records) if is_dataclass(cls)))
+    algorithms = [
+        _options(load_algorithm(name).config_class, "--algorithm-options.") for name in available_algorithms()
+    ]
+    return set().union(*algorithms, *(_options(cls) for cls in (TrainConfig, *records) if is_dataclass(cls)))
 
 
 def _options(cls, prefix="--"):
@@ -434,9 +438,10 @@ def test_the_environment_that_the_simulators_page_writes_can_be_trained_in(tmp_p
 
 
 def test_the_adapters_page_lists_every_module_that_adapters_may_import():
-    modules = {path.stem for path in (ROOT / "poco_vla" / "adapting").glob("*.py")} - {"__init__"}
+    files = [path for room in ("adapting", "pretrained") for path in (ROOT / "poco_vla" / room).glob("*.py")]
+    modules = {f"{path.parent.name}.{path.stem}" for path in files if path.stem != "__init__"}
     (rows,) = [rows for _, header, rows in tables(text_of("adapters/README.md")) if header[0] == "Module"]
-    assert {name for row in rows for name in re.findall(r"`(\w+)`", row[0])} == modules
+    assert {name for row in rows for name in re.findall(r"`([\w.]+)`", row[0])} == modules
 
 
 def test_guides_are_short_and_their_pictures_small():

@@ -40,9 +40,12 @@ def end_a_program():
 
 def end_a_fork():
     """Return how a process ends that is forked from this one and then terminated."""
+    reader, writer = os.pipe()
     if (child := os.fork()) == 0:
+        os.write(writer, b"1")
         time.sleep(60)
         os._exit(0)
+    os.read(reader, 1)  # Python forgets a signal that comes while it forks
     os.kill(child, signal.SIGTERM)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
