@@ -18,6 +18,8 @@ from poco_vla.roles import machine, method, reporting
 
 DEFAULT_ENV, DEFAULT_TASK = "ogbench", "cube-single-singletask-task1-v0"
 """Environment type of an :class:`EnvSpec`, and its task."""
+ALGORITHM_SECTIONS = ("poco",)
+"""Algorithms whose options are a field of :class:`TrainConfig` of their name; others have `algorithm_options`."""
 
 
 def _require(holds: bool, message: str) -> None:
@@ -478,9 +480,10 @@ class TrainConfig:
     horizon: int = method(5)
     """H, control steps per chunk (paper: 5 in simulation, 4 and 10 on robots)."""
     algorithm: str = method("poco")
-    """Algorithm by name, such as "poco" or "imitation"."""
+    """Algorithm by name (`poco-vla algorithms` lists the installed ones)."""
     algorithm_options: dict[str, Any] = method({})
-    """Options of an algorithm that has no section of its own here, such as {"anchor": "demos"} for imitation."""
+    """Options of an algorithm that has no section of its own here, such as {"anchor": "demos"} for "bc"; on the
+    command line below the algorithm's name (`--bc.anchor demos`)."""
     poco: PocoConfig = method(PocoConfig())
     """POCO's options."""
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -11,6 +11,7 @@ from poco_vla.data import Episode
 from poco_vla.errors import SimulatorError
 from poco_vla.policy import FlowPolicy
 from poco_vla.rollout import Actor, EnvPool
+from poco_vla.rollout.actor import UNTRAINED
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,18 @@ def evaluate(
     *,
     episodes: int = 50,
     seed: int = 100_000,
+    trained: bool = True,
     on_episode: Callable[[int], None] = lambda done: None,
 ) -> EvalResult:
     """Run `episodes` episodes, open loop within each chunk.
 
     Args:
-        policy: the policy to evaluate, which acts by plain samples; or an algorithm, which acts by its `act` with one
-            candidate (`best_of_n` is for training alone).
+        policy: the policy to evaluate, which acts by plain samples; or an algorithm, which acts by its `act`
+            (`best_of_n` is for training alone).
         env: the environment, or a pool of it that is already running (its episodes are abandoned).
         episodes: how many.
         seed: episode i starts from seed + i; the policy's noise is seeded too, so that an evaluation repeats.
+        trained: False for an algorithm that has learned nothing beyond SFT, which acts by `act_untrained`.
         on_episode: told after each finished episode.
 
     Raises:
@@ -102,8 +105,8 @@ def evaluate(
     """
     if isinstance(env, EnvSpec):
         with EnvPool(env, (policy.policy if isinstance(policy, Algorithm) else policy).spec.horizon) as pool:
-            return evaluate(policy, pool, episodes=episodes, seed=seed, on_episode=on_episode)
-    actor = Actor(policy, seed)
+            return evaluate(policy, pool, episodes=episodes, seed=seed, trained=trained, on_episode=on_episode)
+    actor = Actor(policy, seed, 1 if trained else UNTRAINED)
     env.reset(seed, episodes)
     finished: list[Episode] = []
     failures = env.failures

@@ -113,7 +113,7 @@ def known_options():
     modules = [import_module(f"poco_vla.cli.{found.name}") for found in iter_modules(poco_vla.cli.__path__)]
     records = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
     algorithms = [
-        _options(load_algorithm(name).config_class, "--algorithm-options.") for name in available_algorithms()
+        _options(load_algorithm(name).config_class, f"--{name.replace('_', '-')}.") for name in available_algorithms()
     ]
     return set().union(*algorithms, *(_options(cls) for cls in (TrainConfig, *records) if is_dataclass(cls)))
 

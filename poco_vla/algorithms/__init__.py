@@ -5,15 +5,24 @@ from typing import TYPE_CHECKING
 from poco_vla.lazy import load_on_demand
 
 if TYPE_CHECKING:
-    from poco_vla.algorithms.contract import STAGES, Algorithm, ParameterGroup, Stage
+    from poco_vla.algorithms.contract import STAGES, Algorithm, ParameterGroup, Phase, Stage
     from poco_vla.algorithms.registry import available_algorithms, load_algorithm, options_of
 
 __getattr__, __dir__ = load_on_demand(
     __name__,
     {
-        "contract": ["STAGES", "Algorithm", "ParameterGroup", "Stage"],
+        "contract": ["STAGES", "Algorithm", "ParameterGroup", "Phase", "Stage"],
         "registry": ["available_algorithms", "load_algorithm", "options_of"],
     },
 )
 
-__all__ = ["STAGES", "Algorithm", "ParameterGroup", "Stage", "available_algorithms", "load_algorithm", "options_of"]
+__all__ = [
+    "STAGES",
+    "Algorithm",
+    "ParameterGroup",
+    "Phase",
+    "Stage",
+    "available_algorithms",
+    "load_algorithm",
+    "options_of",
+]

@@ -1,19 +1,25 @@
 """The contract of an algorithm: its losses, how it acts, and what trains. Training and acting know only this."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import copy
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from poco_vla.config import TrainConfig
+from poco_vla.errors import ConfigError
 from poco_vla.noise import GlobalBatchRNG, UpdateNoise
 from poco_vla.policy import FlowPolicy, Prefix, propose
 from poco_vla.types import ChunkBatch, Metrics
 
 type Stage = Literal["sft", "warmup", "online"]
 STAGES: tuple[Stage, ...] = ("sft", "warmup", "online")
+type Phase = str
+"""One optimizer step of an update, by the method that gives its loss: "sft" is that of `sft_loss`."""
 
 type Loss = tuple[Float[Tensor, ""], Metrics]
 """A loss to call backward on, and named scalars for the log, detached."""
@@ -32,7 +38,8 @@ class Algorithm(nn.Module):
     every Accelerate backend.
 
     A subclass writes the losses of its stages and `draw_noise`; the rest has defaults. By itself this class acts with
-    plain samples of the policy and learns nothing. A loop of one's own reads::
+    plain samples of the policy and learns nothing. An update is one optimizer step on the loss of its stage, unless
+    `phases` names several. A loop of one's own reads::
 
         optimizer = torch.optim.Adam(algorithm.parameter_groups())
         for batch in batches:
@@ -48,14 +55,21 @@ class Algorithm(nn.Module):
         rng: source of the random numbers of updates; torch's default generator when None.
     """
 
+    title: ClassVar[str]
+    """Name in tables and pictures; that of the class where a subclass gives none."""
     config_class: ClassVar[type[Any]]
     """Frozen dataclass of the algorithm's options."""
-    on_policy: ClassVar[bool] = False
-    """True if the algorithm learns from its own latest rollouts alone, not from a replay buffer."""
     has_warmup: ClassVar[bool] = True
     """True if there is something to learn before the actor changes, such as a critic."""
     ranks_candidates: ClassVar[bool] = False
     """True if `act` chooses the best of n > 1 candidates."""
+    tiny_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Options with which a run takes seconds on a CPU: small networks, few candidates."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "title" not in cls.__dict__:
+            cls.title = cls.__name__
 
     def __init__(self, policy: FlowPolicy, config: Any = None, rng: GlobalBatchRNG | None = None) -> None:
         super().__init__()
@@ -83,32 +97,40 @@ class Algorithm(nn.Module):
         """Return the loss of an online update, likewise."""
         raise NotImplementedError(f"{type(self).__name__} has no online_loss")
 
-    def draw_noise(self, batch: ChunkBatch, stage: Stage) -> Any:
-        """Return the :class:`UpdateNoise` of an update. On several processes all of them call this together."""
+    def phases(self, stage: Stage, update: int) -> tuple[Phase, ...]:
+        """Return the optimizer steps of an update, in their order; all are computed on its one batch.
+
+        Args:
+            stage: of the update.
+            update: its number in that stage, from 0.
+        """
+        return (stage,)
+
+    def draw_noise(self, batch: ChunkBatch, phase: Phase) -> Any:
+        """Return the :class:`UpdateNoise` of a phase. On several processes all of them call this together."""
         return UpdateNoise()
 
-    def forward(self, batch: ChunkBatch, stage: Stage, noise: Any = None) -> Loss:
-        """Return the loss of a stage. Accelerate's wrappers call this."""
-        losses = {"sft": self.sft_loss, "warmup": self.warmup_loss, "online": self.online_loss}
-        return losses[stage](batch, noise)
+    def forward(self, batch: ChunkBatch, phase: Phase, noise: Any = None) -> Loss:
+        """Return the loss of a phase. Accelerate's wrappers call this."""
+        return getattr(self, f"{phase}_loss")(batch, noise)
 
-    def after_step(self, stage: Stage) -> None:
-        """Update what follows the weights after an optimizer step, such as target networks."""
+    def after_step(self, phase: Phase) -> None:
+        """Update what follows the weights after a phase's optimizer step, such as target networks."""
 
     def parameter_groups(self, actor_lr: float = 3e-4, critic_lr: float = 3e-4) -> list[ParameterGroup]:
         """Return what trains, each group with its learning rate. The first group is the policy's, "actor"."""
         return [{"name": "actor", "params": [p for p in self.policy.parameters() if p.requires_grad], "lr": actor_lr}]
 
-    def trained_groups(self, stage: Stage) -> frozenset[str]:
-        """Return the names of the parameter groups that have a gradient in a stage."""
+    def trained_groups(self, phase: Phase) -> frozenset[str]:
+        """Return the names of the parameter groups that have a gradient in a phase."""
         return frozenset(group["name"] for group in self.parameter_groups())
 
-    def reads_next(self, stage: Stage) -> bool:
-        """Return True if the loss of a stage reads the next observations of a batch."""
-        return stage != "sft"
+    def reads_next(self, phase: Phase) -> bool:
+        """Return True if the loss of a phase reads the next observations of a batch."""
+        return phase != "sft"
 
-    def chunks_per_state(self, stage: Stage) -> int:
-        """Return the chunks of each state whose flow errors have a gradient in a stage; 0 if none has."""
+    def chunks_per_state(self, phase: Phase) -> int:
+        """Return the chunks of each state whose flow errors have a gradient in a phase; 0 if none has."""
         return 1
 
     @classmethod
@@ -120,18 +142,26 @@ class Algorithm(nn.Module):
 
     @torch.no_grad()
     def act(self, prefix: Prefix, n: int = 1, generator: torch.Generator | None = None) -> Float[Tensor, "B H A"]:
-        """Return a chunk for each of B states: a plain sample of the policy, or the best of `n` (`ranks_candidates`).
+        """Return a chunk for each of B states, as this algorithm acts in the online stage and in evaluations.
 
         Args:
             prefix: B encoded states.
-            n: candidates per state.
+            n: candidates per state of which the best is taken (`TrainConfig.best_of_n`, in training alone); 1 leaves it
+                to the algorithm, here to take a plain sample of the policy.
             generator: draws the noise.
         """
         assert n == 1, f"{type(self).__name__} does not rank candidates"
         return propose(self.policy, prefix, 1, generator=generator)[:, 0]
 
+    @torch.no_grad()
+    def act_untrained(self, prefix: Prefix, generator: torch.Generator | None = None) -> Float[Tensor, "B H A"]:
+        """Return a chunk for each of B states before the algorithm has learned anything but SFT: at the evaluation
+        after SFT, and until the warm-up is over."""
+        return propose(self.policy, prefix, 1, generator=generator)[:, 0]
+
     def acts_with(self, n: int) -> tuple[str, ...]:
-        """Return the names of the submodules beside the policy that `act` with `n` candidates reads."""
+        """Return the names of the submodules beside the policy that `act` with `n` candidates reads. If there are none
+        for n = 1, the policy that is exported acts as it was trained."""
         return ()
 
     def for_acting(self, n: int = 1) -> "Algorithm":
@@ -142,6 +172,19 @@ class Algorithm(nn.Module):
         return view
 
     # -- a run ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def fit(cls, config: TrainConfig) -> TrainConfig:
+        """Return the configuration of a run as this algorithm needs it, such as without a stage that it does not have.
+
+        Raises:
+            ConfigError: the run lacks what the algorithm needs.
+        """
+        if config.best_of_n > 1 and not cls.ranks_candidates:
+            raise ConfigError(
+                f'best_of_n is {config.best_of_n}, but algorithm "{config.algorithm}" has no critic to rank by'
+            )
+        return config if cls.has_warmup else replace(config, warmup_steps=0)
 
     def prepare_online(self, demonstrations: Iterable[ChunkBatch], rng: GlobalBatchRNG) -> str | None:
         """Prepare the online stage after SFT, as a calibration does, and return a line for the user.

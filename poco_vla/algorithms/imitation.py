@@ -6,7 +6,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from poco_vla.algorithms.contract import Algorithm, Loss, Stage
+from poco_vla.algorithms.contract import Algorithm, Loss, Phase
 from poco_vla.distill import ANCHORS, anchor_rows, flow_errors
 from poco_vla.errors import UnknownNameError
 from poco_vla.noise import GlobalBatchRNG, UpdateNoise, row_weights
@@ -18,9 +18,9 @@ from poco_vla.types import ChunkBatch
 class ImitationConfig:
     """Options of imitation."""
 
-    anchor: Literal["all", "demos", "demos_and_successes"] = "demos_and_successes"
-    """Chunks that are imitated online: everything, the demonstrations, or those and the policy's own successes
-    (filtered behaviour cloning)."""
+    anchor: Literal["all", "demos", "demos_and_successes"] = "demos"
+    """Chunks that are imitated online: the demonstrations, those and the policy's own successes (self-imitation), or
+    everything."""
     error_mean: Literal["valid", "all"] = "valid"
     """Denominator of masked means: entries that count, or all of them."""
 
@@ -41,7 +41,9 @@ class ImitationNoise(UpdateNoise):
 
 
 class Imitation(Algorithm):
-    """The flow-matching loss on data in every stage. Online it goes on with the episodes that `anchor` selects.
+    """Behaviour cloning: the flow-matching loss on data in every stage, without a critic.
+
+    Online it goes on with the episodes that `anchor` selects.
 
     Args:
         policy: the actor, its backbone already frozen.
@@ -49,6 +51,7 @@ class Imitation(Algorithm):
         rng: source of the random numbers of updates; torch's default generator when None.
     """
 
+    title = "BC"
     config_class = ImitationConfig
     has_warmup = False
     config: ImitationConfig
@@ -66,12 +69,12 @@ class Imitation(Algorithm):
         """Return the same over the chunks that `anchor` selects."""
         return self._bc_loss(batch, noise or self.draw_noise(batch, "online"))
 
-    def draw_noise(self, batch: ChunkBatch, stage: Stage) -> ImitationNoise:
+    def draw_noise(self, batch: ChunkBatch, phase: Phase) -> ImitationNoise:
         """Return the random numbers of an update, and what its transitions weigh."""
-        rows = anchor_rows(batch, "all" if stage == "sft" else self.config.anchor)
+        rows = anchor_rows(batch, "all" if phase == "sft" else self.config.anchor)
         return ImitationNoise(row_weights(rows, batch.actions), self.draw_chunks(batch, 1), self.draw_times(batch, 1))
 
-    def reads_next(self, stage: Stage) -> bool:
+    def reads_next(self, phase: Phase) -> bool:
         return False
 
     def _bc_loss(self, batch: ChunkBatch, noise: ImitationNoise) -> Loss:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from poco_vla.algorithms.contract import Algorithm, Loss, ParameterGroup, Stage
+from poco_vla.algorithms.contract import Algorithm, Loss, ParameterGroup, Phase
 from poco_vla.config import PocoConfig
 from poco_vla.critic import ChunkCritic, aggregate, polyak_update, td_target
 from poco_vla.distill import anchor_rows, clipped_distillation, flow_errors
@@ -41,10 +41,10 @@ class PocoNoise(UpdateNoise):
 
 
 class Poco(Algorithm):
-    """Actor and critic in one loss.
+    """POCO: candidates weighed by a chunk critic, distilled into the flow by a clipped loss beside the data's.
 
-    No gradient of Q reaches the policy and none of the posterior reaches the critic, so their gradients are those of
-    two separate losses.
+    Actor and critic are in one loss: no gradient of Q reaches the policy and none of the posterior reaches the critic,
+    so that their gradients are those of two separate losses.
 
     Args:
         policy: the actor, its backbone already frozen.
@@ -52,6 +52,7 @@ class Poco(Algorithm):
         rng: source of the random numbers of updates; torch's default generator when None.
     """
 
+    title = "POCO"
     config_class = PocoConfig
     ranks_candidates = True
     config: PocoConfig
@@ -141,12 +142,12 @@ class Poco(Algorithm):
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean(), "target": y.mean()}
 
     @torch.no_grad()
-    def after_step(self, stage: Stage) -> None:
+    def after_step(self, phase: Phase) -> None:
         """Mix the critic into its target, tau per update.
 
         # Deviation 1: mixes the critic from after the optimizer step; the authors' code the one from before it.
         """
-        if stage != "sft":
+        if phase != "sft":
             polyak_update(self.target_critic, self.critic, self.config.tau)
 
     @torch.no_grad()
@@ -160,25 +161,25 @@ class Poco(Algorithm):
 
     # -- what an update draws, and its terms ----------------------------------------------------------------------
 
-    def draw_noise(self, batch: ChunkBatch, stage: Stage) -> PocoNoise:
-        """Return the random numbers of an update of a stage, and what its transitions weigh."""
+    def draw_noise(self, batch: ChunkBatch, phase: Phase) -> PocoNoise:
+        """Return the random numbers of a phase, and what its transitions weigh."""
         cfg, every, like = self.config, torch.ones_like(batch.is_demo), batch.actions
         # Deviation 2: chunks that met an episode end stay, with their exact n-step return (the code drops them).
         kept = batch.valid[:, -1] if cfg.drop_crossing else every
-        bc_weights = row_weights(every if stage == "sft" else anchor_rows(batch, cfg.anchor), like)
+        bc_weights = row_weights(every if phase == "sft" else anchor_rows(batch, cfg.anchor), like)
         critic_weights = row_weights(kept, like) if cfg.error_mean == "valid" else kept.to(like.dtype)
         drawn = {}
-        if stage != "sft":
+        if phase != "sft":
             drawn["next_noise"] = self.draw_chunks(batch, 1)
-        if stage == "online":
+        if phase == "online":
             drawn["candidate_noise"] = self.draw_chunks(batch, cfg.num_candidates)
-        if chunks := self.chunks_per_state(stage):
+        if chunks := self.chunks_per_state(phase):
             drawn["flow_noise"] = self.draw_chunks(batch, chunks)
             drawn["flow_time"] = self.draw_times(batch, chunks)
         return PocoNoise(bc_weights, critic_weights, **drawn)
 
-    def chunks_per_state(self, stage: Stage) -> int:
-        return {"sft": 1, "warmup": int(self.config.warmup_bc), "online": 1 + self.config.num_candidates}[stage]
+    def chunks_per_state(self, phase: Phase) -> int:
+        return {"sft": 1, "warmup": int(self.config.warmup_bc), "online": 1 + self.config.num_candidates}[phase]
 
     def _bc_loss(self, errors: Float[Tensor, " B"], noise: PocoNoise) -> Loss:
         """Return the BC term of Eq. 23 on the chunks that `anchor` selects (paper: all of D)."""
@@ -186,13 +187,13 @@ class Poco(Algorithm):
         return loss, {"bc_loss": loss.detach()}
 
     def _propose(self, prefix: Prefix, noise: Tensor | None) -> Float[Tensor, "B N H A"]:
-        assert noise is not None, "the noise is of another stage"
+        assert noise is not None, "the noise is of another phase"
         return propose(self.policy, prefix, noise.shape[1], steps=self.config.flow_steps, noise=noise)
 
     def _flow_errors(
         self, prefix: Prefix, batch: ChunkBatch, chunk: Float[Tensor, "B M H A"], noise: PocoNoise
     ) -> Float[Tensor, "B M"]:
-        assert noise.flow_noise is not None, "the noise is of another stage"
+        assert noise.flow_noise is not None, "the noise is of another phase"
         return flow_errors(
             self.policy,
             prefix,
@@ -248,9 +249,9 @@ class Poco(Algorithm):
         critic: ParameterGroup = {"name": "critic", "params": list(self.critic.parameters()), "lr": critic_lr}
         return [*super().parameter_groups(actor_lr), critic]
 
-    def trained_groups(self, stage: Stage) -> frozenset[str]:
-        actor = stage != "warmup" or self.config.warmup_bc
-        return frozenset({"actor"} if actor else ()) | frozenset({"critic"} if stage != "sft" else ())
+    def trained_groups(self, phase: Phase) -> frozenset[str]:
+        actor = phase != "warmup" or self.config.warmup_bc
+        return frozenset({"actor"} if actor else ()) | frozenset({"critic"} if phase != "sft" else ())
 
     def acts_with(self, n: int) -> tuple[str, ...]:
         return ("target_critic",) if n > 1 else ()

@@ -2,14 +2,15 @@
 
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import Any
 
 from poco_vla.algorithms.contract import Algorithm
-from poco_vla.config import TrainConfig, from_json
+from poco_vla.config import ALGORITHM_SECTIONS, TrainConfig, from_json
 from poco_vla.errors import ConfigError, UnknownNameError
 
 GROUP = "poco_vla.algorithms"
 BUILT_IN = {
-    "imitation": "poco_vla.algorithms.imitation:Imitation",
+    "bc": "poco_vla.algorithms.imitation:Imitation",
     "poco": "poco_vla.algorithms.poco:Poco",
 }
 """Name -> class of the library's own, which need no entry point."""
@@ -37,18 +38,18 @@ def load_algorithm(name: str) -> type[Algorithm]:
     return loaded
 
 
-def options_of(config: TrainConfig) -> object:
-    """Return the options of the algorithm that a run is of: the field of `config` that is of their type, or else
+def options_of(config: TrainConfig) -> Any:
+    """Return the options of the algorithm that a run is of: the section of its name in `config`, or else
     `algorithm_options`, checked.
 
     Raises:
         UnknownNameError: it has no option of a name.
-        ConfigError: an option's value cannot work, or `algorithm_options` is given beside that field.
+        ConfigError: an option's value cannot work, or `algorithm_options` is given beside that section.
     """
-    kind = load_algorithm(config.algorithm).config_class
-    for name, value in vars(config).items():
-        if type(value) is kind:
-            if config.algorithm_options:
-                raise ConfigError(f'the options of algorithm "{config.algorithm}" are in {name}, not algorithm_options')
-            return value
-    return from_json(kind, config.algorithm_options)
+    if config.algorithm not in ALGORITHM_SECTIONS:
+        return from_json(load_algorithm(config.algorithm).config_class, config.algorithm_options)
+    if config.algorithm_options:
+        raise ConfigError(
+            f'the options of algorithm "{config.algorithm}" are in {config.algorithm}, not algorithm_options'
+        )
+    return getattr(config, config.algorithm)

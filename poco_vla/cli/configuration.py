@@ -8,8 +8,8 @@ from typing import Any
 from poco_vla.cli.option_values import read_options
 from poco_vla.cli.options import Option, options_of_adapter, options_of_algorithm, options_of_env
 from poco_vla.cli.parser import Listed, Parser, parse
-from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig
-from poco_vla.errors import UnknownAdapterError
+from poco_vla.config import ALGORITHM_SECTIONS, DemonstrationConfig, EnvSpec, TrainConfig
+from poco_vla.errors import ConfigError, UnknownAdapterError
 
 SHOWN_FIRST = (
     *("dataset.repo_id", "dataset.root", "policy", "adapter", "env.type", "env.task", "algorithm", "horizon"),
@@ -17,9 +17,9 @@ SHOWN_FIRST = (
 )
 """Fields that `--help` lists; `--help-all` lists every one."""
 ABOUT = (
-    "--help-all lists every option, with those of the adapter (--policy-options.NAME VALUE, in JSON or plain words) "
-    "and of the environment (--env.options.NAME VALUE). --no-env takes the environment out: for robots "
-    "(--interaction.mode remote), or SFT alone (--online-steps 0)."
+    "--help-all lists every option, with those of the adapter (--policy-options.NAME VALUE, in JSON or plain words), "
+    "of the algorithm (--ALGORITHM.NAME VALUE) and of the environment (--env.options.NAME VALUE). --no-env takes the "
+    "environment out: for robots (--interaction.mode remote), or SFT alone (--online-steps 0)."
 )
 SWITCHES = ("--help", "--help-all", "--no-env", "--tiny", "--smoke", "--seeds")
 
@@ -68,13 +68,19 @@ def parse_config(
     for name, shrink in smaller.items():
         config = shrink(config) if getattr(chosen, name) else config
     config, rest = _with_choices(config, chosen, rest)
+    others = [name for name in ALGORITHM_SECTIONS if name != config.algorithm]
+    for word in rest:
+        if (name := word.removeprefix("--").partition(".")[0]) in others and word.startswith("--"):
+            raise ConfigError(f'{word} is an option of algorithm "{name}", but this run is of "{config.algorithm}"')
+    first = [*SHOWN_FIRST, *([config.algorithm] if chosen.algorithm in ALGORITHM_SECTIONS else [])]
     parsed = parse(
         TrainConfig,
         rest,
         default=config,
         about=about,
         prog=prog,
-        shown=SHOWN_FIRST if chosen.help and not chosen.help_all else None,
+        shown=first if chosen.help and not chosen.help_all else None,
+        hidden=others,
         listed=_listed(config, chosen),
         others=SWITCHES,
     )
@@ -121,9 +127,12 @@ def _with_choices(config: TrainConfig, chosen: Namespace, words: Sequence[str]) 
         policy_options,
         lambda: options_of_adapter(config.adapter, pretrained=policy is not None),
     )
-    algorithm_options, rest = read_options(
-        rest, "algorithm-options", config.algorithm_options, lambda: options_of_algorithm(config.algorithm)
-    )
+    algorithm_options = config.algorithm_options
+    if config.algorithm not in ALGORITHM_SECTIONS:
+        for prefix in ("algorithm-options", config.algorithm.replace("_", "-")):
+            algorithm_options, rest = read_options(
+                rest, prefix, algorithm_options, lambda: options_of_algorithm(config.algorithm)
+            )
     if env is not None:
         kind = env.type
         options, rest = read_options(rest, "env.options", env.options, lambda: options_of_env(kind))
@@ -148,7 +157,7 @@ def _default_task(kind: str) -> str:
 def _listed(config: TrainConfig, chosen: Namespace) -> Listed:
     """Return the options that `--help` lists: of the adapter and environment that the command line chooses, or of the
     configuration's with `--help-all`. They are imported for it."""
-    out: dict[str, tuple[Mapping[str, Any], Mapping[str, Option]]] = {}
+    out: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Option]]] = {}
     if chosen.help_all or (chosen.help and chosen.adapter):
         try:
             options = options_of_adapter(config.adapter, pretrained=config.policy is not None)
@@ -156,13 +165,15 @@ def _listed(config: TrainConfig, chosen: Namespace) -> Listed:
             if chosen.adapter:
                 raise
             options = None  # a recipe's, not installed yet
-        out["policy_options"] = config.policy_options, _shown(options, config.policy_options)
+        out["policy_options"] = "policy_options", config.policy_options, _shown(options, config.policy_options)
     if chosen.help_all or (chosen.help and chosen.algorithm):
-        options = {} if config.algorithm in vars(config) else options_of_algorithm(config.algorithm)
-        out["algorithm_options"] = config.algorithm_options, _shown(options, config.algorithm_options)
+        name, values = config.algorithm, config.algorithm_options
+        options = {} if name in ALGORITHM_SECTIONS else options_of_algorithm(name)
+        out["algorithm_options"] = name, values, _shown(options, values)
     if config.env is not None and (chosen.help_all or (chosen.help and chosen.env_type)):
-        out["env.options"] = config.env.options, _shown(options_of_env(config.env.type), config.env.options)
-    return {name: found for name, found in out.items() if found[1]}
+        values = config.env.options
+        out["env.options"] = "options", values, _shown(options_of_env(config.env.type), values)
+    return {name: found for name, found in out.items() if found[2]}
 
 
 def _shown(options: Mapping[str, Option] | None, values: Mapping[str, Any]) -> dict[str, Option]:

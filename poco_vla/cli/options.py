@@ -1,11 +1,16 @@
 """Options that an adapter or an environment declares: their types, and what `--help` says of them."""
 
+import ast
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
+from functools import cache
 from inspect import Parameter, getdoc, signature
+from itertools import pairwise
 from os import PathLike
+from textwrap import dedent
 from types import UnionType
 from typing import Any, Literal, TypeAliasType, Union, get_args, get_origin, get_type_hints
 
@@ -82,7 +87,7 @@ def options_of_env(kind: str) -> dict[str, Option] | None:
 
 def options_of_record(record: type[Any]) -> dict[str, Option]:
     """Return the fields of a dataclass as options; `--help` lists those that the class itself declares."""
-    hints, about = _hints(record), _explanations(record)
+    hints, about = _hints(record), {**_explanations(record), **docs_of(record)}
     return {
         one.name: Option(
             hints.get(one.name, Any),
@@ -92,6 +97,22 @@ def options_of_record(record: type[Any]) -> dict[str, Option]:
         )
         for one in fields(record)
         if one.init
+    }
+
+
+@cache
+def docs_of(kind: type[Any]) -> Mapping[str, str]:
+    """Return the docstrings that stand below the fields of a class."""
+    try:
+        body = ast.parse(dedent(inspect.getsource(kind))).body[0]
+    except (OSError, SyntaxError):  # installed without sources
+        return {}
+    assert isinstance(body, ast.ClassDef)
+    return {
+        one.target.id: " ".join(str(doc.value.value).split())
+        for one, doc in pairwise(body.body)
+        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
+        if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
     }
 
 

@@ -1,15 +1,11 @@
 """Parse a command line into a record, and show its `--help`."""
 
-import ast
-import inspect
 from argparse import ArgumentParser
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
-from textwrap import dedent
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import tyro
@@ -22,15 +18,15 @@ from tyro.constructors import (
 )
 
 from poco_vla.cli.errors import shown_once
-from poco_vla.cli.options import Option, metavar_of, text_of
+from poco_vla.cli.options import Option, docs_of, metavar_of, text_of
 from poco_vla.config import TrainConfig
 from poco_vla.errors import ConfigError
 
 OPEN = ("policy_options", "algorithm_options", "env.options")
 """Fields of a configuration whose names an adapter, an algorithm or an environment declares; the parser leaves them."""
 
-type Listed = Mapping[str, tuple[Mapping[str, Any], Mapping[str, Option]]]
-"""Field of :data:`OPEN` -> its values, and the options that `--help` lists for it."""
+type Listed = Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Option]]]
+"""Field of :data:`OPEN` -> its name on the command line, its values, and the options that `--help` lists for it."""
 
 
 class Parser(ArgumentParser):
@@ -51,6 +47,7 @@ def parse(
     about: str | None = None,
     prog: str | None = None,
     shown: Collection[str] | None = None,
+    hidden: Collection[str] = (),
     listed: Listed | None = None,
     others: Collection[str] = (),
 ) -> Any:
@@ -63,7 +60,8 @@ def parse(
         about: what `--help` says first; the class's docstring when None.
         prog: name of the program; that of the script when None.
         shown: fields of a configuration that `--help` lists; None is all.
-        listed: options of adapter and environment that it lists.
+        hidden: fields of a configuration that it never lists.
+        listed: options of adapter, algorithm and environment that it lists.
         others: options that have been read already, for "did you mean".
 
     Raises:
@@ -78,7 +76,7 @@ def parse(
             args=list(args),
             return_unknown_args=True,
             config=(tyro.conf.AvoidSubcommands,),
-            registry=_registry(shown, listed or {}),
+            registry=_registry(shown, hidden, listed or {}),
             **given,
         )
     if unknown:
@@ -90,8 +88,18 @@ def _unknown(word: str, known: Sequence[str]) -> str:
     if not word.startswith("-"):
         return f'"{word}" belongs to no option'
     flag = word.partition("=")[0].replace("_", "-")
+    if "." in flag and (algorithm := _algorithm_of(flag)):
+        return f'"{flag}" is an option of algorithm "{algorithm}": choose it with --algorithm {algorithm}'
     close = get_close_matches(flag, known, n=1)
     return f'no option named "{flag}".' + (f' Did you mean "{close[0]}"?' if close else " --help lists them.")
+
+
+def _algorithm_of(flag: str) -> str | None:
+    """Return the algorithm below whose name a flag stands, None where there is none."""
+    from poco_vla.algorithms import available_algorithms  # loads torch
+
+    first = flag.removeprefix("--").partition(".")[0]
+    return next((name for name in available_algorithms() if name.replace("_", "-") == first), None)
 
 
 def _flags(kind: type[Any], prefix: str = "") -> Iterator[str]:
@@ -134,7 +142,7 @@ def _prefixes() -> Mapping[type[Any], str]:
     return dict(below(TrainConfig, ""))
 
 
-def _registry(shown: Collection[str] | None, listed: Listed) -> ConstructorRegistry:
+def _registry(shown: Collection[str] | None, hidden: Collection[str], listed: Listed) -> ConstructorRegistry:
     """Return what tells tyro which fields of a configuration `--help` lists, and what it says of them."""
     registry = ConstructorRegistry()
 
@@ -151,16 +159,19 @@ def _registry(shown: Collection[str] | None, listed: Listed) -> ConstructorRegis
             if name in OPEN:
                 if name not in listed:
                     continue
-                value = _group(*listed[name])
+                flag, *of_group = listed[name]
+                value = _group(*of_group)
+                specs.append(StructFieldSpec(flag, type(value), value, docs.get(one.name)))
+                continue
+            if is_dataclass(value):
                 hint = type(value)
-            elif is_dataclass(value):
-                hint = type(value)
-            if name not in OPEN and not _is_shown(name, shown):
+            if name in hidden or not _is_shown(name, shown):
                 hint = tyro.conf.Suppress[hint]
             specs.append(StructFieldSpec(one.name, hint, value, docs.get(one.name)))
 
         def instantiate(**values: Any) -> Any:
-            return replace(default, **{name: v for name, v in values.items() if f"{prefix}{name}" not in OPEN})
+            own = {one.name for one in fields(info.type) if f"{prefix}{one.name}" not in OPEN}
+            return replace(default, **{name: v for name, v in values.items() if name in own})
 
         return StructConstructorSpec(instantiate, tuple(specs))
 
@@ -201,19 +212,3 @@ def _group(values: Mapping[str, Any], options: Mapping[str, Option]) -> Any:
             for name, option in options.items()
         }
     )
-
-
-@cache
-def docs_of(kind: type[Any]) -> Mapping[str, str]:
-    """Return the docstrings that stand below the fields of a class."""
-    try:
-        body = ast.parse(dedent(inspect.getsource(kind))).body[0]
-    except (OSError, SyntaxError):  # installed without sources
-        return {}
-    assert isinstance(body, ast.ClassDef)
-    return {
-        one.target.id: " ".join(str(doc.value.value).split())
-        for one, doc in pairwise(body.body)
-        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
-        if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
-    }

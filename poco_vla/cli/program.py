@@ -19,12 +19,12 @@ from poco_vla.config import EnvSpec, TrainConfig
 from poco_vla.errors import UnknownNameError
 from poco_vla.terminal import SafeConsole
 
-type Command = Train | Eval | Serve | Robot | Data | Report | Push | Export | Adapters
+type Command = Train | Eval | Serve | Robot | Data | Report | Push | Export | Adapters | Algorithms
 
 
 @dataclass
 class Train:
-    """Supervised fine-tuning, then online POCO."""
+    """Supervised fine-tuning, then online RL."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: TrainConfig(env=EnvSpec()))
 
@@ -47,9 +47,22 @@ class Adapters:
             SafeConsole().print(f"{name:<16} {where}")
 
 
+@dataclass
+class Algorithms:
+    """The installed algorithms."""
+
+    def execute(self) -> None:
+        """List them, each with the first line of its class."""
+        from poco_vla.algorithms import available_algorithms, load_algorithm
+
+        for name in available_algorithms():
+            about = (load_algorithm(name).__doc__ or "").strip().partition("\n")[0]
+            SafeConsole().print(f"{name:<16} {about}")
+
+
 VERBS: dict[str, Any] = {
     **{"train": Train, "eval": Eval, "serve": Serve, "robot": Robot, "data": Data, "report": Report, "push": Push},
-    **{"export": Export, "adapters": Adapters},
+    **{"export": Export, "adapters": Adapters, "algorithms": Algorithms},
 }
 DATA_VERBS: dict[str, Any] = {
     **{"make": MakeData, "ogbench": OGBenchData, "robomimic": RobomimicData, "consolidate": ConsolidateData}

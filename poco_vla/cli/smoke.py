@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from poco_vla.config import (
     DatasetConfig,
@@ -49,6 +50,7 @@ def tiny_pick_task(config: TrainConfig) -> TrainConfig:
         interaction=InteractionConfig() if config.interaction.mode == "remote" else config.interaction,
         # The paper's clip is for a pretrained model, whose flow error is a hundred times smaller.
         poco=replace(config.poco, num_candidates=4, zeta="auto", critic_hidden=(64, 64)),
+        algorithm_options=_tiny_options(config),
         optim=replace(config.optim, batch_size=16, actor_lr=1e-3),
         eval=EvalConfig(episodes=4),
         sft_steps=200,
@@ -56,6 +58,13 @@ def tiny_pick_task(config: TrainConfig) -> TrainConfig:
         online_steps=640,
         output_dir=root / config.adapter / "{time}",
     )
+
+
+def _tiny_options(config: TrainConfig) -> dict[str, Any]:
+    """Return `algorithm_options` with which an update takes milliseconds."""
+    from poco_vla.algorithms import load_algorithm  # loads torch
+
+    return {**config.algorithm_options, **load_algorithm(config.algorithm).tiny_options}
 
 
 def _written(folder: Path, write: Callable[[Path], object]) -> Path:
@@ -97,6 +106,7 @@ def smoke_run(config: TrainConfig) -> TrainConfig:
         demonstrations=demos,
         env=replace(env, options=env.options | {"episode_length": limit}, num_envs=2) if env else None,
         poco=replace(config.poco, num_candidates=2, critic_hidden=(32, 32)),
+        algorithm_options=_tiny_options(config),
         optim=replace(config.optim, batch_size=16),
         eval=replace(config.eval, episodes=2, every=0),
         sft_steps=min(20, config.sft_steps),

@@ -30,7 +30,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, distributed, nn
 
-from poco_vla.algorithms import Algorithm, Stage
+from poco_vla.algorithms import Algorithm, Phase
 from poco_vla.config import OptimConfig, TrainConfig
 from poco_vla.errors import ConfigError
 from poco_vla.learner.launcher import (
@@ -43,7 +43,7 @@ from poco_vla.noise import UpdateNoise, micro_batches
 from poco_vla.types import ChunkBatch, Metrics
 
 type Loss = tuple[Tensor, Metrics]
-type MicroBatch = Callable[[ChunkBatch, UpdateNoise, Stage], int]
+type MicroBatch = Callable[[ChunkBatch, UpdateNoise, Phase], int]
 """Return how many transitions of a batch are computed at once."""
 
 
@@ -184,7 +184,7 @@ class Learner:
     def update(
         self,
         batch: ChunkBatch,
-        stage: Stage,
+        phase: Phase,
         *,
         micro_batch: MicroBatch | None = None,
         check_loss: Callable[[Tensor, Metrics], None] = lambda loss, metrics: None,
@@ -195,13 +195,13 @@ class Learner:
 
         Args:
             batch: this process's part of the global batch.
-            stage: whose loss it is.
+            phase: whose loss it is.
             micro_batch: how many transitions are computed at once; all when None.
             check_loss: is given loss and metrics before the step; when it raises, nothing was changed.
             check_norms: is given the gradients' norms, which are among the metrics by then, likewise.
             changing: entered while weights change.
         """
-        loss, metrics = self.gradients(batch, stage, micro_batch)
+        loss, metrics = self.gradients(batch, phase, micro_batch)
         check_loss(loss, metrics)
 
         def check(norms: Metrics) -> None:
@@ -209,39 +209,39 @@ class Learner:
             check_norms(norms)
 
         with changing():
-            metrics |= self.step(stage, check)
+            metrics |= self.step(phase, check)
         return loss, metrics
 
-    def gradients(self, batch: ChunkBatch, stage: Stage, micro_batch: MicroBatch | None = None) -> Loss:
+    def gradients(self, batch: ChunkBatch, phase: Phase, micro_batch: MicroBatch | None = None) -> Loss:
         """Compute the gradients of a batch, in micro-batches, and return its loss and metrics."""
-        noise = self.algorithm.draw_noise(batch, stage)
-        pieces = list(micro_batches(batch, noise, micro_batch(batch, noise, stage) if micro_batch else len(batch)))
+        noise = self.algorithm.draw_noise(batch, phase)
+        pieces = list(micro_batches(batch, noise, micro_batch(batch, noise, phase) if micro_batch else len(batch)))
         total, means, names = 0.0, 0.0, []
         for i, (rows, its_noise, share) in enumerate(pieces, start=1):
-            loss, metrics = self._backward(rows, stage, its_noise, share, last=i == len(pieces))
+            loss, metrics = self._backward(rows, phase, its_noise, share, last=i == len(pieces))
             total = total + loss * share
             names, means = list(metrics), means + torch.stack(list(metrics.values())) * share
         assert isinstance(total, Tensor)
         assert isinstance(means, Tensor)
         return total, dict(zip(names, means, strict=True))
 
-    def _backward(self, batch: ChunkBatch, stage: Stage, noise: UpdateNoise, share: float, *, last: bool) -> Loss:
+    def _backward(self, batch: ChunkBatch, phase: Phase, noise: UpdateNoise, share: float, *, last: bool) -> Loss:
         """Return loss and metrics of a micro-batch; add `share` of its gradient to that of those before it. With the
         `last` one the gradients of the processes are reduced."""
         with nullcontext() if last else self.accelerator.no_sync(self.module):
-            loss, metrics = self.module(batch, stage, noise)
+            loss, metrics = self.module(batch, phase, noise)
             self.accelerator.backward(loss * share)
         if not last and is_compiled_module(self.module):  # a graph's next run writes over what this one gave
             for p in self.algorithm.parameters():
                 p.grad = None if p.grad is None else p.grad.clone()
         return loss.detach(), metrics
 
-    def measure(self, batch: ChunkBatch, stage: Stage, noise: UpdateNoise) -> None:
+    def measure(self, batch: ChunkBatch, phase: Phase, noise: UpdateNoise) -> None:
         """Compute loss and gradients of a batch, for their memory alone; `optimizer.zero_grad` drops them."""
         with self.accelerator.no_sync(self.module):
-            self.accelerator.backward(self.module(batch, stage, noise)[0])
+            self.accelerator.backward(self.module(batch, phase, noise)[0])
 
-    def step(self, stage: Stage, check: Callable[[Metrics], None] = lambda norms: None) -> Metrics:
+    def step(self, phase: Phase, check: Callable[[Metrics], None] = lambda norms: None) -> Metrics:
         """Clip each group by itself, step, drop the gradients, and return the norms [] of those that there were.
 
         `check` is given these norms before the step; when it raises, weights and optimizer are as they were."""
@@ -254,11 +254,11 @@ class Learner:
         check(norms)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._after_step(stage)
+        self._after_step(phase)
         return norms
 
-    def _after_step(self, stage: Stage) -> None:
-        self.algorithm.after_step(stage)
+    def _after_step(self, phase: Phase) -> None:
+        self.algorithm.after_step(phase)
 
     def gather(self) -> None:
         """Bring a copy up to date. All processes call this together."""
@@ -288,11 +288,11 @@ class _ApartLearner(Learner):
     _learned: Algorithm
     _pairs: list[tuple[Tensor, Tensor]]
 
-    def measure(self, batch: ChunkBatch, stage: Stage, noise: UpdateNoise) -> None:
+    def measure(self, batch: ChunkBatch, phase: Phase, noise: UpdateNoise) -> None:
         raise AssertionError("memory is refused when it is launched")
 
-    def _after_step(self, stage: Stage) -> None:
-        self._learned.after_step(stage)
+    def _after_step(self, phase: Phase) -> None:
+        self._learned.after_step(phase)
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -358,21 +358,21 @@ class ZeroLearner(_ApartLearner):
         self._zero: Any = self.optimizer.optimizer
         self._copied_to(whole)
 
-    def _backward(self, batch: ChunkBatch, stage: Stage, noise: UpdateNoise, share: float, *, last: bool) -> Loss:
+    def _backward(self, batch: ChunkBatch, phase: Phase, noise: UpdateNoise, share: float, *, last: bool) -> Loss:
         # Not by `accelerator.backward`: that one steps as well, before anybody has looked at the loss.
         self.module.set_gradient_accumulation_boundary(last)
-        loss, metrics = self.module(batch, stage, noise)
+        loss, metrics = self.module(batch, phase, noise)
         self.module.backward(loss * share)
         return loss.detach(), metrics
 
-    def step(self, stage: Stage, check: Callable[[Metrics], None] = lambda norms: None) -> Metrics:
-        learning = self.algorithm.trained_groups(stage)
+    def step(self, phase: Phase, check: Callable[[Metrics], None] = lambda norms: None) -> Metrics:
+        learning = self.algorithm.trained_groups(phase)
         names = {id(group): name for group, name in zip(self._zero.param_groups, self.groups, strict=True)}
         self._adam.begin({key for key, name in names.items() if name in learning})
         self._adam.max_norm = self.config.max_grad_norm
         check(self._norms(learning))  # DeepSpeed steps one group after the other: all are looked at before
         self.module.step()
-        self._after_step(stage)
+        self._after_step(phase)
         return {f"{names[key]}_grad_norm": norm for key, norm in self._adam.norms.items()}
 
     def _norms(self, learning: Set[str]) -> Metrics:
@@ -496,8 +496,8 @@ class _Trained(nn.Module):
         self.trained = nn.ParameterList(p for p in algorithm.parameters() if p.requires_grad)
         self._algorithm = (algorithm,)  # in a tuple it is no submodule
 
-    def forward(self, batch: ChunkBatch, stage: Stage, noise: UpdateNoise) -> Loss:
-        return self._algorithm[0](batch, stage, noise)
+    def forward(self, batch: ChunkBatch, phase: Phase, noise: UpdateNoise) -> Loss:
+        return self._algorithm[0](batch, phase, noise)
 
 
 def learner_of(accelerator: Accelerator, algorithm: Algorithm, config: OptimConfig) -> Learner:

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from poco_vla.algorithms import Algorithm, Stage
+from poco_vla.algorithms import Algorithm, Phase
 from poco_vla.config import TrainConfig, num_bytes
 from poco_vla.errors import ConfigError
 from poco_vla.noise import UpdateNoise
@@ -22,11 +22,11 @@ MARGIN = 0.95
 NEVER = 2**62
 """Bytes that no device has."""
 
-type Run = Callable[[ChunkBatch, Stage, UpdateNoise], None]
+type Run = Callable[[ChunkBatch, Phase, UpdateNoise], None]
 
 
 class Budget:
-    """The size of a part of each stage, found at the first update of that stage.
+    """The size of a part of each phase, found at the first update that has it.
 
     Args:
         config: ``optim.micro_batch`` says it outright; else it is what fits ``memory``; else the whole batch, or, on a
@@ -62,38 +62,38 @@ class Budget:
                 f"memory is {config.memory}, which is measured on a GPU, and this run is on {accelerator.device.type}: "
                 "leave it out (a CPU computes in micro-batches that suit its caches), or give optim.micro_batch"
             )
-        self._sizes: dict[Stage, int] = {}
+        self._sizes: dict[Phase, int] = {}
 
-    def part(self, batch: ChunkBatch, noise: UpdateNoise, stage: Stage) -> int:
+    def part(self, batch: ChunkBatch, noise: UpdateNoise, phase: Phase) -> int:
         """Transitions of `batch` that are computed at once.
 
         Raises:
             ConfigError: not even one fits the memory; the message says what takes it.
         """
-        if stage not in self._sizes:
-            self._sizes[stage] = self._find(batch, noise, stage)
-        return self._sizes[stage]
+        if phase not in self._sizes:
+            self._sizes[phase] = self._find(batch, noise, phase)
+        return self._sizes[phase]
 
-    def _find(self, batch: ChunkBatch, noise: UpdateNoise, stage: Stage) -> int:
+    def _find(self, batch: ChunkBatch, noise: UpdateNoise, phase: Phase) -> int:
         config = self.config
         if config.optim.micro_batch is not None:
             return config.optim.micro_batch
         if config.memory is not None:
-            return self._fitting(batch, noise, stage, num_bytes(config.memory))
-        chunks = self.algorithm.chunks_per_state(stage)
+            return self._fitting(batch, noise, phase, num_bytes(config.memory))
+        chunks = self.algorithm.chunks_per_state(phase)
         if self.accelerator.device.type == "cpu" and chunks:
             return max(1, CPU_ROWS // chunks)
         return len(batch)
 
-    def _fitting(self, batch: ChunkBatch, noise: UpdateNoise, stage: Stage, memory: int) -> int:
+    def _fitting(self, batch: ChunkBatch, noise: UpdateNoise, phase: Phase, memory: int) -> int:
         """Parts are measured, each twice as large as the one before, until one does not fit. Between the last two the
         peak is taken for linear: as the largest of several that are, it lies below."""
         held = self._held()
         room = int(memory * MARGIN) - held
-        sizes, peaks = [0, 1], [0, self._peak(batch, noise, stage, 1)]
+        sizes, peaks = [0, 1], [0, self._peak(batch, noise, phase, 1)]
         while sizes[-1] < len(batch) and peaks[-1] <= room:
             sizes.append(min(2 * sizes[-1], len(batch)))
-            peaks.append(self._peak(batch, noise, stage, sizes[-1]))
+            peaks.append(self._peak(batch, noise, phase, sizes[-1]))
         size = sizes[-1]
         if peaks[-1] > room:
             size = sizes[-2] + int((sizes[-1] - sizes[-2]) * (room - peaks[-2]) / (peaks[-1] - peaks[-2]))
@@ -106,7 +106,7 @@ class Budget:
                 f"transition {one} beside them, gradients included. Give more{least}, draw smaller batches, or, of a "
                 "large model, train less (a LoRA) or keep the frozen part in bfloat16."
             )
-        self.say(f"{stage}: {size} of {len(batch)} transitions at once fit {self.config.memory}")
+        self.say(f"{phase}: {size} of {len(batch)} transitions at once fit {self.config.memory}")
         return size
 
     def _held(self) -> int:
@@ -116,12 +116,12 @@ class Budget:
         missing = 2 * sum(_bytes(p) for p in trained if p not in self.optimizer.state)
         return torch.cuda.memory_allocated(self.accelerator.device) - self.beside() + missing + self.prefixes()
 
-    def _peak(self, batch: ChunkBatch, noise: UpdateNoise, stage: Stage, size: int) -> int:
+    def _peak(self, batch: ChunkBatch, noise: UpdateNoise, phase: Phase, size: int) -> int:
         """Most bytes that a part of this size takes beside what is there, gradients included."""
         rows = slice(0, size)
         part, its_noise = batch.rows(rows), noise.rows(rows)
         try:
-            return peak_bytes(lambda: self.run(part, stage, its_noise), self.accelerator.device)
+            return peak_bytes(lambda: self.run(part, phase, its_noise), self.accelerator.device)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return NEVER

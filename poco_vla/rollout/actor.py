@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from poco_vla.errors import NonFiniteError
 from poco_vla.policy import FlowPolicy, Prefix
 from poco_vla.simulators.observations import require_pictures
 
+UNTRAINED = 0
+"""Stands for `best_of_n` where the algorithm has learned nothing beyond SFT (`Algorithm.act_untrained`)."""
+
 
 class Actor:
     """Return chunks for raw observations, as an algorithm acts.
@@ -23,7 +27,7 @@ class Actor:
     Args:
         acting: the algorithm that acts; a policy alone acts by plain samples.
         seed: of the actor's own noise.
-        best_of_n: candidates per state; above 1 needs an algorithm that ranks them.
+        best_of_n: candidates per state; above 1 needs an algorithm that ranks them. `UNTRAINED`: none are ranked yet.
 
     Attributes:
         weights_version: of the weights that the last chunks are samples of: updates made until then.
@@ -35,8 +39,8 @@ class Actor:
 
     def __init__(self, acting: FlowPolicy | Algorithm, seed: int, best_of_n: int = 1) -> None:
         algorithm = acting if isinstance(acting, Algorithm) else Algorithm(acting)
-        assert best_of_n == 1 or algorithm.ranks_candidates, "best_of_n > 1 needs a critic"
-        self.algorithm = algorithm.for_acting(best_of_n)
+        assert best_of_n <= 1 or algorithm.ranks_candidates, "best_of_n > 1 needs a critic"
+        self.algorithm = algorithm.for_acting(max(1, best_of_n))
         self.policy = self.algorithm.policy
         self.best_of_n = best_of_n
         self.generator = torch.Generator().manual_seed(seed)
@@ -58,7 +62,9 @@ class Actor:
         prefix = self.policy.encode(network_obs(self.policy, obs, tasks))
         if self.on_encoded is not None:
             self.on_encoded(obs, tasks, prefix)
-        chunk = self.algorithm.act(prefix, best_of_n or self.best_of_n, self.generator)
+        n = self.best_of_n if best_of_n is None else best_of_n
+        act = self.algorithm.act_untrained if n == UNTRAINED else partial(self.algorithm.act, n=n)
+        chunk = act(prefix, generator=self.generator)
         actions = self.policy.postprocess(chunk[..., : self.policy.spec.action_dim]).float().cpu().numpy()
         if not np.isfinite(actions).all():
             raise NonFiniteError("the policy sampled a non-finite action: nothing was sent to the environment")

@@ -11,6 +11,7 @@ from poco_vla.errors import CheckpointError
 from poco_vla.learner.broadcast import Sharing
 from poco_vla.recording.admission import Admission
 from poco_vla.recording.recorder import EpisodeRecorder
+from poco_vla.rollout.actor import UNTRAINED
 from poco_vla.rollout.interaction import Interaction, Received
 from poco_vla.training.context import RunContext
 from poco_vla.training.interactions import Acting
@@ -58,8 +59,7 @@ class Collector:
         config, now = self.config, self.progress
         if self.interaction is None:
             return
-        # Before it has learned anything, the critic has no say in what is executed.
-        best_of_n = config.best_of_n if now.stage_update > config.warmup_steps else 1
+        best_of_n = config.best_of_n if now.stage_update > config.warmup_steps else UNTRAINED
         until = float(config.online_steps)
         if self.replay.num_online_steps:  # learning begins with the first episode
             until = min(until, now.env_steps + config.interaction.ahead - now.owed_updates / config.updates_per_step)

@@ -45,11 +45,17 @@ class Evaluations:
         """Return the result of an evaluation on the main process; None elsewhere, and where the run is to stop."""
         if self.envs is None:
             return None
-        settings = self.config.eval
+        settings, now = self.config.eval, self.progress
+        trained = now.stage == "online" and now.stage_update > self.config.warmup_steps
         with self.display.stage(f"evaluating {label}", settings.episodes) as bar, self.interruption.simulators():
             try:
                 return evaluate(
-                    self.algorithm, self.envs, episodes=settings.episodes, seed=settings.seed, on_episode=bar.to
+                    self.algorithm,
+                    self.envs,
+                    episodes=settings.episodes,
+                    seed=settings.seed,
+                    trained=trained,
+                    on_episode=bar.to,
                 )
             except EvaluationStopped:
                 return None

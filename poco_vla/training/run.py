@@ -14,7 +14,6 @@ from poco_vla.checkpointing.provenance import Provenance
 from poco_vla.checkpointing.versions import VersionBound
 from poco_vla.config import EnvSpec, TrainConfig, to_json, to_scalars
 from poco_vla.data import BatchSource, Episode, Replay
-from poco_vla.errors import ConfigError
 from poco_vla.learner.backends import Learner, learner_of, open_accelerator
 from poco_vla.learner.broadcast import Sharing
 from poco_vla.learner.failures import Failures
@@ -131,7 +130,8 @@ def build(config: TrainConfig) -> Run:
         torch.set_num_threads(config.num_threads)
     refuse_unknown_trackers(config.trackers)
     check_options(load_adapter(config.adapter), config.policy_options, pretrained=config.policy is not None)
-    config = _fit_algorithm(config)
+    config = load_algorithm(config.algorithm).fit(config)
+    options_of(config)  # they are checked before anything is opened
     accelerator = open_accelerator(config)
     precision = launched_precision(config)
     told = precision_told(config, precision)
@@ -158,23 +158,6 @@ def build(config: TrainConfig) -> Run:
                 interruption.requested = True  # nobody waits for space on a disk any more
                 raise
     raise AssertionError("the parts are returned, or an error is raised")
-
-
-def _fit_algorithm(config: TrainConfig) -> TrainConfig:
-    """Return the configuration without what its algorithm has not.
-
-    Raises:
-        PocoError: there is no such algorithm or option, or it cannot run as the configuration says.
-    """
-    algorithm = load_algorithm(config.algorithm)
-    options_of(config)
-    if algorithm.on_policy:
-        raise ConfigError(f'algorithm "{config.algorithm}" learns from its latest rollouts alone, which is not offered')
-    if config.best_of_n > 1 and not algorithm.ranks_candidates:
-        raise ConfigError(
-            f'best_of_n is {config.best_of_n}, but algorithm "{config.algorithm}" has no critic to rank by'
-        )
-    return config if algorithm.has_warmup else replace(config, warmup_steps=0)
 
 
 def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> Run:

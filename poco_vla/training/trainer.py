@@ -77,7 +77,7 @@ class Trainer:
         if self.progress.stage == "online":
             self._learn_online()
             if self.config.online_steps:
-                self._evaluate("after POCO", videos="after")
+                self._evaluate(f"after {self.updater.algorithm.title}", videos="after")
             self.progress.enter("done")
             self._save()
         self.parts.versions.settle(self.parts.weights.version)

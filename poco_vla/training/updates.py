@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from poco_vla.algorithms import Algorithm, Stage
+from poco_vla.algorithms import Algorithm, Phase, Stage
 from poco_vla.checkpointing import checkpoint
 from poco_vla.checkpointing.progress import Progress
 from poco_vla.checkpointing.versions import VersionBound
@@ -97,30 +97,39 @@ class Updater:
             NonFiniteError: the loss or a gradient is not finite; no weight has changed.
             ConfigError: it does not fit the device's memory.
         """
-        batch = self.batches.draw(bootstrap=self.algorithm.reads_next(stage))
+        number = self.progress.stage_update
+        phases = self.algorithm.phases(stage, number)
+        batch = self.batches.draw(bootstrap=any(map(self.algorithm.reads_next, phases)))
+        metrics: Metrics = {}
+        for phase in phases:
+            metrics |= self._step(batch, phase, f"{stage} update {number}", first=phase == phases[0])
+        self.progress.stage_update += 1
+        self.logbook.updated(stage, metrics, bar)
+
+    def _step(self, batch: ChunkBatch, phase: Phase, name: str, *, first: bool) -> Metrics:
+        """Make one optimizer step, of the update `name`, and return its metrics."""
 
         def check_loss(loss: Tensor, metrics: Metrics) -> None:
-            self.finite.see(loss, partial(self._not_finite, stage, self.progress.stage_update, batch, loss, metrics))
-            self.progress.update += 1
-            self.versions.cover(self.progress.version)
+            self.finite.see(loss, partial(self._not_finite, name, batch, loss, metrics))
+            if first:
+                self.progress.update += 1
+                self.versions.cover(self.progress.version)
 
         try:
-            _, metrics = self.learner.update(
+            return self.learner.update(
                 batch,
-                stage,
+                phase,
                 micro_batch=self.budget.part,
                 check_loss=check_loss,
                 check_norms=self.finite.see_gradients,
                 changing=partial(self._changed, apart=False),
-            )
+            )[1]
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"an update of {self.config.optim.batch_size} transitions does not fit {self.accelerator.device}: "
                 f"{error}. Give `memory` less than the device has (such as --memory 22GB), and it is computed in parts "
                 "that fit; or, under FSDP and DeepSpeed, optim.micro_batch."
             ) from error
-        self.progress.stage_update += 1
-        self.logbook.updated(stage, metrics, bar)
 
     def gather(self) -> None:
         """Bring the weights that act, are evaluated and saved up to date. All processes call this together."""
@@ -165,10 +174,10 @@ class Updater:
         """Return the context in which the weights that others read change: the learner's own, or its copy (`apart`)."""
         return self.weights.change(self.progress.version) if apart == self.learner.apart else nullcontext()
 
-    def _not_finite(self, stage: Stage, update: int, batch: ChunkBatch, loss: Tensor, metrics: Metrics) -> Exception:
+    def _not_finite(self, name: str, batch: ChunkBatch, loss: Tensor, metrics: Metrics) -> Exception:
         """Return the error that says which loss or gradient is not finite, on the first process that has it; all of
         them call this together."""
-        accelerator, name = self.accelerator, f"{stage} update {update}"
+        accelerator = self.accelerator
         flags = accelerator.gather(~torch.isfinite(loss.detach()).reshape(1))
         assert isinstance(flags, Tensor)
         first = int(flags.int().argmax())  # the main process where only the gradient, which all share, is not finite

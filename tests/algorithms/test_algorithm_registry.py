@@ -30,17 +30,17 @@ def installed(monkeypatch):
 
 def test_the_librarys_own_are_there_without_entry_points(monkeypatch):
     monkeypatch.setattr(registry, "entry_points", lambda group: [])
-    assert list(available_algorithms()) == ["imitation", "poco"]
-    assert (load_algorithm("poco"), load_algorithm("imitation")) == (Poco, Imitation)
+    assert list(available_algorithms()) == ["bc", "poco"]
+    assert (load_algorithm("poco"), load_algorithm("bc")) == (Poco, Imitation)
 
 
 def test_an_installed_algorithm_is_found_by_its_name(installed):
-    assert list(available_algorithms()) == ["imitation", "nothing", "other", "poco"]
+    assert list(available_algorithms()) == ["bc", "nothing", "other", "poco"]
     assert load_algorithm("other") is Other
 
 
 def test_a_mistyped_name_lists_what_there_is():
-    with pytest.raises(UnknownNameError, match=r'no algorithm named "pocco".*imitation, poco.*Did you mean "poco"'):
+    with pytest.raises(UnknownNameError, match=r'no algorithm named "pocco".*bc, poco.*Did you mean "poco"'):
         load_algorithm("pocco")
 
 
@@ -52,7 +52,7 @@ def test_what_is_no_algorithm_is_refused(installed):
 def test_options_are_the_runs_own_section_or_the_open_ones(installed):
     poco = PocoConfig(eta=0.5)
     assert options_of(TrainConfig(poco=poco, online_steps=0)) is poco
-    imitation = TrainConfig(algorithm="imitation", algorithm_options={"anchor": "demos"}, online_steps=0)
+    imitation = TrainConfig(algorithm="bc", algorithm_options={"anchor": "demos"}, online_steps=0)
     assert options_of(imitation) == ImitationConfig(anchor="demos")
     other = TrainConfig(algorithm="other", algorithm_options={"strength": 2.0}, online_steps=0)
     assert options_of(other) == OtherConfig(2.0)
@@ -60,6 +60,6 @@ def test_options_are_the_runs_own_section_or_the_open_ones(installed):
 
 def test_a_mistyped_option_and_an_option_in_the_wrong_place_are_refused():
     with pytest.raises(UnknownNameError, match=r'ImitationConfig named "ancor".*Did you mean "anchor"'):
-        options_of(TrainConfig(algorithm="imitation", algorithm_options={"ancor": "all"}, online_steps=0))
+        options_of(TrainConfig(algorithm="bc", algorithm_options={"ancor": "all"}, online_steps=0))
     with pytest.raises(ConfigError, match='options of algorithm "poco" are in poco, not algorithm_options'):
         options_of(TrainConfig(algorithm_options={"eta": 1.0}, online_steps=0))

@@ -24,7 +24,7 @@ ONE_PER_ADAPTER = ["mlp_cube", "pi05_pick_pen", "smolvla_pick_pen", "groot_pick_
 MAPPING = {"STATE": "IDENTITY", "ACTION": "MIN_MAX"}
 VALID = {
     "adapter": "flow_mlp",
-    "algorithm": "imitation",
+    "algorithm": "bc",
     "optim.micro-batch": "None",
     "demonstrations.kind": "expert",
     "env.num-envs": "7",
@@ -112,13 +112,15 @@ def test_every_option_that_a_recipe_lists_can_be_set(recipe, capsys, monkeypatch
 
 
 def apart(given):
-    """Options of adapter and environment, and the others: another adapter or environment has other options."""
+    """Options of adapter and environment, the algorithm, and the others: another one of these has other options."""
     own = {
         flag: words
         for flag, words in given.items()
-        if flag.startswith(("--policy-options.", "--algorithm-options.", "--env.options."))
+        if flag.startswith(("--policy-options.", "--bc.", "--env.options."))
     }
-    return [own, {flag: words for flag, words in given.items() if flag not in own}]
+    others = {flag: words for flag, words in given.items() if flag not in own}
+    algorithm = {flag: others.pop(flag) for flag in ("--algorithm",) if flag in others}
+    return [own, algorithm, others]
 
 
 @pytest.mark.parametrize("verb", [["train"], ["data", "make"]])
@@ -270,11 +272,15 @@ def test_another_adapter_policy_or_environment_begins_without_options(given, pol
 
 
 def test_options_of_an_algorithm_are_typed_and_go_with_it():
-    found = parsed(TrainConfig(env=EnvSpec()), "--algorithm", "imitation", "--algorithm-options.anchor", "demos")
-    assert (found.algorithm, found.algorithm_options) == ("imitation", {"anchor": "demos"})
+    found = parsed(TrainConfig(env=EnvSpec()), "--algorithm", "bc", "--bc.anchor", "demos")
+    assert (found.algorithm, found.algorithm_options) == ("bc", {"anchor": "demos"})
     assert parsed(found, "--algorithm", "poco").algorithm_options == {}
     with pytest.raises(UnknownNameError, match='Did you mean "anchor"'):
-        parsed(found, "--algorithm-options.ancor", "demos")
+        parsed(found, "--bc.ancor", "demos")
+    with pytest.raises(ConfigError, match='option of algorithm "bc": choose it with --algorithm bc'):
+        parsed(TrainConfig(env=EnvSpec()), "--bc.anchor", "demos")
+    with pytest.raises(ConfigError, match='option of algorithm "poco", but this run is of "bc"'):
+        parsed(found, "--poco.eta", "1")
 
 
 def test_the_task_is_the_environment_types_own_unless_it_is_given():

@@ -599,9 +599,9 @@ def test_a_secret_among_the_options_of_the_environment_does_not_go(hub, whole):
 
 def test_a_run_of_another_algorithm_is_published_with_its_own_options(based, run):
     config = json.loads((run / "config.json").read_text())
-    config |= {"algorithm": "imitation", "algorithm_options": {"anchor": "demos"}}
+    config |= {"algorithm": "bc", "algorithm_options": {"anchor": "demos"}}
     (run / "config.json").write_text(json.dumps(config))
     card = push_head(run, HEAD, base=BASE).card
-    assert about_of(based, HEAD)["algorithm"] == {"name": "imitation", "anchor": "demos"}
+    assert about_of(based, HEAD)["algorithm"] == {"name": "bc", "anchor": "demos"}
     assert "| algorithm | imitation (anchor demos) |" in card
     assert "candidates N" not in card
