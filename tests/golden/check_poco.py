@@ -15,16 +15,14 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from lerobot_policy_flow_mlp.adapter import MlpPrefix
-from lerobot_policy_flow_mlp.modeling_flow_mlp import VectorField
+from golden import Actor, FormatError, Scripted
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from poco_vla import ActionSpec, ChunkBatch, ChunkCritic, FlowPolicy, Poco, PocoConfig
+from poco_vla import ActionSpec, ChunkBatch, ChunkCritic, Poco, PocoConfig
 from poco_vla.critic import aggregate, polyak_update, td_target
 from poco_vla.distill import flow_errors
 from poco_vla.flow import integrate, interpolate, target_velocity
-from poco_vla.noise import GlobalBatchRNG
 from poco_vla.policy import propose
 from poco_vla.posterior import posterior_weights
 
@@ -45,10 +43,6 @@ OPTIONS = rf"temp{NUMBER}\.zeta(none|{NUMBER})(?:\.beta{NUMBER})?"
 type Tensors = dict[str, Tensor]
 
 
-class FormatError(Exception):
-    """The file is not a golden file."""
-
-
 @dataclass(frozen=True)
 class Row:
     """One group of tensors: how far ours are from the file's, or why they were not compared."""
@@ -66,34 +60,6 @@ class Row:
         if self.difference is None:
             return f"{self.group:32} {self.tensors:4}  {'-':>10}  skipped: {self.reason}"
         return f"{self.group:32} {self.tensors:4}  {self.difference:10.2e}  {'ok' if self.ok else 'FAIL'}"
-
-
-class Scripted(GlobalBatchRNG):
-    """The file's draws in the order in which the code asks for random numbers; anything else is an error."""
-
-    def __init__(self, normals: Sequence[Tensor], times: Sequence[Tensor] = ()) -> None:
-        self.normals, self.times = list(normals), list(times)
-
-    def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        return self.normals.pop(0).reshape(shape).to(like)
-
-    def time(self, sampler: object, shape: Sequence[int], like: Tensor) -> Tensor:
-        return self.times.pop(0).reshape(shape).to(like)
-
-
-class Actor(FlowPolicy):
-    """The authors' actor: flow_mlp's vector field over raw observations, nothing around it."""
-
-    def __init__(self, feature_dim: int, spec: ActionSpec, hidden: list[int]) -> None:
-        super().__init__()
-        self.spec, self.feature_dim = spec, feature_dim
-        self.head = VectorField(feature_dim, spec.horizon * spec.width, hidden, "gelu")
-
-    def encode(self, obs):
-        return MlpPrefix(obs["state"])
-
-    def velocity(self, prefix, x, t):
-        return self.head(prefix.features, x.flatten(-2), t).unflatten(-1, x.shape[-2:])
 
 
 class Case:
