@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,17 +18,19 @@ ACTIVATIONS = {
     "silu": F.silu,
     "gelu": partial(F.gelu, approximate="tanh"),  # flax's nn.gelu, which the authors' code uses
     "relu": F.relu,
+    "tanh": torch.tanh,
 }
 """Activations by configuration name."""
 
-type Activation = Literal["silu", "gelu", "relu"]
+type Activation = Literal["silu", "gelu", "relu", "tanh"]
 
 
 class ChunkCritic(nn.Module):
     """E independent MLPs Q_e(features, chunk), computed together as batched matrix products.
 
-    Each hidden layer is Linear -> activation -> LayerNorm (the authors' order). The first layer's share of the state
-    is computed once per state and added to every candidate's.
+    Each hidden layer is Linear -> activation -> LayerNorm (the order of POCO's and QC's authors), or Linear ->
+    LayerNorm -> activation (RLPD, DSRL). The first layer's share of the state is computed once per state and added to
+    every candidate's.
 
     Args:
         feature_dim: D.
@@ -37,6 +40,7 @@ class ChunkCritic(nn.Module):
         members: E.
         activation: "silu" (paper) or "gelu" (the authors' code, tanh approximation).
         layer_norm_eps: the authors' code has 1e-6.
+        norm_first: LayerNorm comes before the activation.
     """
 
     def __init__(
@@ -49,12 +53,14 @@ class ChunkCritic(nn.Module):
         members: int = 2,
         activation: Activation = "silu",
         layer_norm_eps: float = 1e-5,
+        norm_first: bool = False,
     ) -> None:
         super().__init__()
         self.feature_dim = feature_dim
         self.action_dim = action_dim
         self.activation = ACTIVATIONS[activation]
         self.layer_norm_eps = layer_norm_eps
+        self.norm_first = norm_first
         widths = (feature_dim + horizon * action_dim, *hidden, 1)
         sizes = list(pairwise(widths))
         self.weights = nn.ParameterList(nn.Parameter(torch.empty(members, i, o)) for i, o in sizes)
@@ -67,21 +73,31 @@ class ChunkCritic(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
             nn.init.uniform_(bias, -bound, bound)
 
-    def forward(self, features: Float[Tensor, "B D"], chunk: Float[Tensor, "B N H A"]) -> Float[Tensor, "E B N"]:
+    def forward(
+        self,
+        features: Float[Tensor, "B D"],
+        chunk: Float[Tensor, "B N H A"],
+        members: Int[Tensor, " M"] | None = None,
+    ) -> Float[Tensor, "E B N"]:
         """Value of N chunks in each of B states, in units of discounted reward, one per ensemble member.
 
         Always in the precision of its own weights: eta is finer than what bfloat16 keeps of a value.
+
+        Args:
+            features: of the states.
+            chunk: N chunks for each.
+            members: numbers of the members that are asked, in place of all E.
         """
         dtype = self.weights[0].dtype
         features, actions = features.to(dtype), chunk[..., : self.action_dim].flatten(2).to(dtype)
-        members = self.weights[0].shape[0]
         with torch.autocast(features.device.type, enabled=False):
             if suits_onednn(actions):  # one after another, so that nothing is stacked but the values
-                return torch.cat([self._values(features, actions, slice(e, e + 1)) for e in range(members)])
-            return self._values(features, actions, slice(members))
+                each = range(self.weights[0].shape[0]) if members is None else members.tolist()
+                return torch.cat([self._values(features, actions, slice(e, e + 1)) for e in each])
+            return self._values(features, actions, slice(None) if members is None else members)
 
     def _values(
-        self, features: Float[Tensor, "B D"], actions: Float[Tensor, "B N HA"], of: slice
+        self, features: Float[Tensor, "B D"], actions: Float[Tensor, "B N HA"], of: slice | Tensor
     ) -> Float[Tensor, "E B N"]:
         batch, num, chunk_dim = actions.shape
         weights, biases, gains, shifts = (
@@ -93,8 +109,9 @@ class ChunkCritic(nn.Module):
         of_action = batched_linear(actions.flatten(0, 1).expand(members, -1, -1), action_weight)
         h = (of_state.unsqueeze(2) + of_action.unflatten(1, (batch, num))).flatten(1, 2)
         for weight, bias, gain, shift in zip(weights[1:], biases[1:], gains, shifts, strict=True):
-            h = F.layer_norm(self.activation(h), h.shape[-1:], eps=self.layer_norm_eps)
-            h = batched_linear(torch.addcmul(shift, h, gain), weight, bias)
+            h = F.layer_norm(h if self.norm_first else self.activation(h), h.shape[-1:], eps=self.layer_norm_eps)
+            h = torch.addcmul(shift, h, gain)
+            h = batched_linear(self.activation(h) if self.norm_first else h, weight, bias)
         return h.reshape(members, batch, num)
 
 
@@ -122,3 +139,30 @@ def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     """target <- (1 - tau) target + tau online, parameter by parameter, in place."""
     # One call for all parameters; torch exports no public name for it.
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)  # pyright: ignore[reportPrivateImportUsage]
+
+
+class TargetNetwork(nn.Module):
+    """A network whose parameters are an exponential mean of another's, called as that one.
+
+    Args:
+        online: the network that it follows, and starts from.
+        tau: share of the online network that is mixed in at every step.
+        mixes: parameters of the online network that are mixed in: those from "after" the optimizer step, or those from
+            "before" it, which takes a second copy of the network.
+    """
+
+    def __init__(self, online: nn.Module, tau: float, mixes: Literal["after", "before"] = "after") -> None:
+        super().__init__()
+        self.tau = tau
+        self.network = deepcopy(online).requires_grad_(False)
+        self.before = deepcopy(online).requires_grad_(False) if mixes == "before" else None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what the network returns."""
+        return self.network(*args, **kwargs)
+
+    def follow(self, online: nn.Module) -> None:
+        """Mix the online network in, after its optimizer step."""
+        polyak_update(self.network, online if self.before is None else self.before, self.tau)
+        if self.before is not None:
+            polyak_update(self.before, online, 1.0)

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from poco_vla.types import ChunkBatch
@@ -53,6 +53,18 @@ class GlobalBatchRNG:
         rows, *rest = shape
         return self._own_rows(sampler((rows * self.world_size, *rest), self.generator), rows).to(like)
 
+    def members(self, count: int, size: int, rows: int, like: Tensor) -> Int[Tensor, "B M"]:
+        """Return `count` different numbers of an ensemble's members, the same ones for each row.
+
+        Args:
+            count: M, members that are drawn.
+            size: members of the ensemble.
+            rows: B.
+            like: gives the device.
+        """
+        drawn = torch.randperm(size, generator=self.generator, device=self.generator.device)[:count]
+        return drawn.to(like.device).expand(rows, -1)
+
     def _own_rows(self, drawn: Tensor, rows: int) -> Tensor:
         return drawn[self.rank * rows : (self.rank + 1) * rows]
 
@@ -86,6 +98,19 @@ def row_weights(mask: Bool[Tensor, " B"], like: Tensor) -> Float[Tensor, " B"]:
         torch.distributed.all_reduce(count)
         count = count / torch.distributed.get_world_size()
     return mask * torch.where(count > 0, mask.shape[0] / count, 0)
+
+
+def crossing_weights(batch: ChunkBatch, *, drop: bool, mean_over: Literal["valid", "all"]) -> Float[Tensor, " B"]:
+    """Return the weight of each transition in a critic loss.
+
+    Args:
+        batch: the transitions.
+        drop: leave out chunks whose episode ended before their last step.
+        mean_over: the loss is a mean over the chunks that are left ("valid"), or over all.
+    """
+    # Deviation 2: chunks that met an episode end stay, with their exact n-step return (POCO's and QC's code drop them).
+    kept = batch.valid[:, -1] if drop else torch.ones_like(batch.is_demo)
+    return row_weights(kept, batch.actions) if mean_over == "valid" else kept.to(batch.actions.dtype)
 
 
 def micro_batches(batch: ChunkBatch, noise: UpdateNoise, size: int) -> Iterator[tuple[ChunkBatch, UpdateNoise, float]]:

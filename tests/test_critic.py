@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from poco_vla import ChunkCritic, polyak_update, td_target
-from poco_vla.critic import aggregate
+from poco_vla.critic import TargetNetwork, aggregate
 
 
 def critic(**options):
@@ -19,8 +19,8 @@ def critic(**options):
         return built
 
 
-def reference(ours, member, activation, eps):
-    """The same member out of torch's own layers: Linear, activation, LayerNorm; Linear."""
+def reference(ours, member, activation, eps, *, norm_first=False):
+    """The same member out of torch's own layers: Linear, activation, LayerNorm (or the other way round); Linear."""
     layers = []
     for i, (weight, bias) in enumerate(zip(ours.weights, ours.biases, strict=True)):
         linear = nn.Linear(weight.shape[1], weight.shape[2]).double()
@@ -29,20 +29,31 @@ def reference(ours, member, activation, eps):
         if i < len(ours.gains):
             norm = nn.LayerNorm(weight.shape[2], eps=eps).double()
             norm.weight.data, norm.bias.data = ours.gains[i][member, 0].clone(), ours.shifts[i][member, 0].clone()
-            layers += [activation, norm]
+            layers += [norm, activation] if norm_first else [activation, norm]
     return nn.Sequential(*layers)
 
 
 @pytest.mark.parametrize(
-    ("name", "activation"), [("silu", nn.SiLU()), ("gelu", nn.GELU(approximate="tanh")), ("relu", nn.ReLU())]
+    ("name", "activation"),
+    [("silu", nn.SiLU()), ("gelu", nn.GELU(approximate="tanh")), ("relu", nn.ReLU()), ("tanh", nn.Tanh())],
 )
 @pytest.mark.parametrize("eps", [1e-5, 1e-2])
-def test_each_member_is_a_plain_mlp(name, activation, eps):
-    ours = critic(activation=name, layer_norm_eps=eps)
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_each_member_is_a_plain_mlp(name, activation, eps, norm_first):
+    ours = critic(activation=name, layer_norm_eps=eps, norm_first=norm_first)
     features, chunk = torch.randn(4, 3).double(), torch.randn(4, 5, 2, 2).double()
     inputs = torch.cat([features[:, None].expand(-1, 5, -1), chunk.flatten(2)], dim=-1)
-    expected = torch.stack([reference(ours, k, activation, eps)(inputs)[..., 0] for k in range(3)])
-    torch.testing.assert_close(ours(features, chunk), expected)
+    members = [reference(ours, k, activation, eps, norm_first=norm_first)(inputs)[..., 0] for k in range(3)]
+    torch.testing.assert_close(ours(features, chunk), torch.stack(members))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_members_that_are_asked_give_their_own_values(dtype):
+    """Of enough rows for either way of computing a product."""
+    ours = critic().to(dtype)
+    features, chunk = torch.randn(70, 3, dtype=dtype), torch.randn(70, 1, 2, 2, dtype=dtype)
+    whole = ours(features, chunk)
+    torch.testing.assert_close(ours(features, chunk, torch.tensor([2, 0])), whole[[2, 0]])
 
 
 def test_members_are_independent():
@@ -126,6 +137,20 @@ def test_polyak_closed_form(tau):
     for p, q in zip(online.parameters(), target.parameters(), strict=True):
         torch.testing.assert_close(q, torch.full_like(q, 2 + (1 - tau) ** 7 * 8))
         assert (p == 2).all()
+
+
+@pytest.mark.parametrize(("mixes", "expected"), [("after", [1.0, 2.5]), ("before", [0.0, 1.0])])
+def test_a_target_mixes_in_the_parameters_from_after_or_before_a_step(mixes, expected):
+    """tau 0.5, online 0 at first, 2 after its first step, 4 after its second. After: 1, then (1 + 4) / 2 = 2.5. Before:
+    (0 + 0) / 2 = 0, then (0 + 2) / 2 = 1."""
+    online = nn.Linear(1, 1, bias=False)
+    online.weight.data.fill_(0.0)
+    target = TargetNetwork(online, 0.5, mixes)
+    for value, mean in zip((2.0, 4.0), expected, strict=True):
+        online.weight.data.fill_(value)
+        target.follow(online)
+        assert target(torch.ones(1, 1)).item() == mean
+    assert not any(p.requires_grad for p in target.parameters())
 
 
 def test_values_keep_float32_under_autocast():

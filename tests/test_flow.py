@@ -114,6 +114,16 @@ def test_two_processes_rows_are_one_processs():
         assert not torch.equal(*two)
 
 
+def test_drawn_members_are_different_and_the_same_ones_for_every_row_and_process():
+    """Over many draws each of 4 members comes as often: 2 of 4 in half of 2,000 draws, standard error 0.011."""
+    like, source = torch.empty(0), draws()
+    drawn = [source.members(2, 4, 3, like) for _ in range(2000)]
+    assert all((rows == rows[0]).all() and len(set(rows[0].tolist())) == 2 for rows in drawn)
+    counts = torch.stack([rows[0] for rows in drawn]).flatten().bincount(minlength=4) / 2000
+    torch.testing.assert_close(counts, torch.full((4,), 0.5), rtol=0, atol=0.05)
+    assert torch.equal(draws(1, 2).members(2, 4, 3, like), draws().members(2, 4, 3, like))
+
+
 def test_draws_are_of_the_asked_type():
     assert draws().normal((2, 3), torch.empty(0, dtype=torch.float64)).dtype == torch.float64
     assert draws().time(uniform_time, (2, 3), torch.empty(0, dtype=torch.float64)).dtype == torch.float64

@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "poco_vla"
 
-EQUATIONS = {"dense", "flow", "noise", "posterior", "distill", "critic", "policy", "raw", "types", "errors"}
+EQUATIONS = {
+    *("dense", "flow", "noise", "posterior", "distill", "critic", "gaussian", "policy", "raw", "types", "errors"),
+}
 """Pure tensors."""
 
 DOORS = {
@@ -25,6 +27,7 @@ DOORS = {
     "posterior": set(),
     "dense": set(),
     "critic": {"dense"},
+    "gaussian": {"critic", "dense"},
     "policy": {"errors", "flow", "raw", "types"},
     "distill": {"flow", "types"},
     "roles": set(),

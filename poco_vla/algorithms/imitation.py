@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from poco_vla.algorithms.contract import Algorithm, Loss, Phase
-from poco_vla.distill import ANCHORS, anchor_rows, flow_errors
+from poco_vla.distill import ANCHORS, Anchor, anchor_rows, flow_errors
 from poco_vla.errors import UnknownNameError
 from poco_vla.noise import GlobalBatchRNG, UpdateNoise, row_weights
 from poco_vla.policy import FlowPolicy
@@ -40,6 +40,29 @@ class ImitationNoise(UpdateNoise):
     flow_time: Float[Tensor, "B 1"]
 
 
+def imitation_noise(algorithm: Algorithm, batch: ChunkBatch, anchor: Anchor = "all") -> ImitationNoise:
+    """Return the random numbers of `imitation_loss` on the chunks that `anchor` selects, and what these weigh."""
+    weights = row_weights(anchor_rows(batch, anchor), batch.actions)
+    return ImitationNoise(weights, algorithm.draw_chunks(batch, 1), algorithm.draw_times(batch, 1))
+
+
+def imitation_loss(
+    algorithm: Algorithm, batch: ChunkBatch, noise: ImitationNoise, mean_over: Literal["valid", "all"] = "valid"
+) -> Loss:
+    """Return the mean flow error of the data chunks (POCO Eq. 24)."""
+    errors = flow_errors(
+        algorithm.policy,
+        algorithm.encode(batch),
+        batch.actions[:, None],
+        batch.valid,
+        noise=noise.flow_noise,
+        t=noise.flow_time,
+        mean_over=mean_over,
+    )
+    loss = (errors[:, 0] * noise.weights).mean()
+    return loss, {"bc_loss": loss.detach()}
+
+
 class Imitation(Algorithm):
     """Behaviour cloning: the flow-matching loss on data in every stage, without a critic.
 
@@ -63,29 +86,15 @@ class Imitation(Algorithm):
 
     def sft_loss(self, batch: ChunkBatch, noise: ImitationNoise | None = None) -> Loss:
         """Return the mean flow error of the data chunks (POCO Eq. 24)."""
-        return self._bc_loss(batch, noise or self.draw_noise(batch, "sft"))
+        return imitation_loss(self, batch, noise or self.draw_noise(batch, "sft"), self.config.error_mean)
 
     def online_loss(self, batch: ChunkBatch, noise: ImitationNoise | None = None) -> Loss:
         """Return the same over the chunks that `anchor` selects."""
-        return self._bc_loss(batch, noise or self.draw_noise(batch, "online"))
+        return imitation_loss(self, batch, noise or self.draw_noise(batch, "online"), self.config.error_mean)
 
     def draw_noise(self, batch: ChunkBatch, phase: Phase) -> ImitationNoise:
         """Return the random numbers of an update, and what its transitions weigh."""
-        rows = anchor_rows(batch, "all" if phase == "sft" else self.config.anchor)
-        return ImitationNoise(row_weights(rows, batch.actions), self.draw_chunks(batch, 1), self.draw_times(batch, 1))
+        return imitation_noise(self, batch, "all" if phase == "sft" else self.config.anchor)
 
     def reads_next(self, phase: Phase) -> bool:
         return False
-
-    def _bc_loss(self, batch: ChunkBatch, noise: ImitationNoise) -> Loss:
-        errors = flow_errors(
-            self.policy,
-            self.encode(batch),
-            batch.actions[:, None],
-            batch.valid,
-            noise=noise.flow_noise,
-            t=noise.flow_time,
-            mean_over=self.config.error_mean,
-        )
-        loss = (errors[:, 0] * noise.weights).mean()
-        return loss, {"bc_loss": loss.detach()}

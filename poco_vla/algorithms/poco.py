@@ -13,7 +13,7 @@ from poco_vla.config import PocoConfig
 from poco_vla.critic import ChunkCritic, aggregate, polyak_update, td_target
 from poco_vla.distill import anchor_rows, clipped_distillation, flow_errors
 from poco_vla.errors import ConfigError
-from poco_vla.noise import GlobalBatchRNG, UpdateNoise, row_weights
+from poco_vla.noise import GlobalBatchRNG, UpdateNoise, crossing_weights, row_weights
 from poco_vla.policy import FlowPolicy, Prefix, propose, sampling_precision
 from poco_vla.posterior import effective_sample_size, posterior_weights
 from poco_vla.types import ChunkBatch
@@ -164,10 +164,8 @@ class Poco(Algorithm):
     def draw_noise(self, batch: ChunkBatch, phase: Phase) -> PocoNoise:
         """Return the random numbers of a phase, and what its transitions weigh."""
         cfg, every, like = self.config, torch.ones_like(batch.is_demo), batch.actions
-        # Deviation 2: chunks that met an episode end stay, with their exact n-step return (the code drops them).
-        kept = batch.valid[:, -1] if cfg.drop_crossing else every
         bc_weights = row_weights(every if phase == "sft" else anchor_rows(batch, cfg.anchor), like)
-        critic_weights = row_weights(kept, like) if cfg.error_mean == "valid" else kept.to(like.dtype)
+        critic_weights = crossing_weights(batch, drop=cfg.drop_crossing, mean_over=cfg.error_mean)
         drawn = {}
         if phase != "sft":
             drawn["next_noise"] = self.draw_chunks(batch, 1)
