@@ -22,11 +22,12 @@ if TYPE_CHECKING:
         RewardConfig,
         TrainConfig,
     )
+    from poco_vla.conformance.algorithm import check_algorithm
     from poco_vla.conformance.kit import check_policy
     from poco_vla.critic import ChunkCritic, polyak_update, td_target
     from poco_vla.dense import linear
     from poco_vla.distill import clipped_distillation, flow_errors
-    from poco_vla.errors import DataError, PocoError, PolicyError
+    from poco_vla.errors import AlgorithmError, DataError, PocoError, PolicyError
     from poco_vla.evaluation import evaluate
     from poco_vla.files import atomic_folder
     from poco_vla.flow import integrate, interpolate, target_velocity
@@ -64,7 +65,7 @@ __getattr__, __dir__ = load_on_demand(
         "critic": ["ChunkCritic", "polyak_update", "td_target"],
         "dense": ["linear"],
         "distill": ["clipped_distillation", "flow_errors"],
-        "errors": ["DataError", "PocoError", "PolicyError"],
+        "errors": ["AlgorithmError", "DataError", "PocoError", "PolicyError"],
         "evaluation": ["evaluate"],
         "files": ["atomic_folder"],
         "flow": ["integrate", "interpolate", "target_velocity"],
@@ -74,6 +75,7 @@ __getattr__, __dir__ = load_on_demand(
         "policy": ["FlowPolicy", "Prefix", "propose"],
         "posterior": ["effective_sample_size", "posterior_weights"],
         "registry": ["available_adapters", "load_adapter"],
+        "conformance.algorithm": ["check_algorithm"],
         "conformance.kit": ["check_policy"],
         "training.trainer": ["train"],
         "types": ["ActionSpec", "ChunkBatch", "Metrics"],
@@ -85,6 +87,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActionSpec",
     "Algorithm",
+    "AlgorithmError",
     "ChunkBatch",
     "ChunkCritic",
     "DataError",
@@ -111,6 +114,7 @@ __all__ = [
     "atomic_folder",
     "available_adapters",
     "available_algorithms",
+    "check_algorithm",
     "check_policy",
     "clipped_distillation",
     "effective_sample_size",

@@ -70,6 +70,10 @@ class PolicyError(PocoError):
     """A policy that breaks the contract of :class:`poco_vla.policy.FlowPolicy`."""
 
 
+class AlgorithmError(PocoError):
+    """An algorithm that breaks the contract of :class:`poco_vla.algorithms.Algorithm`."""
+
+
 class NotWrittenError(PolicyError, NotImplementedError):
     """A method of :class:`poco_vla.policy.FlowPolicy` that an adapter has not written, and that is needed now."""
 

@@ -43,7 +43,7 @@ DOORS = {
     "registry": {"errors", "policy"},
     "pretrained": {"errors", "files"},
     "adapting": {"errors", "files", "joint_names", "policy", "pretrained", "types"},
-    "conformance": {"bugs", "distill", "errors", "flow", "policy", "types"},
+    "conformance": {"algorithms", "bugs", "distill", "errors", "flow", "noise", "policy", "types"},
     "data": {"config", "errors", "lazy", "policy", "types"},
     "prefix_cache": {"config", "data", "policy"},
     "recording": {"config", "data", "errors", "files", "policy"},

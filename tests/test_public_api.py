@@ -15,6 +15,7 @@ import poco_vla
 PUBLIC = [
     "ActionSpec",
     "Algorithm",
+    "AlgorithmError",
     "ChunkBatch",
     "ChunkCritic",
     "DataError",
@@ -41,6 +42,7 @@ PUBLIC = [
     "atomic_folder",
     "available_adapters",
     "available_algorithms",
+    "check_algorithm",
     "check_policy",
     "clipped_distillation",
     "effective_sample_size",

@@ -1,1 +1,1 @@
-"""The conformance kit: does an adapter keep the contract of :class:`poco_vla.policy.FlowPolicy`?"""
+"""The conformance kit: does an adapter, or an algorithm, keep its contract?"""
