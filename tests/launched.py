@@ -48,8 +48,21 @@ def put_a_head_back(config):
             state = trainer.updater.learner.optimizer_state()
             assert not state["state"].keys() & set(state["param_groups"][0]["params"])
             three_updates(trainer, bar)
+            an_optimizer_state_is_taken_back_bit_for_bit(trainer)
     finally:
         trainer.close()
+
+
+def an_optimizer_state_is_taken_back_bit_for_bit(trainer: Trainer):
+    learner = trainer.updater.learner
+    state = learner.optimizer_state()
+    three = {i: {name: value * 3 for name, value in entry.items()} for i, entry in state["state"].items()}
+    assert set(state["param_groups"][0]["params"]) <= three.keys()
+    learner.load_optimizer_state(state | {"state": three})
+    now = learner.optimizer_state()
+    assert now["param_groups"] == state["param_groups"]
+    assert now["state"].keys() == three.keys()
+    assert all(torch.equal(now["state"][i][name], value) for i in three for name, value in three[i].items())
 
 
 def only_the_head_has_changed(trainer: Trainer):

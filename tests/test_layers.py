@@ -127,7 +127,7 @@ THIRD_PARTY = {
     "robots": NUMBERS | {"lerobot", "draccus", "rich", "gymnasium", "safetensors", "filelock"},
     "evaluation": NUMBERS | {"rich"},
     "report": {"numpy", "pandas", "matplotlib", "jinja2", "rich"},
-    "learner": NUMBERS | {"accelerate"},
+    "learner": NUMBERS | {"accelerate", "deepspeed"},
     "training": NUMBERS | {"accelerate"},
     "hub": PURE | {"safetensors", "huggingface_hub", "httpx", "peft"},
     "lerobot_rl": NUMBERS | {"lerobot"},

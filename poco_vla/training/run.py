@@ -14,7 +14,8 @@ from poco_vla.checkpointing.provenance import Provenance
 from poco_vla.checkpointing.versions import VersionBound
 from poco_vla.config import EnvSpec, TrainConfig, to_json, to_scalars
 from poco_vla.data import BatchSource, Episode, Replay
-from poco_vla.learner.backends import Learner, learner_of, open_accelerator
+from poco_vla.learner.accelerator import learner_of, open_accelerator
+from poco_vla.learner.backends import Learner
 from poco_vla.learner.broadcast import Sharing
 from poco_vla.learner.failures import Failures
 from poco_vla.learner.finite_check import FiniteWatch
