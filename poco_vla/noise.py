@@ -113,6 +113,15 @@ def crossing_weights(batch: ChunkBatch, *, drop: bool, mean_over: Literal["valid
     return row_weights(kept, batch.actions) if mean_over == "valid" else kept.to(batch.actions.dtype)
 
 
+def of_global_batch(x: Float[Tensor, " B"]) -> Float[Tensor, " G"]:
+    """Return the entries of the global batch, those of all processes that share it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return x
+    parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
 def micro_batches(batch: ChunkBatch, noise: UpdateNoise, size: int) -> Iterator[tuple[ChunkBatch, UpdateNoise, float]]:
     """Yield a batch and its noise in micro-batches of about `size` transitions, none larger, each with its share of the
     batch. The gradients of share * loss add up to those of the batch."""

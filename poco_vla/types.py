@@ -90,3 +90,23 @@ class ChunkBatch:
             if value is not None
         }
         return replace(self, **changed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBatch(ChunkBatch):
+    """B chunk steps of the latest rollout, for algorithms that learn from these alone. `actions` are the chunks that
+    were sampled; `returns` and `discount` hold nothing.
+
+    Attributes:
+        acted: what :meth:`poco_vla.algorithms.Algorithm.explore` noted of each, such as the chain of denoising steps.
+        log_prob: of what was noted, by the weights that acted; its further axes are the algorithm's own.
+        values: V of each state by those weights.
+        advantages: of each chunk step, as they were estimated.
+        value_targets: what V is to become.
+    """
+
+    acted: Mapping[str, Tensor]
+    log_prob: Float[Tensor, "B ..."]
+    values: Float[Tensor, " B"]
+    advantages: Float[Tensor, " B"]
+    value_targets: Float[Tensor, " B"]

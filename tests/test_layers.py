@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "poco_vla"
 
 EQUATIONS = {
-    *("dense", "flow", "noise", "posterior", "distill", "critic", "gaussian", "policy", "raw", "types", "errors"),
+    *("critic", "dense", "distill", "dual", "errors", "flow", "gae", "gaussian", "mlp", "noise", "policy", "posterior"),
+    *("raw", "types"),
 }
 """Pure tensors."""
 
@@ -28,12 +29,17 @@ DOORS = {
     "dense": set(),
     "critic": {"dense"},
     "gaussian": {"critic", "dense"},
+    "dual": set(),
+    "gae": {"types"},
+    "mlp": {"critic", "dense"},
     "policy": {"errors", "flow", "raw", "types"},
     "distill": {"flow", "types"},
     "roles": set(),
     "config": {"errors", "roles"},
     "noise": {"types"},
-    "algorithms": {"config", "critic", "distill", "errors", "lazy", "noise", "policy", "posterior", "types"},
+    "algorithms": {
+        *{"config", "critic", "distill", "errors", "gae", "lazy", "mlp", "noise", "policy", "posterior", "types"},
+    },
     "devices": {"errors"},
     "files": {"errors"},
     "locks": {"errors", "files"},

@@ -11,11 +11,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import baseline_flow_ppo
 import baseline_imitation
 from golden import FormatError, Golden, Numbers, Row, compare
 
 CHECKS: dict[str, Callable[[Golden], Numbers]] = {
     "bc": baseline_imitation.bc,
+    "dppo": baseline_flow_ppo.dppo,
+    "reinflow": baseline_flow_ppo.reinflow,
 }
 """Beginning of a file's name -> what reproduces it. The longest that fits counts."""
 
