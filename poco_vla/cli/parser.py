@@ -19,7 +19,7 @@ from tyro.constructors import (
 
 from poco_vla.cli.errors import shown_once
 from poco_vla.cli.options import Option, docs_of, metavar_of, text_of
-from poco_vla.config import TrainConfig
+from poco_vla.config import ALGORITHM_SECTIONS, TrainConfig
 from poco_vla.errors import ConfigError
 
 OPEN = ("policy_options", "algorithm_options", "env.options")
@@ -95,11 +95,12 @@ def _unknown(word: str, known: Sequence[str]) -> str:
 
 
 def _algorithm_of(flag: str) -> str | None:
-    """Return the algorithm below whose name a flag stands, None where there is none."""
+    """Return the algorithm below whose name a flag stands, unless the configuration has a section for it."""
     from poco_vla.algorithms import available_algorithms  # loads torch
 
     first = flag.removeprefix("--").partition(".")[0]
-    return next((name for name in available_algorithms() if name.replace("_", "-") == first), None)
+    others = [name for name in available_algorithms() if name not in ALGORITHM_SECTIONS]
+    return next((name for name in others if name.replace("_", "-") == first), None)
 
 
 def _flags(kind: type[Any], prefix: str = "") -> Iterator[str]:

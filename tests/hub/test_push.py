@@ -603,5 +603,5 @@ def test_a_run_of_another_algorithm_is_published_with_its_own_options(based, run
     (run / "config.json").write_text(json.dumps(config))
     card = push_head(run, HEAD, base=BASE).card
     assert about_of(based, HEAD)["algorithm"] == {"name": "bc", "anchor": "demos"}
-    assert "| algorithm | imitation (anchor demos) |" in card
+    assert "| algorithm | bc (anchor demos) |" in card
     assert "candidates N" not in card
