@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -107,20 +106,27 @@ def test_any_number_of_workers_makes_the_same_dataset(tmp_path):
 
 
 def test_processes_that_want_the_same_dataset_make_it_once_together(tmp_path):
-    """Three runs of different seeds that begin at once."""
+    """Three runs of different seeds that begin at once: forks of a process that has imported all."""
     code = (
-        "import sys; from pathlib import Path\n"
+        "import os, sys; from pathlib import Path\n"
         f"sys.path[:0] = {sys.path!r}\n"
-        "import tiny_gym\nfrom tiny_env import point_spec\nfrom poco_vla.config import DemonstrationConfig\n"
+        "import tiny_gym, lerobot.datasets.lerobot_dataset\n"
+        "from tiny_env import point_spec\nfrom poco_vla.config import DemonstrationConfig\n"
         "from poco_vla.demonstrations.scripted import ensure_demonstrations\n"
-        f"config = DemonstrationConfig(episodes=30, workers=1, root=Path({str(tmp_path)!r}))\n"
-        "print(ensure_demonstrations(point_spec(kind='ExpertPoint'), config))\n"
+        f"config = DemonstrationConfig(episodes=12, workers=1, root=Path({str(tmp_path)!r}))\n"
+        "children = []\n"
+        "for _ in range(3):\n"
+        "    children.append(os.fork())\n"
+        "    if not children[-1]:\n"
+        "        print(ensure_demonstrations(point_spec(kind='ExpertPoint'), config), flush=True)\n"
+        "        os._exit(0)\n"
+        "sys.exit(any([os.waitpid(child, 0)[1] for child in children]))\n"
     )
-    runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    shown = {run.communicate()[0].strip().splitlines()[-1] for run in runs}
-    assert [run.returncode for run in runs] == [0, 0, 0]
-    assert shown == {str(demonstrations_root(expert_spec(), wanted(tmp_path, episodes=30)))}
-    assert len(read(Path(shown.pop()))) == 30
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    root = demonstrations_root(expert_spec(), wanted(tmp_path, episodes=12))
+    assert [line for line in run.stdout.splitlines() if line.startswith(str(tmp_path))] == [str(root)] * 3
+    assert len(read(root)) == 12
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -57,7 +57,10 @@ def work(root, first, count, operation):
 
 
 def main():
-    import lerobot.datasets.lerobot_dataset  # noqa: F401 (once, for all children)
+    # Once, for all children.
+    import lerobot.datasets.lerobot_dataset  # noqa: F401
+
+    import poco_vla.recording.recorder  # noqa: F401
 
     for line in sys.stdin:
         root, *numbers = line.split()
