@@ -1,6 +1,24 @@
 """The order of the tests, and what several files of trainer tests need."""
 
+import multiprocessing
+
 import pytest
+
+SIMULATORS = (
+    "lerobot.envs.configs",
+    "poco_vla.simulators.ogbench_gym",
+    "ogbench.manipspace.envs.manipspace_env",
+    "poco_vla.simulators.robosuite_gym",
+)
+"""Imported once by each worker's fork server, which the first test that needs one starts, for all that come after."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_fork_server_for_all_simulators():
+    preload = multiprocessing.set_forkserver_preload
+    multiprocessing.set_forkserver_preload = lambda names: preload(list(dict.fromkeys([*names, *SIMULATORS])))
+    yield
+    multiprocessing.set_forkserver_preload = preload
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,8 @@ def small(output_dir, data, **changes):
         adapter="flow_mlp",
         policy_options={"hidden_dims": [16, 16], "num_inference_steps": 3},
         env=pointmass(num_envs=3),
-        demonstrations=DemonstrationConfig(episodes=6, noise=0.3, root=Path(data)),
+        # Made in this process: workers would import LeRobot for seconds each.
+        demonstrations=DemonstrationConfig(episodes=6, noise=0.3, workers=1, root=Path(data)),
         reward=RewardConfig(success=1.0, step=-1.0),
         horizon=5,
         poco=PocoConfig(num_candidates=4, eta=0.2, zeta=0.8, gamma=0.98, anchor="demos", critic_hidden=(16, 16)),
