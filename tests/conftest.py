@@ -3,6 +3,7 @@
 import multiprocessing
 
 import pytest
+from shape_checks import check_again
 
 SIMULATORS = (
     "lerobot.envs.configs",
@@ -34,6 +35,10 @@ def fresh_accelerate():
 
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def pytest_runtest_setup():
+    check_again()
 
 
 def pytest_collection_modifyitems(items):

@@ -390,7 +390,8 @@ def _quick_embedding() -> Iterator[None]:
 def _embed(dataset: Any) -> Any:
     from datasets.table import embed_table_storage
 
-    return type(dataset)(embed_table_storage(dataset.with_format("arrow")[:]))
+    # `datasets` would hash the whole table for a name in its cache, which a dataset in memory has no use for.
+    return type(dataset)(embed_table_storage(dataset.with_format("arrow")[:]), fingerprint="embedded")
 
 
 def _frames(episode: Episode) -> list[dict[str, Any]]:

@@ -382,7 +382,7 @@ def bandit_batch(actions, is_demo):
     )
 
 
-@pytest.fixture(scope="module", params=[0, 1, 2])
+@pytest.fixture(scope="module", params=[0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (1, 2))])
 def imitator(request):
     """1,500 BC updates on 200 demonstrations."""
     generator = torch.Generator().manual_seed(request.param)

@@ -120,36 +120,44 @@ def vla_one(root):
 
 
 @pytest.fixture(scope="module")
-def ddp(root, one, vla_one):
+def exhaustive_only(request):
+    """Return runs that only the exhaustive tests look at, none where no such test runs."""
+    asked = any(item.get_closest_marker("exhaustive") for item in request.session.items)
+    return lambda *runs: runs if asked else ()
+
+
+@pytest.fixture(scope="module")
+def ddp(root, one, vla_one, exhaustive_only):
     stored = PrefixConfig(mode="on", disk_bytes=10**7, folder=root / "prefixes")
     runs = (
         (in_parts(run_of(root, "ddp")), None),
-        (in_parts(run_of(root, "ddp_stored", prefixes=stored)), None),
         (run_of(root, "ddp_since_one"), one),
-        (each_of(root, "ddp_each"), None),
+        *exhaustive_only(
+            (in_parts(run_of(root, "ddp_stored", prefixes=stored)), None), (each_of(root, "ddp_each"), None)
+        ),
     )
     launch(root, "ddp_cpu", 2, *runs, vla_of="vla_ddp")
     return root / "ddp"
 
 
 @pytest.fixture(scope="module")
-def fsdp(root, ddp):
+def fsdp(root, ddp, exhaustive_only):
     runs = (
         (in_parts(run_of(root, "fsdp")), None),
         (run_of(root, "fsdp_since_ddp"), ddp),
-        (each_of(root, "fsdp_each"), None),
+        *exhaustive_only((each_of(root, "fsdp_each"), None)),
     )
     launch(root, "fsdp2", 2, *runs, vla_of="vla_fsdp")
     return root / "fsdp"
 
 
 @pytest.fixture(scope="module")
-def zero(root, fsdp):
+def zero(root, fsdp, exhaustive_only):
     pytest.importorskip("deepspeed")
     runs = (
         (in_parts(run_of(root, "zero")), None),
         (run_of(root, "zero_since_fsdp"), fsdp),
-        (each_of(root, "zero_each"), None),
+        *exhaustive_only((each_of(root, "zero_each"), None)),
     )
     launch(root, "zero2", 2, *runs, vla_of="vla_zero")
     return root / "zero"

@@ -88,8 +88,8 @@ def test_values_that_make_no_sense_are_refused(values):
 
 
 @pytest.fixture
-def trainer(tmp_path):
-    made = Trainer(small(tmp_path / "run", tmp_path / "data", guard=GuardConfig(window=8, least=8, max_restores=1)))
+def trainer(tmp_path, data):
+    made = Trainer(small(tmp_path / "run", data, guard=GuardConfig(window=8, least=8, max_restores=1)))
     yield made
     made.close()
 
@@ -116,11 +116,9 @@ def test_a_collapse_brings_the_good_head_back_with_a_smaller_beta_and_a_second_o
     assert trainer.progress.stopped
 
 
-def test_a_run_that_collapses_ends_with_the_head_it_was_restored_to(tmp_path):
+def test_a_run_that_collapses_ends_with_the_head_it_was_restored_to(tmp_path, data):
     """Its reference is made one that nothing can meet: three windows of failures, and the policy is that after SFT."""
-    config = small(
-        tmp_path / "run", tmp_path / "data", guard=GuardConfig(window=8, least=8, max_restores=2), online_steps=6000
-    )
+    config = small(tmp_path / "run", data, guard=GuardConfig(window=8, least=8, max_restores=2), online_steps=6000)
     trainer = Trainer(config)
     evaluate = trainer._evaluate
 

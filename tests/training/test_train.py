@@ -573,8 +573,8 @@ def test_videos_of_a_failure_before_and_nothing_without_a_success(tmp_path, data
     assert not (config.output_dir / "success_after.mp4").exists()
 
 
-def test_demonstrations_are_made_once_and_hold_successes_only(tmp_path):
-    config = small(tmp_path / "run", tmp_path)
+def test_demonstrations_are_made_once_and_hold_successes_only(tmp_path, data):
+    config = small(tmp_path / "run", data)
     first = ensure_demonstrations(config.env, config.demonstrations)
     stamp = (first / "meta" / "info.json").stat().st_mtime_ns
     again = ensure_demonstrations(config.env, config.demonstrations)

@@ -148,13 +148,13 @@ def test_a_killed_run_loses_no_finished_episode_and_counts_on(tmp_path, data):
     too, and every step of it counts; the running ones are gone."""
     config = beside(tmp_path, data, online_steps=100_000, checkpoint_every=30)
     process = start(config)
-    wait_for_episodes(process, config.output_dir, 40)
+    wait_for_episodes(process, config.output_dir, 20)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     seen = len([line for line in (config.output_dir / "episodes.jsonl").read_text().splitlines() if line[-1:] == "}"])
     before = recorded(config)
-    assert len(before) >= seen >= 40
+    assert len(before) >= seen >= 20
     assert LeRobotDataset("local/episodes", root=config.output_dir / "episodes").num_episodes == len(before)
     trainer = Trainer(replace(config, resume=True))
     try:
@@ -282,7 +282,7 @@ def robots_for(trainer, count=2):
 
 
 def test_robots_act_with_ever_newer_weights_and_lose_no_episode(tmp_path, data):
-    config = beside(tmp_path, data, "remote", ahead=200, online_steps=1500)
+    config = beside(tmp_path, data, "remote", ahead=200, online_steps=800)
     trainer = Trainer(config)
     robots = robots_for(trainer)
     try:
@@ -294,7 +294,7 @@ def test_robots_act_with_ever_newer_weights_and_lose_no_episode(tmp_path, data):
     for robot in robots:
         robot.join(timeout=20)
         assert robot.done, robot.error
-    assert result.env_steps >= 1500
+    assert result.env_steps >= 800
     sent = [episode for robot in robots for episode in robot.sent]
     assert len(sent) == len(episodes)
     by_start = {tuple(e.obs[STATE][0]): e for e in sent}
@@ -362,7 +362,7 @@ def test_on_a_full_disk_training_pauses_says_so_and_goes_on_when_there_is_room(m
 
     monkeypatch.setattr(Display, "say", heard)
     monkeypatch.setattr("poco_vla.files.wait_for_space.__kwdefaults__", {"give_up": lambda: False, "every": 0.1})
-    config = beside(small_disk, data, mode, checkpoint_every=20)
+    config = beside(small_disk, data, mode, checkpoint_every=20, online_steps=450)
     log = config.output_dir / "episodes.jsonl"
 
     def fill():
@@ -374,9 +374,9 @@ def test_on_a_full_disk_training_pauses_says_so_and_goes_on_when_there_is_room(m
 
     threading.Thread(target=fill, daemon=True).start()
     result = train(config)
-    assert result.env_steps >= 900
+    assert result.env_steps >= 450
     assert told
     assert "free" in told[0]
     lines = lines_of(config.output_dir, "metrics.jsonl")
     assert [line["update"] for line in lines] == list(range(5, lines[-1]["update"] + 1, 5))
-    assert len(recorded(config)) >= len(lines_of(config.output_dir, "episodes.jsonl")) >= 18
+    assert len(recorded(config)) >= len(lines_of(config.output_dir, "episodes.jsonl")) >= 9
