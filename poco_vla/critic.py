@@ -115,6 +115,14 @@ class ChunkCritic(nn.Module):
         return h.reshape(members, batch, num)
 
 
+def values_for_actor(
+    critic: nn.Module, features: Float[Tensor, "B D"], chunk: Float[Tensor, "B N H A"]
+) -> Float[Tensor, "E B N"]:
+    """Return what a critic makes of chunks, with a gradient for the chunks and none for its own weights."""
+    frozen = {name: p.detach() for name, p in critic.named_parameters()}
+    return torch.func.functional_call(critic, frozen, (features, chunk))
+
+
 def aggregate(q: Float[Tensor, "E B N"], how: Literal["mean", "min"] = "mean") -> Float[Tensor, "B N"]:
     """One value per chunk out of the ensemble's E: the mean (paper), or the pessimistic minimum."""
     return q.mean(dim=0) if how == "mean" else q.amin(dim=0)

@@ -267,19 +267,27 @@ def propose(
         generator: draws the noise a_0; torch's default when None.
         noise: a_0 itself, when the caller has drawn it.
     """
-    spec = policy.spec
     if noise is None:
-        features = prefix.features
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        place = generator.device if generator is not None else features.device
-        shape = (features.shape[0], n, spec.horizon, spec.width)
-        noise = torch.randn(shape, generator=generator, device=place, dtype=dtype).to(features.device)
-    x = integrate(policy, prefix, noise, steps or spec.flow_steps)
-    if spec.clip is not None:
-        x = x.clamp(*spec.clip)
-    if spec.action_dim < spec.width:
-        x[..., spec.action_dim :] = 0
-    return x
+        noise = initial_noise(policy, prefix, n, generator)
+    return policy.spec.limit(integrate(policy, prefix, noise, steps or policy.spec.flow_steps))
+
+
+def initial_noise(
+    policy: FlowPolicy, prefix: Prefix, n: int, generator: torch.Generator | None = None
+) -> Float[Tensor, "B N H A"]:
+    """Draw the noise a_0 of N chunks in each of B states, in the precision of the features, float32 at least.
+
+    Args:
+        policy: gives the shape of a chunk.
+        prefix: B encoded states.
+        n: chunks per state.
+        generator: draws it, on its own device; torch's default when None.
+    """
+    spec, features = policy.spec, prefix.features
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    place = generator.device if generator is not None else features.device
+    shape = (features.shape[0], n, spec.horizon, spec.width)
+    return torch.randn(shape, generator=generator, device=place, dtype=dtype).to(features.device)
 
 
 def sampling_precision(name: str, device: torch.device) -> Any:

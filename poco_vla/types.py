@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 type Metrics = dict[str, Tensor]
 """Named scalars of one update: 0-d tensors on the device of the loss, fetched only when they are logged."""
@@ -41,6 +42,13 @@ class ActionSpec:
         assert 0 < self.action_dim <= self.width, f"action_dim {self.action_dim} outside (0, width {self.width}]"
         assert self.horizon > 0
         assert self.flow_steps > 0
+
+    def limit(self, chunk: Float[Tensor, "*batch H A"]) -> Float[Tensor, "*batch H A"]:
+        """Return chunks in the range of `clip`, with zeros for padding. Gradients pass inside the range alone."""
+        if self.clip is not None:
+            chunk = chunk.clamp(*self.clip)
+        padding = self.width - self.action_dim
+        return F.pad(chunk[..., :-padding], (0, padding)) if padding else chunk
 
 
 @dataclass(frozen=True)

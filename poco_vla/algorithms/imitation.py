@@ -10,7 +10,7 @@ from poco_vla.algorithms.contract import Algorithm, Loss, Phase
 from poco_vla.distill import ANCHORS, Anchor, anchor_rows, flow_errors
 from poco_vla.errors import UnknownNameError
 from poco_vla.noise import GlobalBatchRNG, UpdateNoise, row_weights
-from poco_vla.policy import FlowPolicy
+from poco_vla.policy import FlowPolicy, Prefix
 from poco_vla.types import ChunkBatch
 
 
@@ -47,12 +47,16 @@ def imitation_noise(algorithm: Algorithm, batch: ChunkBatch, anchor: Anchor = "a
 
 
 def imitation_loss(
-    algorithm: Algorithm, batch: ChunkBatch, noise: ImitationNoise, mean_over: Literal["valid", "all"] = "valid"
+    algorithm: Algorithm,
+    batch: ChunkBatch,
+    noise: ImitationNoise,
+    mean_over: Literal["valid", "all"] = "valid",
+    prefix: Prefix | None = None,
 ) -> Loss:
-    """Return the mean flow error of the data chunks (POCO Eq. 24)."""
+    """Return the mean flow error of the data chunks (POCO Eq. 24); `prefix` is the batch's where it is encoded."""
     errors = flow_errors(
         algorithm.policy,
-        algorithm.encode(batch),
+        algorithm.encode(batch) if prefix is None else prefix,
         batch.actions[:, None],
         batch.valid,
         noise=noise.flow_noise,

@@ -11,7 +11,10 @@ from poco_vla.errors import ConfigError, UnknownNameError
 GROUP = "poco_vla.algorithms"
 BUILT_IN = {
     "bc": "poco_vla.algorithms.imitation:Imitation",
+    "fql": "poco_vla.algorithms.one_step:Fql",
     "poco": "poco_vla.algorithms.poco:Poco",
+    "qc": "poco_vla.algorithms.best_of_n:BestOfN",
+    "qc_fql": "poco_vla.algorithms.one_step:QcFql",
 }
 """Name -> class of the library's own, which need no entry point."""
 

@@ -8,7 +8,9 @@ from toy_policies import ToyPolicy, toy_batch
 
 from poco_vla import Algorithm, GlobalBatchRNG, Poco, PocoConfig, propose
 from poco_vla.algorithms import STAGES
+from poco_vla.algorithms.best_of_n import BestOfN, BestOfNConfig
 from poco_vla.algorithms.imitation import Imitation, ImitationConfig
+from poco_vla.algorithms.one_step import OneStepConfig, QcFql
 from poco_vla.errors import UnknownNameError
 from poco_vla.noise import micro_batches
 
@@ -25,11 +27,22 @@ def imitation_of(policy, **options):
     return Imitation(policy, ImitationConfig(**options), rng())
 
 
+def best_of_n_of(policy, **options):
+    return BestOfN(policy, BestOfNConfig(**({"num_candidates": 3, "critic_hidden": (8,)} | options)), rng())
+
+
+def one_step_of(policy, **options):
+    return QcFql(policy, OneStepConfig(**({"critic_hidden": (8,), "hidden": (8,)} | options)), rng())
+
+
+ALL = [poco_of, imitation_of, best_of_n_of, one_step_of]
+
+
 def stages_of(algorithm):
     return [stage for stage in STAGES if algorithm.has_warmup or stage != "warmup"]
 
 
-@pytest.mark.parametrize("make", [poco_of, lambda policy: poco_of(policy, warmup_bc=True), imitation_of])
+@pytest.mark.parametrize("make", [*ALL, lambda policy: poco_of(policy, warmup_bc=True)])
 def test_the_groups_that_a_stage_trains_are_those_with_a_gradient(make):
     """Every trained parameter is in one group, the first of which is the policy's."""
     policy = ToyPolicy()
@@ -45,7 +58,7 @@ def test_the_groups_that_a_stage_trains_are_those_with_a_gradient(make):
         assert moved == algorithm.trained_groups(stage)
 
 
-@pytest.mark.parametrize("make", [poco_of, imitation_of])
+@pytest.mark.parametrize("make", ALL)
 def test_what_a_loss_reads_of_a_batch_is_what_it_says(make):
     """Next observations of NaN change nothing in a stage that does not read them."""
     policy = ToyPolicy()
@@ -58,7 +71,7 @@ def test_what_a_loss_reads_of_a_batch_is_what_it_says(make):
         assert one(batch, stage)[0].item() == two(broken, stage)[0].item()
 
 
-@pytest.mark.parametrize("make", [poco_of, imitation_of])
+@pytest.mark.parametrize("make", [*ALL, lambda policy: one_step_of(policy, normalize_q_loss=True)])
 def test_the_noise_of_a_batch_is_cut_with_it(make):
     policy = ToyPolicy()
     algorithm, batch = make(policy), toy_batch(policy, 6)
@@ -78,19 +91,30 @@ def test_one_candidate_is_a_plain_sample(make):
     assert torch.equal(make(policy).act(prefix, 1, torch.Generator().manual_seed(3)), x)
 
 
-def test_the_view_for_acting_shares_weights_and_holds_no_more_than_acting_reads():
+@pytest.mark.parametrize(
+    ("make", "n", "beside"),
+    [
+        (poco_of, 1, set()),
+        (poco_of, 4, {"target_critic"}),
+        (imitation_of, 1, set()),
+        (best_of_n_of, 1, {"critic"}),
+        (best_of_n_of, 4, {"critic"}),
+        (one_step_of, 1, {"one_step"}),
+    ],
+)
+def test_the_view_for_acting_shares_weights_and_holds_no_more_than_acting_reads(make, n, beside):
     """It acts as the whole does, and can be copied; the algorithm itself keeps all that it has."""
     policy = ToyPolicy()
-    poco = poco_of(policy)
+    algorithm = make(policy)
+    whole = set(dict(algorithm.named_children()))
     prefix = policy.encode(toy_batch(policy).obs)
-    for n, modules in ((1, {"policy"}), (4, {"policy", "target_critic"})):
-        view = poco.for_acting(n)
-        assert set(dict(view.named_children())) == modules
-        assert {id(p) for p in view.parameters()} <= {id(p) for p in poco.parameters()}
-        for acting in (view, deepcopy(view)):
-            chunks = [one.act(prefix, n, torch.Generator().manual_seed(3)) for one in (poco, acting)]
-            assert torch.equal(*chunks)
-    assert set(dict(poco.named_children())) == {"policy", "critic", "target_critic"}
+    view = algorithm.for_acting(n)
+    assert set(dict(view.named_children())) == {"policy"} | beside
+    assert {id(p) for p in view.parameters()} <= {id(p) for p in algorithm.parameters()}
+    for acting in (view, deepcopy(view)):
+        chunks = [one.act(prefix, n, torch.Generator().manual_seed(3)) for one in (algorithm, acting)]
+        assert torch.equal(*chunks)
+    assert set(dict(algorithm.named_children())) == whole
 
 
 def test_an_algorithm_without_a_critic_ranks_nothing():

@@ -13,11 +13,15 @@ from pathlib import Path
 
 import baseline_flow_ppo
 import baseline_imitation
+import baseline_q_chunking
 from golden import FormatError, Golden, Numbers, Row, compare
 
 CHECKS: dict[str, Callable[[Golden], Numbers]] = {
     "bc": baseline_imitation.bc,
     "dppo": baseline_flow_ppo.dppo,
+    "fql": baseline_q_chunking.fql,
+    "qc": baseline_q_chunking.qc,
+    "qc_fql": baseline_q_chunking.qc_fql,
     "reinflow": baseline_flow_ppo.reinflow,
 }
 """Beginning of a file's name -> what reproduces it. The longest that fits counts."""

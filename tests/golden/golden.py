@@ -207,7 +207,7 @@ def chunk_batch(golden: Golden) -> ChunkBatch:
 def actor(golden: Golden, net: str = "init.actor", steps: int | None = None) -> Actor:
     """Return the file's flow policy, in float64."""
     actions = golden["batch.actions"]
-    horizon, width = (1, *actions.shape)[-2:] if actions.ndim == 2 else actions.shape[1:]
+    horizon, width = (1, *actions.shape[1:])[-2:]
     spec = ActionSpec(horizon, width, width, steps or golden.config["flow_steps"])
     policy = Actor(golden["batch.obs"].shape[-1], spec, golden.hidden(net)).double()
     golden.load(dense(policy.head.layers), net)
