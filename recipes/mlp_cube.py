@@ -1,6 +1,6 @@
 """OGBench cube-single with a small MLP flow policy: imitates, then succeeds. What `make demo` runs.
 
-    accelerate launch recipes/mlp_cube.py [--seed 1] [--help]
+    accelerate launch recipes/mlp_cube.py [--seeds 0 1 2] [--smoke] [--help]
 
 The paper's simulation values (PocoConfig's defaults) are for 200,000 steps on a GPU. What differs here, so that two CPU
 cores show the effect within minutes, says why; "measured" means on this task.
@@ -56,4 +56,4 @@ def config() -> TrainConfig:
 
 
 if __name__ == "__main__":
-    run_recipe(config())
+    run_recipe(config(), smoke=True)

@@ -21,7 +21,7 @@ ABOUT = (
     "of the algorithm (--ALGORITHM.NAME VALUE) and of the environment (--env.options.NAME VALUE). --no-env takes the "
     "environment out: for robots (--interaction.mode remote), or SFT alone (--online-steps 0)."
 )
-SWITCHES = ("--help", "--help-all", "--no-env", "--tiny", "--smoke", "--seeds")
+SWITCHES = ("--help", "--help-all", "--no-env", "--seeds")
 
 
 def parse_config(
@@ -82,7 +82,7 @@ def parse_config(
         shown=first if chosen.help and not chosen.help_all else None,
         hidden=others,
         listed=_listed(config, chosen),
-        others=SWITCHES,
+        others=(*SWITCHES, *(f"--{name}" for name in smaller)),
     )
     return replace(parsed, env=None, demonstrations=None) if chosen.no_env else parsed
 
