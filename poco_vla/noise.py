@@ -100,15 +100,6 @@ def row_weights(mask: Bool[Tensor, " B"], like: Tensor) -> Float[Tensor, " B"]:
     return mask * torch.where(count > 0, mask.shape[0] / count, 0)
 
 
-def global_mean(x: Float[Tensor, " B"]) -> Float[Tensor, ""]:
-    """Return the mean of `x` over the global batch, when several processes share it."""
-    mean = x.mean()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(mean)
-        mean = mean / torch.distributed.get_world_size()
-    return mean
-
-
 def crossing_weights(batch: ChunkBatch, *, drop: bool, mean_over: Literal["valid", "all"]) -> Float[Tensor, " B"]:
     """Return the weight of each transition in a critic loss.
 

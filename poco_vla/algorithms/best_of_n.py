@@ -97,7 +97,7 @@ class QChunkingNoise(ImitationNoise):
     next_noise: Float[Tensor, "B N H A"] | None = None
 
 
-class QChunking(Algorithm):
+class QChunking[C: QChunkingConfig](Algorithm):
     """Flow behaviour cloning beside a chunk critic, which QC and QC-FQL share; by itself its target is of one plain
     sample. Warm-up is the offline stage of the authors: critic and flow learn alike in it.
 
@@ -109,11 +109,9 @@ class QChunking(Algorithm):
 
     config_class = QChunkingConfig
     tiny_options = MappingProxyType({"critic_hidden": [32, 32]})
-    config: QChunkingConfig
+    config: C
 
-    def __init__(
-        self, policy: FlowPolicy, config: QChunkingConfig | None = None, rng: GlobalBatchRNG | None = None
-    ) -> None:
+    def __init__(self, policy: FlowPolicy, config: C | None = None, rng: GlobalBatchRNG | None = None) -> None:
         super().__init__(policy, config or self.config_class(), rng)
         cfg, spec = self.config, policy.spec
         self.critic = ChunkCritic(
@@ -205,7 +203,7 @@ class QChunking(Algorithm):
         return config.gamma
 
 
-class BestOfN(QChunking):
+class BestOfN(QChunking[BestOfNConfig]):
     """QC: imitates all data; the critic chooses the best of N samples, in acting and in its own target.
 
     Args:
@@ -218,7 +216,6 @@ class BestOfN(QChunking):
     config_class = BestOfNConfig
     ranks_candidates = True
     tiny_options = MappingProxyType({"critic_hidden": [32, 32], "num_candidates": 4})
-    config: BestOfNConfig
 
     @property
     def next_candidates(self) -> int:

@@ -15,7 +15,7 @@ from poco_vla.config import TrainConfig
 from poco_vla.critic import values_for_actor
 from poco_vla.errors import ConfigError
 from poco_vla.mlp import Mlp
-from poco_vla.noise import GlobalBatchRNG, global_mean
+from poco_vla.noise import GlobalBatchRNG, of_global_batch
 from poco_vla.policy import FlowPolicy, Prefix, initial_noise, propose
 from poco_vla.types import ActionSpec, ChunkBatch
 
@@ -73,7 +73,7 @@ class OneStepPolicy(nn.Module):
         return F.pad(chunk, (0, noise.shape[-1] - self.action_dim))
 
 
-class QcFql(QChunking):
+class QcFql(QChunking[OneStepConfig]):
     """QC-FQL: a one-step policy is distilled from the flow and follows the critic's gradient; it acts.
 
     Args:
@@ -85,7 +85,6 @@ class QcFql(QChunking):
     title = "QC-FQL"
     config_class = OneStepConfig
     tiny_options = MappingProxyType({"critic_hidden": [32, 32], "hidden": [32, 32]})
-    config: OneStepConfig
     alpha: Tensor
 
     def __init__(
@@ -96,10 +95,11 @@ class QcFql(QChunking):
         # A buffer, because it changes after a collapse.
         self.register_buffer("alpha", torch.tensor(self.config.alpha, dtype=torch.float32))
 
-    def online_loss(self, batch: ChunkBatch, noise: OneStepNoise | None = None) -> Loss:
+    def online_loss(self, batch: ChunkBatch, noise: QChunkingNoise | None = None) -> Loss:
         """Return the sum of critic loss, flow-matching loss, alpha * distillation and the critic's term. The last two
         have a gradient for the one-step policy alone."""
         noise = noise or self.draw_noise(batch, "online")
+        assert isinstance(noise, OneStepNoise)
         assert noise.distill_noise is not None
         prefix = self.encode(batch)
         critic_loss, metrics = self.critic_loss(prefix, batch, noise)
@@ -142,7 +142,7 @@ class QcFql(QChunking):
         """Return 1 / mean |mean_e Q_e| over the global batch, for each transition."""
         prefix = self.encode(batch)
         q = self.values(prefix, self.one_step(prefix.features, z)).mean(dim=0).abs()
-        return (1 / global_mean(q)).expand(len(q))
+        return (1 / of_global_batch(q).mean()).expand(len(q))
 
     def parameter_groups(self, actor_lr: float = 3e-4, critic_lr: float = 3e-4) -> list[ParameterGroup]:
         one_step: ParameterGroup = {"name": "one_step", "params": list(self.one_step.parameters()), "lr": actor_lr}

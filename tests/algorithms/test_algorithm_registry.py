@@ -30,17 +30,17 @@ def installed(monkeypatch):
 
 def test_the_librarys_own_are_there_without_entry_points(monkeypatch):
     monkeypatch.setattr(registry, "entry_points", lambda group: [])
-    assert list(available_algorithms()) == ["bc", "poco"]
+    assert list(available_algorithms()) == sorted(registry.BUILT_IN)
     assert (load_algorithm("poco"), load_algorithm("bc")) == (Poco, Imitation)
 
 
 def test_an_installed_algorithm_is_found_by_its_name(installed):
-    assert list(available_algorithms()) == ["bc", "nothing", "other", "poco"]
+    assert list(available_algorithms()) == sorted([*registry.BUILT_IN, "nothing", "other"])
     assert load_algorithm("other") is Other
 
 
 def test_a_mistyped_name_lists_what_there_is():
-    with pytest.raises(UnknownNameError, match=r'no algorithm named "pocco".*bc, poco.*Did you mean "poco"'):
+    with pytest.raises(UnknownNameError, match=r'no algorithm named "pocco".*bc, .*poco, .*Did you mean "poco"'):
         load_algorithm("pocco")
 
 
