@@ -20,7 +20,7 @@ from poco_vla.config import EnvSpec
 from poco_vla.errors import ConfigError, DataError, OtherProcessError, PocoError, SimulatorError
 from poco_vla.learner.failures import Failures
 from poco_vla.rollout import EnvPool
-from poco_vla.rollout.cluster import _answer
+from poco_vla.rollout.cluster_worker import _answer
 from poco_vla.simulators import environment
 
 THEIRS = """

@@ -86,7 +86,10 @@ class Data:
 
 def _make_data(source: MakeData | OGBenchData | RobomimicData | ConsolidateData) -> Path:
     """The dataset's folder, made while a bar shows how far it is."""
-    from poco_vla.demonstrations import official as published
+    from poco_vla.demonstrations.download import download
+    from poco_vla.demonstrations.official import refuse_existing
+    from poco_vla.demonstrations.ogbench import import_ogbench, ogbench_file
+    from poco_vla.demonstrations.robomimic import import_robomimic
     from poco_vla.demonstrations.scripted import ensure_demonstrations
     from poco_vla.progress import Display
     from poco_vla.recording.consolidate import consolidate
@@ -102,16 +105,16 @@ def _make_data(source: MakeData | OGBenchData | RobomimicData | ConsolidateData)
     ogbench = isinstance(source, OGBenchData)
     # Before a download: the task exists, and the folder is free.
     environment(EnvSpec(type="ogbench" if ogbench else "robosuite", task=source.task))
-    published.refuse_existing(source.root)
+    refuse_existing(source.root)
     path = source.path
     if path is None:
-        name = published.ogbench_file(source.task, source.kind) if ogbench else f"{source.task.lower()}-{source.kind}"
+        name = ogbench_file(source.task, source.kind) if ogbench else f"{source.task.lower()}-{source.kind}"
         with display.stage(f"download {name}", 1) as bar:
-            path = published.download("ogbench" if ogbench else "robomimic", name, source.downloads, on_bytes=bar.of)
+            path = download("ogbench" if ogbench else "robomimic", name, source.downloads, on_bytes=bar.of)
     with display.stage("episodes", source.episodes or 0) as bar:
         if isinstance(source, OGBenchData):
-            return published.import_ogbench(path, source.task, source.root, episodes=source.episodes, on_episode=bar.to)
-        return published.import_robomimic(
+            return import_ogbench(path, source.task, source.root, episodes=source.episodes, on_episode=bar.to)
+        return import_robomimic(
             path,
             source.task,
             source.root,

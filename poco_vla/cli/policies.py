@@ -84,14 +84,15 @@ class Serve:
         from poco_vla.hub.rate import rate_of
         from poco_vla.rollout import Actor
         from poco_vla.serving.access import token_of
-        from poco_vla.serving.server import PolicyServer, observations_of
+        from poco_vla.serving.requests import read_observation_features
+        from poco_vla.serving.server import PolicyServer
 
         found = _policy_of(self)
         fps = rate_of(self.policy, self.revision) if self.fps is None else self.fps
         policy = found.load()
         server = PolicyServer(
             Actor(policy, self.seed),
-            observations_of(str(found.folder), policy.input_keys),
+            read_observation_features(str(found.folder), policy.input_keys),
             adapter=found.adapter,
             fps=fps,
             host=self.host,

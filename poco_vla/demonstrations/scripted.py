@@ -25,13 +25,12 @@ from poco_vla.demonstrations.attempts import Attempts
 from poco_vla.errors import ConfigError, DataError, NonFiniteError, SimulatorError
 from poco_vla.recording.recorder import write_dataset
 from poco_vla.rollout.chunk_env import UNLIMITED, TimeLimits, declared_limit, instruction_of, success_of
-from poco_vla.rollout.pool import make_env
+from poco_vla.rollout.env_workers import make_env
 from poco_vla.rollout.workers import Failure, time_limit
 from poco_vla.simulators import environment, name_of
 from poco_vla.simulators.observations import ObservationReader, flat_observation
 
 logger = logging.getLogger(__name__)
-
 HOPELESS = 50
 """Attempts without one success after which an expert is given up."""
 DISTURBANCE_STEPS = 10

@@ -7,16 +7,10 @@ LeRobot's own programs find the simulated arm by ``--robot.discover_packages_pat
 imports distributions by itself only when their names begin with ``lerobot_robot_``.)
 """
 
-from poco_vla.robots.control import EpisodeStats, RobotEpisode, RobotInteraction, Sent
+from poco_vla.robots.control import RobotInteraction
+from poco_vla.robots.episode import EpisodeStats, RobotEpisode, Sent
 from poco_vla.robots.safety import ActionError, ActionLimits, StoppedError
-from poco_vla.robots.signals import (
-    AnySignals,
-    KeySignals,
-    RewardModelSuccess,
-    RobotSuccess,
-    Signal,
-    Signals,
-)
+from poco_vla.robots.signals import AnySignals, KeySignals, RewardModelSuccess, RobotSuccess, Signal, Signals
 from poco_vla.robots.simulated import SimulatedArm, SimulatedArmConfig
 
 __all__ = [

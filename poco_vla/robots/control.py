@@ -1,222 +1,39 @@
 """Driving a LeRobot robot at a fixed rate: observation, chunk, H actions open loop."""
 
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from enum import Enum
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import islice
-from typing import Protocol, runtime_checkable
 
 import numpy as np
-from lerobot.lerobot_types import RobotAction, RobotObservation
+from lerobot.lerobot_types import RobotObservation
 from lerobot.robots import Robot
 from lerobot.teleoperators import Teleoperator
 from lerobot.utils.constants import OBS_STR
-from lerobot.utils.feature_utils import build_dataset_frame, hw_to_dataset_features
+from lerobot.utils.feature_utils import build_dataset_frame
 
-from poco_vla.data import Episode
 from poco_vla.errors import ConfigError, DataError, NonFiniteError
+from poco_vla.robots.episode import (
+    ENDINGS,
+    NOBODY,
+    Answer,
+    ChunkRequest,
+    Ending,
+    EpisodeState,
+    EpisodeStats,
+    RobotEpisode,
+    Sent,
+)
+from poco_vla.robots.features import Hold, action_names, check_teleoperator, hold_still, observation_features
+from poco_vla.robots.pace import POLL, Pace
 from poco_vla.robots.safety import ActionError, ActionLimits, StoppedError, check_finite
 from poco_vla.robots.signals import Signal, Signals
 from poco_vla.robots.standstill import Standstill, oldest_chunk, time_since_boot
 
 logger = logging.getLogger(__name__)
-
-POLL = 0.01
-"""Seconds between two polls of the signals while the robot waits for a deadline or for the policy."""
-SPIN = 0.001
-"""Seconds before a deadline that are spun instead of slept."""
-NOBODY = -1
-"""Weights version of a step that no policy chose: a person drove, or the robot held."""
-
-
-@runtime_checkable
-class Answer(Protocol):
-    """A chunk and the version of the weights that chose it; what a remote policy replies."""
-
-    @property
-    def actions(self) -> np.ndarray: ...
-
-    @property
-    def weights_version(self) -> int: ...
-
-
 PolicyCall = Callable[[Mapping[str, np.ndarray], str], np.ndarray | Answer]
 """(LeRobot key -> [1, ...], task) -> [at least H, action_dim], in the robot's units and its features' order."""
-Hold = Callable[[RobotObservation, RobotAction | None], RobotAction]
-"""(what the robot sees, the last action sent or None) -> the action that keeps it where it is."""
-
-
-class Ending(Enum):
-    """Why an episode ended."""
-
-    SUCCESS = "success"
-    FAILURE = "failure"
-    TIME_LIMIT = "time limit"
-    DISCARDED = "discarded"
-    STOPPED = "emergency stop"
-    POLICY_LOST = "policy lost"
-
-
-_ENDINGS = {
-    Signal.SUCCESS: Ending.SUCCESS,
-    Signal.FAILURE: Ending.FAILURE,
-    Signal.DISCARD: Ending.DISCARDED,
-    Signal.STOP: Ending.STOPPED,
-}
-_KEPT = (Ending.SUCCESS, Ending.FAILURE, Ending.TIME_LIMIT)
-
-
-@dataclass(frozen=True)
-class EpisodeStats:
-    """How an episode went. Times in seconds.
-
-    Attributes:
-        ending: why it ended; `message` says it in words.
-        steps: control steps, `interventions` of which a person drove.
-        missed: control steps whose action was not there in time: the robot held.
-        overruns: control steps that began a whole period late or more: the robot's cameras or this machine are slow.
-        clipped: actions that the limits changed.
-        waited: time spent on chunks that were asked for when they were needed (lead 0, first chunks).
-        retries: times that the policy could not be reached.
-        period_error_p50, period_error_p95, period_error_max: of |time between two control steps - 1/fps|.
-        latency_p50, latency_max: of the policy's answers.
-    """
-
-    ending: Ending
-    message: str
-    steps: int
-    interventions: int
-    missed: int
-    overruns: int
-    clipped: int
-    waited: float
-    retries: int
-    period_error_p50: float
-    period_error_p95: float
-    period_error_max: float
-    latency_p50: float
-    latency_max: float
-
-
-@dataclass(frozen=True)
-class RobotEpisode:
-    """An episode with what only robots have.
-
-    Attributes:
-        interventions: [T] bool: a person drove this step by the teleoperator.
-        weights_version: [T] int64: of the policy that chose the step's action, `NOBODY` where none did; 0 where the
-            policy does not say.
-    """
-
-    episode: Episode
-    interventions: np.ndarray
-    stats: EpisodeStats
-    weights_version: np.ndarray
-
-
-@dataclass(frozen=True)
-class Sent:
-    """A finished control step, for `on_step`.
-
-    Attributes:
-        observation: what the robot saw before, by the robot's names.
-        action: what was sent, by the robot's names.
-        steps: control steps of the episode so far, this one included, `missed` of which held for want of an action.
-        weights_version: of the policy's last answer.
-        intervention: a person drove this step.
-    """
-
-    observation: RobotObservation
-    action: RobotAction
-    steps: int
-    missed: int
-    weights_version: int
-    intervention: bool
-
-
-class Pace:
-    """Deadlines 1/fps apart on the monotonic clock; `fps` None has none."""
-
-    def __init__(self, fps: int | float | None) -> None:
-        self.period = 1 / fps if fps else 0.0
-        self.errors: list[float] = []
-        self.overruns = 0
-        self._begun: float | None = None
-        self._deadline = 0.0
-
-    def wait(self, poll: Callable[[], None]) -> None:
-        """Wait until the next control step begins, calling `poll` meanwhile."""
-        if self._begun is None or not self.period:
-            self._begun = time.monotonic()
-            self._deadline = self._begun + self.period
-            return
-        while (left := self._deadline - time.monotonic()) > SPIN:
-            time.sleep(min(left - SPIN, POLL))
-            poll()
-        while (now := time.monotonic()) < self._deadline:
-            pass
-        self.errors.append(abs(now - self._begun - self.period))
-        if now - self._deadline >= self.period:  # what is lost is lost: no burst of actions to catch up
-            self.overruns += 1
-            self._deadline = now
-        self._begun = now
-        self._deadline += self.period
-
-    def pause(self) -> None:
-        """Restart the clock if an intended wait has exceeded the deadline."""
-        if time.monotonic() > self._deadline:
-            self._begun = None
-
-
-@dataclass
-class _Request:
-    """A chunk on its way: `asked` when, after `k` actions of the plan, `early` while some of those were left."""
-
-    future: Future[tuple[np.ndarray | Answer, float]]
-    asked: float
-    k: int
-    early: bool
-
-
-@dataclass
-class _Run:
-    """State of the running episode."""
-
-    pace: Pace
-    standstill: Standstill
-    observation: RobotObservation | None = None
-    obs: dict[str, np.ndarray] = field(default_factory=dict)
-    last: np.ndarray | None = None
-    plan: np.ndarray | None = None
-    k: int = 0
-    accepted_at: float = 0.0
-    version: int = 0
-    request: _Request | None = None
-    taken_over: bool = False
-    lost_since: float | None = None
-    rows: list[dict[str, np.ndarray]] = field(default_factory=list)
-    actions: list[np.ndarray] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    interventions: list[bool] = field(default_factory=list)
-    latencies: list[float] = field(default_factory=list)
-    missed: int = 0
-    clipped: int = 0
-    retries: int = 0
-    waited: float = 0.0
-
-    @property
-    def left(self) -> int:
-        """Return the number of planned actions that have not been sent."""
-        return 0 if self.plan is None else len(self.plan) - self.k
-
-    def drop_plan(self) -> None:
-        if self.request is not None:
-            self.request.future.cancel()
-        self.plan, self.request, self.k = None, None, 0
 
 
 class _EndedError(Exception):
@@ -294,7 +111,7 @@ class RobotInteraction:
         self.max_steps, self.reset, self.fps, self.lead = max_steps, reset, fps, lead
         self.patience, self.retry_on, self.retry_every = patience, retry_on, retry_every
         self.failure_is_terminal, self.on_step = failure_is_terminal, on_step
-        self.names = _action_names(robot)
+        self.names = action_names(robot)
         self.hold: Hold = hold or hold_still(self.names, robot.observation_features)
         self.on_stop = on_stop or self._hold_present
         self.stopped = False
@@ -303,7 +120,7 @@ class RobotInteraction:
         self._policy = ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
         limits.vectors(self.names)
         if teleoperator is not None:
-            _check_teleoperator(teleoperator, self.names)
+            check_teleoperator(teleoperator, self.names)
 
     def __enter__(self) -> "RobotInteraction":
         return self
@@ -333,16 +150,16 @@ class RobotInteraction:
         self.reset()
         self.signals.begin()
         pace = Pace(self.fps)
-        run = _Run(pace, Standstill(pace.period))
+        run = EpisodeState(pace, Standstill(pace.period))
         try:
             ended = self._drive(run)
         except BaseException:  # Ctrl-C or a camera that breaks must not leave the arm on its way
             self._halt(run)
             raise
         run.drop_plan()
-        self.stats = _stats(run, ended)
+        self.stats = run.stats(ended.ending, str(ended))
         logger.info("%s", self.stats.message)
-        return self._build_episode(run, ended.ending)
+        return run.build(self.stats, self.task, failure_is_terminal=self.failure_is_terminal)
 
     def _check_stop_between_episodes(self) -> None:
         self.signals.begin()
@@ -350,7 +167,7 @@ class RobotInteraction:
         if self.stopped:
             raise StoppedError("the robot was stopped; look at it, then call release() to run episodes again")
 
-    def _drive(self, run: _Run) -> _EndedError:
+    def _drive(self, run: EpisodeState) -> _EndedError:
         try:
             while True:
                 self._step(run)
@@ -361,7 +178,7 @@ class RobotInteraction:
                 self._rest(run)
             return ended
 
-    def _step(self, run: _Run) -> None:
+    def _step(self, run: EpisodeState) -> None:
         """Run one control step: send one action, or none while the robot waits at rest."""
         run.pace.wait(lambda: self._poll_signals(run))
         run.observation = self.robot.get_observation()
@@ -379,28 +196,28 @@ class RobotInteraction:
             action, run.k = run.plan[run.k], run.k + 1
             self._send(run, action, version=run.version)
 
-    def _poll_signals(self, run: _Run) -> None:
+    def _poll_signals(self, run: EpisodeState) -> None:
         pending = _pending_signals(self.signals)
         if Signal.STOP in pending:
             raise _EndedError(Ending.STOPPED)
         if stood := run.standstill.passed():
             self._forget_plan(run, f"this program stood still for {stood:.1f} s")
         for signal in pending:
-            if signal in _ENDINGS:
-                raise _EndedError(_ENDINGS[signal])
+            if signal in ENDINGS:
+                raise _EndedError(ENDINGS[signal])
             if self.teleoperator is None:
                 logger.warning("takeover was requested, but there is no teleoperator: the policy continues")
             else:
                 run.taken_over = signal is Signal.TAKEOVER
                 run.drop_plan()
 
-    def _forget_plan(self, run: _Run, why: str) -> None:
+    def _forget_plan(self, run: EpisodeState, why: str) -> None:
         """Drop a plan that was made for an earlier state; the next control step asks the policy again."""
         if run.plan is not None or run.request is not None:
             logger.warning("%s: the rest of its chunk is dropped, and the policy is asked again", why)
             run.drop_plan()
 
-    def _planned(self, run: _Run) -> bool:
+    def _planned(self, run: EpisodeState) -> bool:
         """Return True if there is a planned action to send now."""
         age = time_since_boot() - run.accepted_at
         if run.left > 0 and age > oldest_chunk(self.horizon, run.pace.period):
@@ -408,7 +225,7 @@ class RobotInteraction:
         if run.left <= self.lead and run.request is None:
             batch = {key: value[None] for key, value in run.obs.items()}
             future = self._policy.submit(self._ask, batch)
-            run.request = _Request(future, time.monotonic(), run.k, early=run.left > 0)
+            run.request = ChunkRequest(future, time.monotonic(), run.k, early=run.left > 0)
         if run.left > 0:
             return True
         request = run.request
@@ -428,7 +245,7 @@ class RobotInteraction:
         began = time.monotonic()
         return self.policy_call(batch, self.task), time.monotonic() - began
 
-    def _await(self, run: _Run, request: _Request) -> None:
+    def _await(self, run: EpisodeState, request: ChunkRequest) -> None:
         """Wait for an answer; if the robot still moves, for one control step at most."""
         began = time.monotonic()
         moves = bool(run.pace.period) and self._moves(run)
@@ -441,7 +258,7 @@ class RobotInteraction:
         run.waited += time.monotonic() - began
         run.pace.pause()
 
-    def _check_patience(self, run: _Run, request: _Request) -> None:
+    def _check_patience(self, run: EpisodeState, request: ChunkRequest) -> None:
         now = time.monotonic()
         if now - request.asked > self.patience and not request.future.done():
             raise _EndedError(
@@ -450,7 +267,7 @@ class RobotInteraction:
                 f"robot holds, and the episode is discarded after {len(run.actions)} steps",
             )
 
-    def _accept_answer(self, run: _Run, request: _Request) -> bool:
+    def _accept_answer(self, run: EpisodeState, request: ChunkRequest) -> bool:
         """Make the answer the plan; return False if the policy could not be reached and is asked again."""
         error = request.future.exception()
         if isinstance(error, self.retry_on):
@@ -468,7 +285,7 @@ class RobotInteraction:
         run.clipped += int((run.plan != planned).any(axis=1).sum())
         return True
 
-    def _try_again(self, run: _Run, error: BaseException) -> None:
+    def _try_again(self, run: EpisodeState, error: BaseException) -> None:
         """Hold and wait a moment; the next control step asks again, with the observation of that time."""
         run.drop_plan()
         run.retries += 1
@@ -489,14 +306,16 @@ class RobotInteraction:
             self._poll_signals(run)
         run.pace.pause()
 
-    def _teleoperator_action(self, last: np.ndarray, run: _Run) -> np.ndarray:
+    def _teleoperator_action(self, last: np.ndarray, run: EpisodeState) -> np.ndarray:
         assert self.teleoperator is not None
         wanted = self._vector(self.teleoperator.get_action(), "teleoperator")[None]
         allowed = self.limits.clip(wanted, self.names, last)
         run.clipped += int((allowed != wanted).any())
         return allowed[0]
 
-    def _send(self, run: _Run, action: np.ndarray, *, version: int = NOBODY, intervention: bool = False) -> None:
+    def _send(
+        self, run: EpisodeState, action: np.ndarray, *, version: int = NOBODY, intervention: bool = False
+    ) -> None:
         wanted = dict(zip(self.names, action.tolist(), strict=True))
         sent = self.robot.send_action(wanted)
         run.last = self._vector(wanted | sent, "robot")
@@ -508,22 +327,22 @@ class RobotInteraction:
             assert run.observation is not None
             self.on_step(Sent(run.observation, wanted | sent, len(run.actions), run.missed, run.version, intervention))
 
-    def _moves(self, run: _Run) -> bool:
+    def _moves(self, run: EpisodeState) -> bool:
         """True if the last action keeps the robot moving."""
         return run.last is not None and not np.array_equal(self._rest_action(run), run.last)
 
-    def _rest_action(self, run: _Run) -> np.ndarray:
+    def _rest_action(self, run: EpisodeState) -> np.ndarray:
         assert run.observation is not None
         assert run.last is not None
         last = dict(zip(self.names, run.last.tolist(), strict=True))
         return self._vector(self.hold(run.observation, last), "hold")
 
-    def _rest(self, run: _Run) -> None:
+    def _rest(self, run: EpisodeState) -> None:
         """Send a hold action after the last row if the robot still moves."""
         if self._moves(run):
             self.robot.send_action(dict(zip(self.names, self._rest_action(run).tolist(), strict=True)))
 
-    def _halt(self, run: _Run) -> None:
+    def _halt(self, run: EpisodeState) -> None:
         self.stopped = True
         run.drop_plan()
         try:
@@ -557,50 +376,6 @@ class RobotInteraction:
                 raise NonFiniteError(f'{self.robot} gave a "{key}" that is not finite: {value}')
         return {key: value.copy() for key, value in frame.items()}
 
-    def _build_episode(self, run: _Run, ending: Ending) -> RobotEpisode | None:
-        if ending not in _KEPT or not run.actions:
-            return None
-        assert self.stats is not None
-        last = np.arange(len(run.actions)) == len(run.actions) - 1
-        success = last & (ending is Ending.SUCCESS)
-        terminal = success | (last & (ending is Ending.FAILURE and self.failure_is_terminal))
-        episode = Episode(
-            obs={key: np.stack([row[key] for row in run.rows]) for key in run.rows[0]},
-            action=np.stack(run.actions),
-            reward=success.astype(np.float32),
-            success=success,
-            terminal=terminal,
-            task=self.task,
-        )
-        versions = np.array(run.versions, dtype=np.int64)
-        return RobotEpisode(episode, np.array(run.interventions), self.stats, versions)
-
-
-_MOTION = re.compile(r"(^|\.)delta_|\.(vel|delta)$")
-"""Names of actions that are a change: 0 holds."""
-
-
-def hold_still(names: Sequence[str], observed: Mapping[str, object]) -> Hold:
-    """Return the hold action that the names of LeRobot's robots imply.
-
-    `*.pos` holds the last goal, or the present position when there is none; velocities and changes hold at 0.
-
-    Raises:
-        ConfigError: a name that says neither, or a position that is not observed.
-    """
-    for name in names:
-        if not (_MOTION.search(name) or (name.endswith(".pos") and name in observed)):
-            raise ConfigError(
-                f'how to hold "{name}" cannot be told: expected an observed "*.pos", a "*.vel" or a "delta_*". Give a '
-                "`hold` of your own."
-            )
-
-    def hold(observation: RobotObservation, last: RobotAction | None) -> RobotAction:
-        goals = observation if last is None else last
-        return {name: 0.0 if _MOTION.search(name) else float(goals[name]) for name in names}
-
-    return hold
-
 
 def _pending_signals(signals: Signals) -> list[Signal]:
     """Return all pending signals, at most 100 of a source that never ends."""
@@ -616,33 +391,6 @@ def _check_numbers(horizon: int, lead: int, max_steps: int, fps: int | float | N
         raise ConfigError(f"fps is {fps}; expected control steps per second, or None for no fixed rate")
 
 
-def _action_names(robot: Robot) -> list[str]:
-    features = robot.action_features
-    if others := {name: kind for name, kind in features.items() if kind is not float}:
-        raise ConfigError(f"{robot} takes actions that are no numbers: {others}; only float features can be driven")
-    return list(features)
-
-
-def observation_features(robot: Robot) -> dict[str, dict]:
-    """Return the robot's observations as the features of a LeRobot dataset.
-
-    Raises:
-        ConfigError: something that is neither a number nor a colour picture.
-    """
-    for name, shape in robot.observation_features.items():
-        if isinstance(shape, tuple) and (len(shape) != 3 or shape[2] != 3):
-            raise ConfigError(f'"{name}" of {robot} is {shape}; pictures are (height, width, 3). Turn depth off.')
-    return hw_to_dataset_features(robot.observation_features, OBS_STR, use_video=False)
-
-
-def _check_teleoperator(teleoperator: Teleoperator, names: Sequence[str]) -> None:
-    # LeRobot's arms list their features by name; its pads and keyboards as {"dtype", "shape", "names": {...}}.
-    features = teleoperator.action_features
-    features = features.get("names", features)
-    if missing := [name for name in names if name not in features]:
-        raise ConfigError(f"{teleoperator} gives {list(features)}, but the robot also needs {missing}")
-
-
 def _check_chunk(chunk: np.ndarray, horizon: int, names: Sequence[str]) -> np.ndarray:
     if chunk.ndim != 2 or len(chunk) < horizon or chunk.shape[1] != len(names):
         raise ActionError(
@@ -650,24 +398,3 @@ def _check_chunk(chunk: np.ndarray, horizon: int, names: Sequence[str]) -> np.nd
             f"({', '.join(names)}): nothing was sent"
         )
     return chunk.astype(np.float32)
-
-
-def _stats(run: _Run, ended: _EndedError) -> EpisodeStats:
-    errors, latencies = run.pace.errors or [0.0], run.latencies or [0.0]
-    p50, p95 = np.percentile(errors, [50, 95])
-    return EpisodeStats(
-        ending=ended.ending,
-        message=str(ended),
-        steps=len(run.actions),
-        interventions=sum(run.interventions),
-        missed=run.missed,
-        overruns=run.pace.overruns,
-        clipped=run.clipped,
-        waited=run.waited,
-        retries=run.retries,
-        period_error_p50=float(p50),
-        period_error_p95=float(p95),
-        period_error_max=max(errors),
-        latency_p50=float(np.median(latencies)),
-        latency_max=max(latencies),
-    )

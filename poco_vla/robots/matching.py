@@ -8,7 +8,7 @@ from lerobot.robots import Robot
 
 from poco_vla.errors import ConfigError
 from poco_vla.joint_names import ACTION
-from poco_vla.robots.control import observation_features
+from poco_vla.robots.features import observation_features
 from poco_vla.robots.joint_order import ByName, index_of, joint_order
 from poco_vla.robots.safety import ActionLimits
 

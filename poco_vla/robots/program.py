@@ -13,8 +13,9 @@ from lerobot.teleoperators import Teleoperator
 from lerobot.utils.visualization_utils import init_visualization, log_visualization_data, shutdown_visualization
 
 from poco_vla.errors import ConfigError, PocoError
-from poco_vla.robots.control import RobotInteraction, Sent
+from poco_vla.robots.control import RobotInteraction
 from poco_vla.robots.devices import make_devices
+from poco_vla.robots.episode import Sent
 from poco_vla.robots.joint_order import ByName, joint_order
 from poco_vla.robots.matching import check_match, limits_of
 from poco_vla.robots.session import Learner, RobotSession, call_with_retries

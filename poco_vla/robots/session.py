@@ -11,7 +11,8 @@ import numpy as np
 
 from poco_vla.data.episode import Episode
 from poco_vla.files import wait_for_space
-from poco_vla.robots.control import NOBODY, RobotEpisode, RobotInteraction
+from poco_vla.robots.control import RobotInteraction
+from poco_vla.robots.episode import NOBODY, RobotEpisode
 from poco_vla.robots.joint_order import JointOrder
 from poco_vla.robots.safety import StoppedError
 from poco_vla.robots.signals import KeySignals

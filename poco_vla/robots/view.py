@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from poco_vla.robots.control import EpisodeStats, Sent
+from poco_vla.robots.episode import EpisodeStats, Sent
 
 _SHOWN = {"env_steps": "steps", "updates": "updates", "episodes": "episodes"}
 """Numbers of the learner's status that are shown, and what they are called."""

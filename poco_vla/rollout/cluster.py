@@ -13,43 +13,30 @@ the middle of a motion, while `poco-vla robot` halts its arm and keeps its episo
 """
 
 import logging
-import os
-import signal
-import socket
-import threading
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import version as version_of
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from poco_vla.algorithms import Algorithm
-from poco_vla.bugs import RemoteBugError, bug_behind, place_of, traceback_of
 from poco_vla.config import EnvSpec, InteractionConfig
 from poco_vla.data import Episode
-from poco_vla.data.batches import pipeline_of
-from poco_vla.errors import ConfigError, PocoError, SimulatorError
-from poco_vla.policy import FlowPolicy
+from poco_vla.errors import ConfigError, SimulatorError
 from poco_vla.recording.recorder import EpisodeRecorder
 from poco_vla.rollout.actor import Actor, WeightsVersion, learned_parameters
+from poco_vla.rollout.cluster_address import connect
+from poco_vla.rollout.cluster_worker import Failed, Published, RolloutWorker, WorkerSpec
 from poco_vla.rollout.interaction import BackgroundInteraction
-from poco_vla.rollout.pool import EnvPool
+from poco_vla.rollout.object_store import tensors_as_bytes, to_bytes
 from poco_vla.simulators import environment
 
 logger = logging.getLogger(__name__)
-
 POLL = 0.02
 """Seconds after which the driver looks whether acting may go on or has to end."""
-PATIENCE = 10.0
-"""Seconds that an address may take to answer."""
 SILENCE = 60.0
 """Seconds without an answer of any worker after which a person is told."""
 MOST_DEATHS = 3
@@ -58,226 +45,6 @@ GRACE = 5.0
 """Seconds that workers have to close their simulators."""
 PUBLISHING = 0.1
 """Share of the time that may go into publishing weights: large ones are published less often than they change."""
-
-
-# -- the worker's side ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """All that a worker needs to build its environments and its actor.
-
-    Attributes:
-        algorithm: [reference to the algorithm that acts].
-        env: the environments.
-        plugin: the module that registers their type.
-        horizon: H.
-        first_seeds: of each environment's first episode.
-        stride: from an environment's seed to its next one.
-        seed: of the worker's own noise.
-        gpu: the policy acts on a GPU.
-        best_of_n: most candidates per acting step.
-        version: of this library.
-    """
-
-    algorithm: list[Any]
-    env: EnvSpec
-    plugin: str
-    horizon: int
-    first_seeds: list[int]
-    stride: int
-    seed: int
-    gpu: bool
-    best_of_n: int
-    version: str
-
-
-@dataclass(frozen=True)
-class Published:
-    """Trained weights in the object store.
-
-    Attributes:
-        number: counts what was published.
-        version: of the weights: updates that made them.
-        tensors: [reference to their bytes, in the order of :func:`learned_parameters`].
-    """
-
-    number: int
-    version: int
-    tensors: list[Any]
-
-
-@dataclass(frozen=True)
-class Played:
-    """Hold the result of one chunk in each environment: ended episodes, control steps taken, messages for the user."""
-
-    episodes: list[Episode]
-    steps: int
-    version: int
-    messages: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Failed:
-    """Say what went wrong in a worker, as text: an exception would not come through in one piece.
-
-    Attributes:
-        words: kind and text of the error, and where it was raised unless the user can mend it by what it says.
-        details: the traceback of a bug, else "".
-    """
-
-    words: str
-    details: str = ""
-
-    @classmethod
-    def of(cls, error: Exception) -> "Failed":
-        """Describe an exception."""
-        words, bug = f"{type(error).__name__}: {error}", bug_behind(error)
-        if bug is None:
-            return cls(words)
-        return cls(words if isinstance(error, PocoError) else f"{words}{place_of(error)}", traceback_of(bug))
-
-    def error(self, worker: int) -> SimulatorError:
-        """Return the error that ends the run."""
-        error = SimulatorError(f"Ray worker {worker} cannot act: {self.words}")
-        error.__cause__ = RemoteBugError(self.details) if self.details else None
-        return error
-
-
-class RolloutWorker:
-    """Environments and an actor in a Ray process. It knows nothing of the learner.
-
-    Every call answers: what went wrong is an answer, too. Only death is not.
-    """
-
-    _envs: EnvPool | None = None
-
-    def begin(self, spec: WorkerSpec) -> Played | Failed:
-        """Build everything, and begin the episodes."""
-        return _answer(lambda: self._begin(spec))
-
-    def play(self, published: Published, best_of_n: int) -> Played | Failed:
-        """Play one chunk in each environment, with the newest weights."""
-        return _answer(lambda: self._play(published, best_of_n))
-
-    def close(self) -> None:
-        if self._envs is not None:
-            self._envs.close()
-
-    def _begin(self, spec: WorkerSpec) -> Played:
-        import ray
-
-        if (found := version_of("poco-vla")) != spec.version:
-            raise ConfigError(f"poco-vla {found} is installed there, and {spec.version} where the learner runs")
-        import_module(spec.plugin)
-        with _read_only_tensors():
-            algorithm: Algorithm = ray.get(spec.algorithm[0])
-        self._tensors = learned_parameters(algorithm)
-        for parameter in self._tensors:
-            if not parameter.requires_grad:  # a target network has no gradient, but it changes
-                parameter.data = parameter.data.clone()
-        algorithm.requires_grad_(False)
-        algorithm.to(_set_device(algorithm.policy, "cuda" if spec.gpu else "cpu"))
-        self._actor = Actor(algorithm, spec.seed, spec.best_of_n)
-        self._number = -1
-        self._messages: list[str] = []
-        self._envs = EnvPool(spec.env, spec.horizon, spec.stride, say=self._messages.append)
-        self._envs.reset(spec.first_seeds)
-        return Played([], 0, 0, self._take_messages())
-
-    def _play(self, published: Published, best_of_n: int) -> Played:
-        assert self._envs is not None
-        if published.number != self._number:
-            self._renew(published)
-        chunks = self._actor.chunks(self._envs.obs, self._envs.tasks, best_of_n=best_of_n)
-        episodes, steps = self._envs.step(chunks, published.version)
-        return Played(episodes, steps, published.version, self._take_messages())
-
-    def _take_messages(self) -> tuple[str, ...]:
-        """Return the messages of the environments since the last call."""
-        messages = tuple(self._messages)
-        self._messages.clear()
-        return messages
-
-    @torch.no_grad()
-    def _renew(self, published: Published) -> None:
-        import ray
-
-        with _read_only_tensors():
-            for own, data in zip(self._tensors, ray.get(published.tensors[0]), strict=True):
-                own.copy_(from_bytes(data, own.dtype, own.shape))
-        self._number = published.number
-
-
-def _answer(act: Callable[[], Played]) -> Played | Failed:
-    try:
-        return act()
-    except Exception as error:  # whatever it is, its words are for the learner
-        return Failed.of(error)
-
-
-def _set_device(policy: FlowPolicy, device: str) -> str:
-    """Set the device on which the processors of a policy put their tensors, and return it."""
-    from lerobot.processor import DeviceProcessorStep
-
-    for step in getattr(pipeline_of(policy), "steps", ()):
-        if isinstance(step, DeviceProcessorStep):
-            step.device = device
-            step.__post_init__()
-    return device
-
-
-# -- tensors in the object store --------------------------------------------------------------------------------------
-
-
-def to_bytes(tensor: Tensor) -> np.ndarray:
-    """Return the bytes of a tensor of any dtype as uint8; a view of a CPU tensor if possible."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def from_bytes(data: np.ndarray, dtype: torch.dtype, shape: Any) -> Tensor:
-    """Return a view of :func:`to_bytes`' result as a tensor."""
-    return torch.from_numpy(data).view(dtype).reshape(shape)
-
-
-def _parts(tensor: Tensor) -> tuple[np.ndarray, torch.dtype, tuple[int, ...], bool]:
-    return to_bytes(tensor), tensor.dtype, tuple(tensor.shape), tensor.requires_grad
-
-
-def _tensor(parts: tuple[np.ndarray, torch.dtype, tuple[int, ...], bool]) -> Tensor:
-    return from_bytes(*parts[:3]).clone()
-
-
-def _parameter(parts: tuple[np.ndarray, torch.dtype, tuple[int, ...], bool]) -> nn.Parameter:
-    """Return a parameter; if it is frozen, as a view of the object store's only copy, which is read-only."""
-    data = from_bytes(*parts[:3])
-    return nn.Parameter(data.clone() if parts[3] else data, requires_grad=parts[3])
-
-
-@contextmanager
-def _tensors_as_bytes() -> Iterator[None]:
-    """Let Ray pickle tensors as plain bytes within this context: torch's own archive costs several copies."""
-    from ray.util import deregister_serializer, register_serializer
-
-    kinds: dict[type, Callable[[Any], Tensor]] = {Tensor: _tensor, nn.Parameter: _parameter}
-    for kind, back in kinds.items():
-        register_serializer(kind, serializer=_parts, deserializer=back)
-    try:
-        yield
-    finally:
-        for kind in kinds:
-            deregister_serializer(kind)
-
-
-@contextmanager
-def _read_only_tensors() -> Iterator[None]:
-    """Suppress torch's warning about tensors over read-only memory within this context."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
-        yield
-
-
-# -- the learner's side -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -381,7 +148,7 @@ class ClusterInteraction(BackgroundInteraction):
     def _put_algorithm(self, actor: Actor) -> Any:
         import ray
 
-        with self.weights.lock, _tensors_as_bytes():
+        with self.weights.lock, tensors_as_bytes():
             try:
                 return ray.put(actor.algorithm)
             except (TypeError, AttributeError) as error:
@@ -517,82 +284,3 @@ class ClusterInteraction(BackgroundInteraction):
             f"{free.get('GPU', 0):g} GPUs free, and each of {settings.workers} workers asks for "
             f"{settings.worker_cpus:g} and {settings.worker_gpus:g}"
         )
-
-
-def check(settings: InteractionConfig) -> None:
-    """Find out what would keep `connect` from its cluster, before anything is trained.
-
-    Raises:
-        ConfigError: nobody listens at the address, or this machine has not the GPUs for a cluster of its own.
-    """
-    address, gpus = _address(settings), settings.workers * settings.worker_gpus
-    if address is None and gpus > torch.cuda.device_count():
-        raise ConfigError(_too_few_gpus(settings, float(torch.cuda.device_count())))
-    host, _, port = (address or "").rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
-        except OSError as error:  # Ray itself would try for a quarter of an hour
-            raise ConfigError(_no_cluster(address, error)) from error
-
-
-def connect(settings: InteractionConfig) -> bool:
-    """Connect this process to the cluster of `settings`; return True if it was not connected before.
-
-    Raises:
-        ConfigError: no cluster answers there, or this machine has not the GPUs for one.
-    """
-    address = _address(settings)
-    if address is None:
-        # Read when Ray is imported: node and workers listen on this machine alone.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    if ray.is_initialized():
-        return False
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
-    with _own_signals():
-        if address is not None:
-            quiet.pop("include_dashboard")
-            try:
-                ray.init(address, **quiet)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise ConfigError(_no_cluster(address, error)) from error
-            return True
-        ray.init("local", num_cpus=int(np.ceil(settings.workers * settings.worker_cpus)), **quiet)
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    if gpus < settings.workers * settings.worker_gpus:
-        ray.shutdown()
-        raise ConfigError(_too_few_gpus(settings, gpus))
-    return True
-
-
-def _address(settings: InteractionConfig) -> str | None:
-    return settings.address or os.environ.get("RAY_ADDRESS")
-
-
-def _no_cluster(address: str | None, error: Exception) -> str:
-    return (
-        f"no Ray cluster at {address}: {error}. The learner's machine has to belong to it: "
-        "ray start --address=HEAD:6379 (on the head: ray start --head)"
-    )
-
-
-def _too_few_gpus(settings: InteractionConfig, found: float) -> str:
-    wanted = settings.workers * settings.worker_gpus
-    return (
-        f"{settings.workers} workers with worker_gpus {settings.worker_gpus} need {wanted:g} GPUs, and there are "
-        f"{found:g} on this machine"
-    )
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep our handler of SIGTERM: Ray installs its own, which would end a run without saving it."""
-    own = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if own is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, own)

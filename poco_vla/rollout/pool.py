@@ -4,35 +4,23 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import import_module
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 
 from poco_vla.config import EnvSpec
 from poco_vla.data import Episode
 from poco_vla.errors import ConfigError, SimulatorError
-from poco_vla.rollout.chunk_env import ChunkEnv, TimeLimits
-from poco_vla.rollout.workers import (
-    Failure,
-    LocalWorker,
-    Worker,
-    close_all,
-    wait,
-    worker_context,
-)
+from poco_vla.rollout.chunk_env import TimeLimits
+from poco_vla.rollout.env_workers import Environments, make_chunk_env
+from poco_vla.rollout.workers import Failure, wait
 from poco_vla.simulators import environment, name_of
-from poco_vla.simulators.observations import flat_observation, lerobot_key
-from poco_vla.simulators.supported import install_command
-
-__all__ = ["ChunkEnv", "EnvPool", "flat_observation", "lerobot_key", "make_env"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class _Running:
+class _RunningEpisode:
     """The episode that an environment is in: its seed and instruction, the chunks sent so far and the weights' version
     that chose each, the steps they brought."""
 
@@ -41,59 +29,6 @@ class _Running:
     chunks: list[np.ndarray] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
-
-
-class Environments:
-    """Workers of one kind, each with a :class:`ChunkEnv`.
-
-    Args:
-        make: makes the i-th environment.
-        count: how many.
-        preload: modules that a worker server imports once, for all its workers.
-        limits: time limits of each.
-        in_process: no workers; everything in this process.
-    """
-
-    def __init__(
-        self,
-        make: Callable[[int], ChunkEnv],
-        count: int,
-        preload: Iterable[str],
-        limits: TimeLimits,
-        *,
-        in_process: bool,
-    ) -> None:
-        self._make, self.limits = make, limits
-        self._context = None if in_process else worker_context(tuple(preload))
-        self.workers: list[Worker | LocalWorker] = []
-        try:
-            for index in range(count):
-                self.workers.append(self._started(index))
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def envs(self) -> list[ChunkEnv]:
-        """List the environments where they live in this process."""
-        return [worker.target for worker in self.workers if isinstance(worker, LocalWorker)]
-
-    def restart(self, indices: Iterable[int]) -> None:
-        """Replace workers, whatever state they are in."""
-        indices = list(indices)
-        close_all([self.workers[i] for i in indices])
-        for i in indices:
-            self.workers[i] = self._started(i)
-
-    def close(self) -> None:
-        close_all(self.workers)
-        self.workers = []
-
-    def _started(self, index: int) -> Worker | LocalWorker:
-        build = partial(self._make, index)
-        if self._context is None:
-            return LocalWorker(build)
-        return Worker(self._context, build, f"environment-{index}", within=self.limits.reset)
 
 
 class EnvPool:
@@ -151,7 +86,7 @@ class EnvPool:
         self._chunks: np.ndarray | None = None
         self._versions = [0] * spec.num_envs
         which = (config.package_name, config.gym_id, config.gym_kwargs)
-        make = partial(_make_chunk_env, *which, horizon, self.stride, self._limits, self.name)
+        make = partial(make_chunk_env, *which, horizon, self.stride, self._limits, self.name)
         preload = getattr(config, "preload", ())
         self._envs = Environments(make, spec.num_envs, preload, self._limits, in_process=spec.in_process)
         try:
@@ -284,7 +219,7 @@ class EnvPool:
     def _begin(self, seeds: list[int], end: int | None) -> None:
         self._end, self._lost, self._chunks, self._error = end, set(), None, None
         self._in_a_row = [0] * self.num_envs
-        self._running = [_Running(seed) for seed in seeds]
+        self._running = [_RunningEpisode(seed) for seed in seeds]
         wait(self._envs.workers, self.give_up)  # a chunk may be on its way
         failed = self._ask_to_begin(range(self.num_envs))
         self._revive(failed)
@@ -324,7 +259,7 @@ class EnvPool:
         running.rows.append(dict(steps["frames"]) | signals | {"action": chunk[:length], "version": version})
         if not steps["ended"]:
             return []
-        self._running[i] = _Running(running.seed + self.stride)
+        self._running[i] = _RunningEpisode(running.seed + self.stride)
         self._in_a_row[i], self._finished_any = 0, True
         return [_episode(running)]
 
@@ -376,7 +311,7 @@ class EnvPool:
     def _set_aside(self, i: int, failure: Failure) -> None:
         """Drop the running episode of environment i after a failure, and count the failure."""
         running = self._running[i]
-        self._running[i] = _Running(running.seed + self.stride)
+        self._running[i] = _RunningEpisode(running.seed + self.stride)
         if failure.kind == "stopped":
             self._lost.add(i)
             return
@@ -429,7 +364,7 @@ class EnvPool:
             failed = self._ask_to_begin(failed) - self._lost
 
 
-def _episode(running: _Running) -> Episode:
+def _episode(running: _RunningEpisode) -> Episode:
     columns = {key: np.concatenate([row[key] for row in running.rows]) for key in running.rows[0]}
     return Episode(
         obs={key: column for key, column in columns.items() if key.startswith("observation.")},
@@ -442,38 +377,3 @@ def _episode(running: _Running) -> Episode:
         policy_version=columns["version"],
         interventions=np.zeros(len(columns["action"]), dtype=bool),
     )
-
-
-def make_env(package: str, gym_id: str, kwargs: Mapping[str, Any]) -> gym.Env:
-    """Make one environment by its Gymnasium id, its package imported when the id is not registered yet."""
-    if gym_id not in gym.registry:
-        try:
-            import_module(package)
-        except ModuleNotFoundError as error:
-            missing = error.name or package
-            through = "" if missing.split(".")[0] == package.split(".")[0] else f", which imports {missing}"
-            command = install_command(package.removeprefix("gym_"))
-            raise ConfigError(
-                f'the environment "{gym_id}" needs the package {package}{through}, which is not installed'
-                + (f": {command}" if command else "")
-            ) from error
-        if gym_id not in gym.registry:
-            close = ", ".join(sorted(name for name in gym.registry if name.startswith(f"{gym_id.split('/')[0]}/")))
-            raise ConfigError(
-                f'the package {package} registers no Gymnasium environment "{gym_id}"'
-                + (f"; it registers {close}" if close else "")
-            )
-    return gym.make(gym_id, disable_env_checker=True, **kwargs)
-
-
-def _make_chunk_env(
-    package: str,
-    gym_id: str,
-    kwargs: Mapping[str, Any],
-    horizon: int,
-    stride: int,
-    limits: TimeLimits,
-    name: str,
-    index: int,
-) -> ChunkEnv:
-    return ChunkEnv(make_env(package, gym_id, kwargs), horizon, index, stride, limits, name)

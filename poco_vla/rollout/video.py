@@ -12,7 +12,7 @@ from poco_vla.data import Episode
 from poco_vla.errors import SimulatorError
 from poco_vla.recording.encoding import silent_stderr
 from poco_vla.rollout.chunk_env import TimeLimits
-from poco_vla.rollout.pool import make_env
+from poco_vla.rollout.env_workers import make_env
 from poco_vla.rollout.workers import LocalWorker, Worker, close_all, time_limit, wait, worker_context
 from poco_vla.simulators import environment, name_of
 from poco_vla.simulators.observations import as_picture

@@ -13,7 +13,8 @@ from poco_vla.policy import FlowPolicy
 from poco_vla.recording.recorder import EpisodeRecorder
 from poco_vla.rollout.actor import ActingCopy
 from poco_vla.rollout.interaction import Interaction, Received
-from poco_vla.serving.server import Feature, PolicyServer
+from poco_vla.serving.feature import Feature
+from poco_vla.serving.server import PolicyServer
 
 FAREWELL = 60.0
 """Seconds that robots have to end and send their episodes once training is over."""

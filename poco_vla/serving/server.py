@@ -9,18 +9,15 @@ the episodes that they made with it: see :mod:`upload`.
 
 import asyncio
 import hmac
-import ipaddress
 import logging
-import ssl
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from websockets.asyncio.server import ServerConnection, serve
@@ -29,8 +26,8 @@ from websockets.http11 import Request, Response
 
 from poco_vla.bugs import bug_behind
 from poco_vla.data.episode import Episode
-from poco_vla.errors import ConfigError, DataError, PocoError
-from poco_vla.policy import FlowPolicy
+from poco_vla.errors import DataError, PocoError
+from poco_vla.serving.access import check_access, server_tls
 from poco_vla.serving.codec import (
     MAX_BYTES,
     PROTOCOL_VERSION,
@@ -53,81 +50,16 @@ from poco_vla.serving.gate import (
     message_limit,
     room_for_connections,
 )
-from poco_vla.serving.upload import MAX_EPISODE_BYTES, Inbox, check_task
+from poco_vla.serving.requests import ChunkAnswer, ChunkSource, EpisodeSink, PendingRequest, check_bounds, check_request
+from poco_vla.serving.upload import MAX_EPISODE_BYTES, Inbox
 from poco_vla.serving.uploads import IDLE, BusyError, Uploads
 
 logger = logging.getLogger(__name__)
 _UNAUTHENTICATED = logging.getLogger(f"{__name__}.unauthenticated")
 _UNAUTHENTICATED.setLevel(logging.CRITICAL)  # websockets logs a traceback for each that does not speak its protocol
 
-INSTRUCTION_KEYS = ("task", "prompt")
-"""LeRobot's name of the instruction, and openpi's."""
 _LONGEST_TEXT = 2000
 """Characters of a refusal: a client that sends a thousand keys gets them not all back."""
-
-
-@runtime_checkable  # for the test run's machine-checked signatures
-class ChunkSource(Protocol):
-    """Source of the chunks that are served: :class:`poco_vla.rollout.Actor` or a class with the same methods."""
-
-    policy: FlowPolicy
-    weights_version: int
-    """Of the weights that the last chunks are samples of, or the next ones will be where there were none."""
-
-    def chunks(self, obs: Mapping[str, np.ndarray], tasks: Sequence[str]) -> np.ndarray:
-        """Return [B, H, action_dim] float32, in the robot's units."""
-        ...
-
-
-@runtime_checkable
-class EpisodeSink(Protocol):
-    """Receiver of the episodes that robots send."""
-
-    def status(self) -> Mapping[str, Any]:
-        """Return the status that a robot asks for before an episode: numbers and texts by name. Called from the
-        server's thread, which serves nobody meanwhile.
-
-        At least "act", True when an episode may begin, False while the learner is to catch up first, and "done", True
-        when training is over.
-        """
-        ...
-
-    def take(self, episode: Episode, key: str) -> None:
-        """Store an episode; it is on disk when this returns. Called in a thread of its own, one episode at a time, and
-        may block.
-
-        Args:
-            episode: checked against what the server announces.
-            key: the sender's. An episode whose acknowledgement got lost comes again, with the same key.
-
-        Raises:
-            DataError: it is refused for what it is; the sender gets the words, and does not send it again. After any
-                other error the connection is closed, and the sender comes again.
-        """
-        ...
-
-
-def observations_of(policy: str, keys: Iterable[str]) -> dict[str, Feature]:
-    """Return the observations that clients of an exported policy must send, from its LeRobot configuration.
-
-    Args:
-        policy: LeRobot policy folder or Hub id.
-        keys: the policy's `input_keys`.
-    """
-    from lerobot.configs.policies import PreTrainedConfig
-    from lerobot.configs.types import FeatureType
-    from lerobot.utils.import_utils import register_third_party_plugins
-
-    register_third_party_plugins()
-    inputs = PreTrainedConfig.from_pretrained(policy).input_features or {}
-    found = {}
-    for key in keys:
-        if key not in inputs:
-            raise ConfigError(f"{policy} does not say what {key} looks like; its inputs: {sorted(inputs)}")
-        shape = tuple(inputs[key].shape)
-        picture = inputs[key].type is FeatureType.VISUAL
-        found[key] = Feature((*shape[1:], shape[0]), "uint8") if picture else Feature(shape, "float32")
-    return found
 
 
 class _NotStoredError(Exception):
@@ -136,25 +68,6 @@ class _NotStoredError(Exception):
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause))
         self.cause = cause
-
-
-@dataclass(frozen=True)
-class _PendingRequest:
-    """A checked request that waits for its chunk."""
-
-    obs: dict[str, np.ndarray]
-    task: str
-    answer: "Future[_Answer]" = field(default_factory=Future)
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """A chunk [H, A], the weights it is of, the seconds of its forward and the states that shared that."""
-
-    actions: np.ndarray
-    weights_version: int
-    seconds: float
-    batch: int
 
 
 class PolicyServer:
@@ -210,10 +123,10 @@ class PolicyServer:
         max_uploads: int = 8,
         max_clients: int = MAX_CLIENTS,
     ) -> None:
-        _check_access(host, token, insecure, encrypted=certificate is not None)
+        check_access(host, token, insecure=insecure, encrypted=certificate is not None)
         self.actor, self.obs_spec = actor, dict(obs_spec)
         self.adapter, self.fps, self.task = adapter, fps, task
-        self.action_bounds = _check_bounds(action_bounds, actor.policy.spec.action_dim)
+        self.action_bounds = check_bounds(action_bounds, actor.policy.spec.action_dim)
         self.episodes, self.max_episode_bytes = episodes, max_episode_bytes
         self.host, self.port = host, port
         observation_bytes = sum(feature.nbytes for feature in self.obs_spec.values())
@@ -223,9 +136,9 @@ class PolicyServer:
         self._uploads = Uploads(max_uploads, 2 * max_episode_bytes)
         self._intake = PendingBytes(max(MESSAGES_AHEAD, 2 * self.limits.max_bytes))
         self._token = token
-        self._tls = _server_tls(certificate, key)
+        self._tls = server_tls(certificate, key)
         self._connections: set[BoundedConnection] = set()
-        self._waiting: asyncio.Queue[_PendingRequest] = asyncio.Queue()
+        self._waiting: asyncio.Queue[PendingRequest] = asyncio.Queue()
         self._taking: dict[str, asyncio.Future[None]] = {}
         self._stop = asyncio.Event()
         self._thread: threading.Thread | None = None
@@ -453,7 +366,7 @@ class PolicyServer:
                     batch.append(self._waiting.get_nowait())
                 await asyncio.get_running_loop().run_in_executor(thread, self._answer, batch)
 
-    def _answer(self, batch: Sequence[_PendingRequest]) -> None:
+    def _answer(self, batch: Sequence[PendingRequest]) -> None:
         try:
             answers = self._forward(batch)
         except Exception as error:  # handed to whoever asked: this thread serves everybody
@@ -466,92 +379,19 @@ class PolicyServer:
         for asked, answer in zip(batch, answers, strict=True):
             asked.answer.set_result(answer)
 
-    def _forward(self, batch: Sequence[_PendingRequest]) -> list[_Answer]:
+    def _forward(self, batch: Sequence[PendingRequest]) -> list[ChunkAnswer]:
         obs = {key: np.stack([asked.obs[key] for asked in batch]) for key in self.obs_spec}
         started = time.perf_counter()
         chunks = self.actor.chunks(obs, [asked.task for asked in batch])
         seconds = time.perf_counter() - started
-        return [_Answer(chunk, self.actor.weights_version, seconds, len(batch)) for chunk in chunks]
-
-
-def check_request(request: Any, spec: Mapping[str, Feature]) -> _PendingRequest:
-    """Return a request's observations and instruction, checked.
-
-    Raises:
-        DataError: a camera is missing, an observation is unknown or of another shape or dtype, a number is not finite.
-    """
-    if not isinstance(request, dict):
-        raise DataError(f"a request is a map of observations, got a {type(request).__name__}")
-    found = sorted(repr(key) for key in request)
-    named = [key for key in INSTRUCTION_KEYS if key in request]
-    if len(named) != 1:
-        raise DataError(f'a request holds the instruction as "task" or as "prompt", got {named or "neither"}')
-    expected = [*spec, named[0]]
-    if missing := [key for key in spec if key not in request]:
-        raise DataError(f"{missing} missing: expected {expected}, found {found}")
-    if unknown := sorted(repr(key) for key in request if key not in expected):
-        raise DataError(f"{unknown} not known: expected {expected}")
-    if not isinstance(request[named[0]], str):
-        raise DataError(f'"{named[0]}" is a {type(request[named[0]]).__name__}, expected a text')
-    check_task(named[0], request[named[0]])
-    return _PendingRequest({key: feature.check(key, request[key]) for key, feature in spec.items()}, request[named[0]])
-
-
-def _check_bounds(bounds: tuple[np.ndarray, np.ndarray] | None, action_dim: int) -> tuple[np.ndarray, ...] | None:
-    if bounds is None:
-        return None
-    low, high = bounds
-    if low.shape != (action_dim,) or high.shape != (action_dim,) or not np.isfinite(bounds).all() or (low > high).any():
-        raise ConfigError(f"action_bounds are a lowest and a highest value for each of {action_dim}, got {bounds}")
-    return bounds
+        return [ChunkAnswer(chunk, self.actor.weights_version, seconds, len(batch)) for chunk in chunks]
 
 
 def check_serving(host: str, port: int, token: str | None, *, insecure: bool, encrypted: bool) -> None:
     """Raise ConfigError, before any long work, unless this machine can serve at an address with the required access
     control."""
-    _check_access(host, token, insecure, encrypted)
+    check_access(host, token, insecure=insecure, encrypted=encrypted)
     listen(host, port).close()
-
-
-def _check_access(host: str, token: str | None, insecure: bool, encrypted: bool) -> None:
-    if token is not None and (not token or not token.isascii() or not token.isprintable() or token != token.strip()):
-        raise ConfigError(
-            "the token is empty, or holds what a header cannot: use printable ASCII without spaces around"
-        )
-    if _is_loopback(host):
-        return
-    if token is None and not insecure:
-        raise ConfigError(
-            f"{host} can be reached from other machines, and there is no token: set the environment variable "
-            "POCO_VLA_TOKEN, listen on 127.0.0.1 (--host), or give --insecure (in training --interaction.insecure) "
-            "where everybody on the network may drive the policy"
-        )
-    if token is not None and not encrypted:
-        logger.warning("the token and the pictures cross the network in the clear: give a certificate and a key")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, which may resolve to anything
-        return False
-
-
-def _server_tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
-    if certificate is None and key is not None:
-        raise ConfigError(f"a key ({key}) without a certificate: give both")
-    if certificate is None:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(certificate, key)
-    except OSError as error:  # ssl.SSLError is one
-        raise ConfigError(
-            f"cannot read the certificate {certificate} with the key {key or certificate}: {error}"
-        ) from error
-    return context
 
 
 def _milliseconds_since(started: float) -> float:

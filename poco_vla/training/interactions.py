@@ -115,9 +115,9 @@ class Acting:
         if self.config.interaction.mode == "ray":
             if find_spec("ray") is None:
                 raise ConfigError('interaction.mode is "ray", but Ray is not installed: pip install "poco-vla[ray]"')
-            from poco_vla.rollout import cluster
+            from poco_vla.rollout.cluster_address import check_cluster
 
-            cluster.check(self.config.interaction)
+            check_cluster(self.config.interaction)
         if self.config.interaction.mode == "remote" and self.recorder is not None:
             from poco_vla.serving.server import check_serving
 

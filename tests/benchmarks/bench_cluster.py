@@ -33,7 +33,7 @@ from lerobot_policy_flow_mlp.adapter import FlowMlp
 from pointmass import pointmass
 
 from poco_vla.config import EnvSpec, InteractionConfig
-from poco_vla.rollout import Actor, EnvPool, cluster
+from poco_vla.rollout import Actor, EnvPool, cluster_address, object_store
 from poco_vla.rollout.actor import ActingCopy, WeightsVersion
 from poco_vla.rollout.cluster import ClusterInteraction
 from poco_vla.rollout.interaction import AsynchronousInteraction, Interaction
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Rows]:
     import ray
 
     settings = InteractionConfig(mode="ray", workers=max(args.workers) + 1)  # and one that receives weights
-    ours = cluster.connect(settings)
+    ours = cluster_address.connect(settings)
     try:
         tables = {"acting": bench_acting(args), "weights": bench_weights(args)}
     finally:
@@ -179,9 +179,9 @@ class Receiver:
         import ray
 
         began = time.perf_counter()
-        with cluster._read_only_tensors():
+        with object_store.read_only_tensors():
             for own, data in zip(self.own, ray.get(references[0]), strict=True):
-                own.copy_(cluster.from_bytes(data, own.dtype, own.shape))
+                own.copy_(object_store.from_bytes(data, own.dtype, own.shape))
         return time.perf_counter() - began
 
 
@@ -201,7 +201,7 @@ def row_of(name: str, tensors: list[torch.Tensor], rounds: int) -> dict[str, Any
     times: dict[str, list[float]] = {"put": [], "get": [], "memcpy": []}
     for _ in range(rounds + 1):  # the first one touches memory anew
         began = time.perf_counter()
-        reference = ray.put([cluster.to_bytes(tensor) for tensor in tensors])
+        reference = ray.put([object_store.to_bytes(tensor) for tensor in tensors])
         put = time.perf_counter()
         get = ray.get(receiver.take.remote([reference]))
         again = time.perf_counter()

@@ -35,7 +35,8 @@ import tyro
 from bench_pi05 import ACTION_DIM, STATE_DIM, Rows, backward, in_turns, release, seconds_of
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
-from lerobot_policy_groot_n1d6.adapter import LORA_TARGETS, GrootN1d6Adapter
+from lerobot_policy_groot_n1d6.adapter import GrootN1d6Adapter
+from lerobot_policy_groot_n1d6.adapter_loading import LORA_TARGETS
 from lerobot_policy_groot_n1d6.configuration_groot_n1d6 import GrootN1d6Config
 from lerobot_policy_groot_n1d6.model import (
     Encoded,

@@ -30,7 +30,8 @@ from poco_vla import FlowPolicy, load_adapter
 from poco_vla.data import Episode
 from poco_vla.rollout import Actor
 from poco_vla.serving.client import PolicyClient
-from poco_vla.serving.server import Feature, PolicyServer
+from poco_vla.serving.feature import Feature
+from poco_vla.serving.server import PolicyServer
 
 type Name = Literal["flow_mlp", "pi05"]
 

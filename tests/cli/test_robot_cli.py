@@ -29,7 +29,7 @@ from poco_vla.robots.matching import check_match, limits_of
 from poco_vla.robots.program import _put_back, _success_signals
 from poco_vla.robots.spool import Spool, decoded
 from poco_vla.robots.view import View
-from poco_vla.serving.server import Feature
+from poco_vla.serving.feature import Feature
 
 HERE = Path(__file__).parents[1]
 ARM = ["--robot.type=simulated_arm", "--robot.views=[]", "--robot.realtime=false"]

@@ -5,33 +5,16 @@ from functools import cache
 
 import numpy as np
 import pytest
-from published_files import (
-    STEPS,
-    Server,
-    bounds,
-    collect,
-    demonstration,
-    save_hdf5,
-    save_npz,
-    serving,
-)
+from published_files import STEPS, Server, bounds, collect, demonstration, save_hdf5, save_npz, serving
 
 from poco_vla.config import DatasetConfig
 from poco_vla.data import Replay, open_dataset, read_episodes
-from poco_vla.demonstrations import official as published
-from poco_vla.demonstrations.official import (
-    ATTEMPTS,
-    OGBENCH_WIDTHS,
-    ROBOMIMIC_FILES,
-    ROBOMIMIC_REPO,
-    Trajectory,
-    download,
-    import_ogbench,
-    import_robomimic,
-    ogbench_file,
-    relabelled,
-)
+from poco_vla.demonstrations import download as downloads
+from poco_vla.demonstrations.download import ATTEMPTS, download
+from poco_vla.demonstrations.ogbench import OGBENCH_WIDTHS, import_ogbench, ogbench_file
+from poco_vla.demonstrations.robomimic import ROBOMIMIC_FILES, ROBOMIMIC_REPO, import_robomimic
 from poco_vla.errors import ConfigError, DataError, UnknownNameError
+from poco_vla.simulators.ogbench_play import Trajectory, relabelled
 
 CUBE, SCENE, PUZZLE = "cube-double-singletask-task4-v0", "scene-singletask-task3-v0", "puzzle-3x3-singletask-task2-v0"
 TASKS = [CUBE, SCENE, PUZZLE]
@@ -492,7 +475,7 @@ def test_a_download_is_whole_told_of_and_done_once(tmp_path):
 
 
 def test_a_connection_that_breaks_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(published, "DOWNLOAD_BLOCK", 1000)
+    monkeypatch.setattr(downloads, "DOWNLOAD_BLOCK", 1000)
     told = []
     with serving(Server({NPZ: CONTENT}, breaks=[100_000, 50_000])) as server:
         path = fetched(server, tmp_path, on_bytes=lambda *numbers: told.append(numbers))

@@ -14,7 +14,8 @@ from lerobot_policy_flow_mlp.adapter import FlowMlp
 from poco_vla.errors import DataError
 from poco_vla.policy import ActionSpec
 from poco_vla.robots.spool import decoded, encoded
-from poco_vla.serving.server import Feature, PolicyServer
+from poco_vla.serving.feature import Feature
+from poco_vla.serving.server import PolicyServer
 
 STATE, ACTIONS = 28, 5
 """Of the simulated arm without views."""

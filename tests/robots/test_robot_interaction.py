@@ -12,16 +12,9 @@ from point_robot import JOINTS, Hand, PointRobot
 from scripted_signals import ScriptedSignals
 
 from poco_vla.errors import ConfigError, DataError, NonFiniteError
-from poco_vla.robots import (
-    ActionError,
-    ActionLimits,
-    AnySignals,
-    RobotInteraction,
-    Signal,
-    Signals,
-    StoppedError,
-)
-from poco_vla.robots.control import NOBODY, Ending, Pace
+from poco_vla.robots import ActionError, ActionLimits, AnySignals, RobotInteraction, Signal, Signals, StoppedError
+from poco_vla.robots.episode import NOBODY, Ending
+from poco_vla.robots.pace import Pace
 from poco_vla.rollout import Actor
 
 H = 4

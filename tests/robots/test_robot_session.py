@@ -20,13 +20,13 @@ from poco_vla.errors import PocoError
 from poco_vla.files import wait_for_space
 from poco_vla.robots import ActionLimits, KeySignals, RobotInteraction, Signal, StoppedError
 from poco_vla.robots import session as session_module
-from poco_vla.robots.control import NOBODY
+from poco_vla.robots.episode import NOBODY
 from poco_vla.robots.program import _run
 from poco_vla.robots.session import Learner, RobotSession, call_with_retries
 from poco_vla.robots.spool import Spool, decoded
 from poco_vla.robots.view import View
 from poco_vla.serving.client import ConnectionLostError, PolicyClient, Retry
-from poco_vla.serving.server import Feature
+from poco_vla.serving.feature import Feature
 
 STATE = {"observation.state": Feature((6,), "float32")}
 SOON = Retry(budget=0.1, first=0.02)

@@ -9,7 +9,7 @@ from test_robot_interaction import H, Ramp, interaction
 
 from poco_vla.robots import control as module
 from poco_vla.robots import standstill
-from poco_vla.robots.control import NOBODY
+from poco_vla.robots.episode import NOBODY
 
 
 class Clock:

@@ -26,7 +26,7 @@ from poco_vla import Poco, PocoConfig, load_adapter
 from poco_vla.config import InteractionConfig, TrainConfig
 from poco_vla.errors import ConfigError, PocoError
 from poco_vla.recording.recorder import EpisodeRecorder
-from poco_vla.rollout import Actor, EnvPool, cluster
+from poco_vla.rollout import Actor, EnvPool, cluster, cluster_worker, object_store
 from poco_vla.rollout.actor import WeightsVersion, learned_parameters
 from poco_vla.rollout.cluster import ClusterInteraction
 from poco_vla.training import Trainer
@@ -239,9 +239,9 @@ def test_a_policy_arrives_as_it_was_sent_and_what_is_frozen_is_shared(nodes, ada
 
     policy = load_adapter(adapter).tiny()
     algorithm = Poco(policy, PocoConfig(critic_hidden=(8,))).for_acting(2)
-    with cluster._tensors_as_bytes():
+    with object_store.tensors_as_bytes():
         sent = ray.put(algorithm)
-    with cluster._read_only_tensors():
+    with object_store.read_only_tensors():
         there = ray.get(sent)
     arrived = there.policy
     obs = policy.example_obs(2)
@@ -256,7 +256,7 @@ def test_a_policy_arrives_as_it_was_sent_and_what_is_frozen_is_shared(nodes, ada
     own, learned = learned_parameters(there), learned_parameters(algorithm)
     assert len(own) == len(learned) > 4
     for a, b in zip(own, learned, strict=True):
-        a.detach().copy_(cluster.from_bytes(cluster.to_bytes(b + 1), b.dtype, b.shape))
+        a.detach().copy_(object_store.from_bytes(object_store.to_bytes(b + 1), b.dtype, b.shape))
         assert torch.equal(a, b + 1)
     frozen = [p for p in arrived.parameters() if not p.requires_grad]
     again = [p for p in ray.get(sent).policy.parameters() if not p.requires_grad]
@@ -300,7 +300,7 @@ def test_a_policys_processors_move_with_it(adapter, monkeypatch):
     monkeypatch.setattr(DeviceProcessorStep, "__post_init__", lambda step: moved.append(step.device))
     policy = load_adapter(adapter).tiny()
     moved.clear()
-    assert cluster._set_device(policy, "cuda") == "cuda"
+    assert cluster_worker._set_device(policy, "cuda") == "cuda"
     assert moved == ["cuda"]
 
 

@@ -9,7 +9,8 @@ from tiny_env import assert_same_episode, homing_chunks, point_spec
 from poco_vla.config import EnvSpec
 from poco_vla.errors import ConfigError
 from poco_vla.rollout import EnvPool
-from poco_vla.rollout.pool import ChunkEnv, lerobot_key
+from poco_vla.rollout.chunk_env import ChunkEnv
+from poco_vla.simulators.observations import lerobot_key
 
 HORIZON = 5
 

@@ -20,7 +20,8 @@ from poco_vla.errors import DataError
 from poco_vla.rollout import Actor
 from poco_vla.serving.client import ConnectionLostError, PolicyClient, RefusedError, Retry
 from poco_vla.serving.codec import MessageLimits, ProtocolError, pack, unpack
-from poco_vla.serving.server import Feature, PolicyServer
+from poco_vla.serving.feature import Feature
+from poco_vla.serving.server import PolicyServer
 from poco_vla.serving.upload import PIECE_BYTES, Inbox, ending, pieces
 
 SPEC = {"observation.state": Feature((6,), "float32"), "observation.images.top": Feature((4, 5, 3), "uint8")}
