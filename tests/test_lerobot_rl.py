@@ -17,7 +17,7 @@ from lerobot_policy_flow_mlp.adapter import FlowMlp
 from poco_vla.checkpointing.checkpoint import trainable_state
 from poco_vla.config import DatasetConfig, OptimConfig, PocoConfig, TrainConfig
 from poco_vla.data import Episode, Replay, open_dataset, read_episodes
-from poco_vla.data.dataset import info_of
+from poco_vla.data.dataset import describe_dataset
 from poco_vla.errors import CheckpointError, DataError, NonFiniteError
 from poco_vla.lerobot_rl import ChunkMixer, PocoAlgorithm, PocoAlgorithmConfig
 from poco_vla.recording.recorder import write_dataset
@@ -57,7 +57,7 @@ def config_of(**changes):
 
 def fresh(data):
     """A policy by the dataset, its weights by torch's generator."""
-    info = info_of(open_dataset(data))
+    info = describe_dataset(open_dataset(data))
     torch.manual_seed(7)
     return FlowMlp.from_dataset(info.features, info.stats, horizon=HORIZON, hidden_dims=[16, 16], num_inference_steps=3)
 

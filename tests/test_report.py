@@ -25,7 +25,7 @@ from poco_vla.report.labels import labels_of
 from poco_vla.report.page import _folded
 from poco_vla.report.plots import draw_group, metric, spread
 from poco_vla.report.published import published_name
-from poco_vla.report.runs import Run, train_command
+from poco_vla.report.runs import RunRecord, train_command
 
 TASK = "cube-task1-v0"
 
@@ -150,7 +150,7 @@ def test_the_command_line_names_policy_environment_and_options(tmp_path):
     ],
 )
 def test_the_training_command_is_as_far_as_the_run_tells_it(told, line, tmp_path):
-    command = train_command(Run(tmp_path, told | {"seed": 7}, {}))
+    command = train_command(RunRecord(tmp_path, told | {"seed": 7}, {}))
     assert command is line if line is None else command.endswith(line)
 
 

@@ -13,7 +13,7 @@ AHEAD = 1000
 """Versions that are reserved on disk at a time."""
 
 
-class VersionBound:
+class ReservedVersions:
     """Keeps on disk below which number all versions may have been seen by somebody: a robot that was served, an episode
     that is recorded. A run that goes on from an earlier checkpoint begins there.
 

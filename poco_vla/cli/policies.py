@@ -83,7 +83,7 @@ class Serve:
         """Answer until Ctrl-C."""
         from poco_vla.hub.rate import rate_of
         from poco_vla.rollout import Actor
-        from poco_vla.serving.access import token_of
+        from poco_vla.serving.access import read_token
         from poco_vla.serving.requests import read_observation_features
         from poco_vla.serving.server import PolicyServer
 
@@ -97,7 +97,7 @@ class Serve:
             fps=fps,
             host=self.host,
             port=self.port,
-            token=token_of(self.token),
+            token=read_token(self.token),
             certificate=self.certificate,
             key=self.key,
             insecure=self.insecure,

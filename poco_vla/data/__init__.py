@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from poco_vla.lazy import load_on_demand
 
 if TYPE_CHECKING:
-    from poco_vla.data.batches import BatchSource, chunk_batch, network_obs
+    from poco_vla.data.batches import BatchSource, chunk_batch, preprocess_obs
     from poco_vla.data.dataset import DatasetInfo, open_dataset, read_episodes
     from poco_vla.data.episode import Episode
     from poco_vla.data.replay import Replay
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = load_on_demand(
     __name__,
     {
-        "batches": ["BatchSource", "chunk_batch", "network_obs"],
+        "batches": ["BatchSource", "chunk_batch", "preprocess_obs"],
         "dataset": ["DatasetInfo", "open_dataset", "read_episodes"],
         "episode": ["Episode"],
         "replay": ["Replay"],
@@ -26,7 +26,7 @@ __all__ = [
     "Episode",
     "Replay",
     "chunk_batch",
-    "network_obs",
     "open_dataset",
+    "preprocess_obs",
     "read_episodes",
 ]

@@ -35,13 +35,13 @@ class Prefixes(Protocol):
         ...
 
 
-def network_obs(policy: FlowPolicy, obs: Mapping[str, np.ndarray], tasks: Sequence[str]) -> dict[str, Any]:
+def preprocess_obs(policy: FlowPolicy, obs: Mapping[str, np.ndarray], tasks: Sequence[str]) -> dict[str, Any]:
     """Return B raw observations as the network takes them. Training and acting both preprocess through this
     function."""
     return _observations(policy.preprocess(_tensors(obs) | {"task": list(tasks)}))
 
 
-def pipeline_of(policy: FlowPolicy) -> Any:
+def get_preprocessor(policy: FlowPolicy) -> Any:
     """Return LeRobot's pre-processor itself, without the checks that an adapter's `preprocess` may add."""
     return getattr(policy, "preprocessor", None) or policy.preprocess
 
@@ -52,7 +52,7 @@ def chunk_batch(policy: FlowPolicy, raw: Transitions, *, bootstrap: bool = True)
     Chunks are normalised together with the state they start from (a processor may express them relative to it) and
     padded with zeros to the network's width. Without `bootstrap`, ``next_obs`` stays empty: imitation reads none.
     """
-    next_obs = network_obs(policy, raw.next_obs, raw.next_tasks or raw.tasks) if bootstrap else {}
+    next_obs = preprocess_obs(policy, raw.next_obs, raw.next_tasks or raw.tasks) if bootstrap else {}
     processed = policy.preprocess(_with_actions(raw))
     return _batch(policy, raw, processed["action"], obs=_observations(processed), next_obs=next_obs)
 
@@ -96,7 +96,7 @@ class _Prefetched:
         version: the replay buffer's.
         bootstrap: whether bootstrap states are loaded, too.
         raw: the transitions.
-        loading: what the store has of their prefixes.
+        loading: their stored prefixes.
     """
 
     before: Mapping[str, Any]

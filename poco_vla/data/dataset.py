@@ -11,11 +11,11 @@ import numpy as np
 
 from poco_vla.config import DatasetConfig
 from poco_vla.data.episode import Episode
-from poco_vla.data.features import check_columns, is_picture, table_of
+from poco_vla.data.features import check_columns, feature_table, is_picture
 from poco_vla.data.folder import check_episodes, check_folder, check_rows, damaged_tables, old_format
-from poco_vla.data.numbers import column_of, read_columns
+from poco_vla.data.numbers import read_column, read_columns
 from poco_vla.data.pictures import read_pictures
-from poco_vla.data.signals import DONE, REWARD, SUCCESS, TRUNCATED, signals_of
+from poco_vla.data.signals import DONE, REWARD, SUCCESS, TRUNCATED, read_signals
 from poco_vla.data.statistics import vector_statistics
 from poco_vla.errors import DataError, PocoError
 
@@ -65,7 +65,7 @@ def open_dataset(config: DatasetConfig) -> Any:
     """
     if config.root is None and not config.repo_id:
         raise DataError("no dataset: give dataset.root a local folder, or dataset.repo_id a Hub id")
-    root = _folder_of(config)
+    root = _find_folder(config)
     name = str(root or f'"{config.repo_id}" on the Hub')
     if root is not None:
         check_episodes(config.episodes, check_folder(root).total_episodes, name)
@@ -80,7 +80,7 @@ def open_dataset(config: DatasetConfig) -> Any:
     return dataset
 
 
-def _folder_of(config: DatasetConfig) -> Path | None:
+def _find_folder(config: DatasetConfig) -> Path | None:
     """Return the local folder that is meant; None where the Hub is."""
     from lerobot.datasets.utils import has_legacy_hub_download_metadata
     from lerobot.utils.constants import HF_LEROBOT_HOME
@@ -153,14 +153,14 @@ def _explain(error: Exception, config: DatasetConfig, root: Path | None) -> str:
     )
 
 
-def info_of(dataset: Any) -> DatasetInfo:
+def describe_dataset(dataset: Any) -> DatasetInfo:
     """Return features, statistics and frame rate of an open dataset.
 
     Vectors' statistics are of the episodes in use, images' of the whole dataset.
     """
     subset = dataset.episodes is not None
     stats = vector_statistics(read_columns(dataset), dataset.meta.stats, subset=subset, name=str(dataset.root))
-    features = table_of(dataset, str(dataset.root), getattr(dataset, "cameras", None))
+    features = feature_table(dataset, str(dataset.root), getattr(dataset, "cameras", None))
     stats = {key: value for key, value in stats.items() if key in features or key not in dataset.meta.features}
     return DatasetInfo(dataset.repo_id, features, stats, dataset.meta.fps)
 
@@ -179,16 +179,16 @@ def read_episodes(
 
     Args:
         dataset: from :func:`open_dataset`.
-        config: how success is told where the dataset does not record it.
+        config: how success is recognised where the dataset does not record it.
         obs_keys: observation columns to read; images are decoded to uint8.
         horizon: H; a dataset without one episode of that length is refused.
         fps: control rate that the data must have; None accepts any.
         resize_images: maps pictures [T, height, width, 3] to the size that is kept, applied while they are decoded.
-        say: is told how success is told, and how many episodes succeed.
+        say: receives how success is recognised, and how many episodes succeed.
 
     Raises:
         DataError: no action column, missing observation columns, another rate, no numbers, NaN, a convention of success
-            that cannot be told, too few steps, too many images, damaged or missing files.
+            that is not recognised, too few steps, too many images, damaged or missing files.
     """
     features = dataset.meta.features
     name = str(dataset.root if config.root else dataset.repo_id)
@@ -203,9 +203,9 @@ def read_episodes(
     numbers = [key for key in obs_keys if key not in image_keys]
     columns = read_columns(dataset, ("action", *numbers, *INDICES, *notes))
     bounds = _bounds(columns, name)
-    tasks = _tasks_of(dataset, columns, name)
+    tasks = _read_tasks(dataset, columns, name)
     last = np.isin(np.arange(len(columns["action"])), bounds[1:] - 1)
-    signals = signals_of(columns, last, config, name, _reward_reader(dataset))
+    signals = read_signals(columns, last, config, name, _reward_reader(dataset))
     columns |= read_pictures(dataset, image_keys, columns, config.max_image_bytes, name, resize_images, FRAMES_PER_CALL)
 
     episodes = []
@@ -253,7 +253,7 @@ def _bounds(columns: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     return bounds
 
 
-def _tasks_of(dataset: Any, columns: Mapping[str, np.ndarray], name: str) -> list[str]:
+def _read_tasks(dataset: Any, columns: Mapping[str, np.ndarray], name: str) -> list[str]:
     """Return the instruction of each step."""
     table = dataset.meta.tasks
     tasks = {} if table is None else {int(row.task_index): str(task) for task, row in table.iterrows()}
@@ -280,7 +280,7 @@ def _reward_reader(dataset: Any) -> Callable[[], np.ndarray] | None:
 
         files = sorted((dataset.root / "data").glob("*/*.parquet"))
         table = concat_tables([read_table(file, columns=[REWARD]) for file in files], promote_options="permissive")
-        return column_of(table, REWARD, dataset.meta.features[REWARD])
+        return read_column(table, REWARD, dataset.meta.features[REWARD])
 
     return read
 

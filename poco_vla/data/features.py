@@ -17,7 +17,7 @@ OPENPI = {"actions": "action", "state": "observation.state", "image": "observati
 """Names of openpi's datasets -> LeRobot's."""
 
 
-def table_of(dataset: Any, name: str, cameras: Sequence[str] | None = None) -> dict[str, Any]:
+def feature_table(dataset: Any, name: str, cameras: Sequence[str] | None = None) -> dict[str, Any]:
     """Return the features of an open dataset as they are read.
 
     Numbers that policies read are float32, pictures [height, width, 3] with named axes, names of dimensions one flat
@@ -29,7 +29,7 @@ def table_of(dataset: Any, name: str, cameras: Sequence[str] | None = None) -> d
         cameras: keys of the cameras to use, in the order in which a policy is to see them; None takes all.
 
     Raises:
-        DataError: no action, a state or action that is no number, a picture whose axes cannot be told.
+        DataError: no action, a state or action that is no number, a picture of unknown axes.
         UnknownNameError: a camera that the dataset does not have.
     """
     features = dataset.meta.features

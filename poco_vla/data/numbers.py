@@ -37,7 +37,7 @@ def read_columns(dataset: Any, names: Iterable[str] | None = None) -> dict[str, 
         if names is None and (feature.get("dtype") in (*PICTURES, "string", "language") or _is_large(feature)):
             continue
         try:
-            columns[name] = column_of(table, name, feature)
+            columns[name] = read_column(table, name, feature)
         except DataError:
             if names is not None:
                 raise
@@ -49,7 +49,7 @@ def _is_large(feature: Mapping[str, Any]) -> bool:
     return len(feature.get("shape", ())) > 2
 
 
-def column_of(table: Any, name: str, feature: Mapping[str, Any]) -> np.ndarray:
+def read_column(table: Any, name: str, feature: Mapping[str, Any]) -> np.ndarray:
     """Return one column of an Arrow table as `read_columns` does. Raises DataError."""
     column = table.column(name)
     flat, depth, rows = column.combine_chunks(), 0, len(column)

@@ -12,7 +12,7 @@ import numpy as np
 
 from poco_vla.data.features import pixel_axes
 from poco_vla.data.folder import check_videos, video_file
-from poco_vla.data.numbers import column_of
+from poco_vla.data.numbers import read_column
 from poco_vla.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class _Pixels(_Camera):
         return np.ascontiguousarray(np.round(colours).astype(np.uint8))
 
     def _numbers(self, begin: int, end: int) -> np.ndarray:
-        return column_of(self._rows[begin:end], self.key, self._feature)
+        return read_column(self._rows[begin:end], self.key, self._feature)
 
 
 class _Video(_Camera):

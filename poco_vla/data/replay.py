@@ -88,7 +88,7 @@ class Replay:
         self.reward = reward or RewardConfig()
         self.config = config = config or ReplayConfig()
         self._powers = gamma ** np.arange(horizon + 1)
-        self._folder = _folder_of(config, folder)
+        self._folder = _picture_folder(config, folder)
         self._demos = EpisodeRing(Capacity(config.demo_capacity, "replay.demo_capacity"), self._column)
         self._online = EpisodeRing(Capacity(config.capacity, "replay.capacity", config.max_bytes), self._column)
         self._rows: dict[str, np.ndarray] = {}
@@ -271,7 +271,7 @@ def _is_picture(column: np.ndarray) -> bool:
     return column.dtype == np.uint8 and column.ndim == 4
 
 
-def _folder_of(config: ReplayConfig, folder: Path | None) -> Path | None:
+def _picture_folder(config: ReplayConfig, folder: Path | None) -> Path | None:
     """Return the folder of mapped pictures; None if they stay in memory."""
     if config.images == "memory":
         return None

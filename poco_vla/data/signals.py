@@ -22,7 +22,7 @@ class StepSignals:
         terminal: [S] bool.
         reward: [S] float32.
         has_reward: a reward was recorded; otherwise `reward` repeats `success`.
-        rule: says how success is told, for a person.
+        rule: how success is recognised, as text.
     """
 
     success: np.ndarray
@@ -38,7 +38,7 @@ def check_reward(features: Mapping[str, Any], reward: RewardConfig) -> None:
         raise DataError(NO_REWARD)
 
 
-def signals_of(
+def read_signals(
     columns: Mapping[str, np.ndarray],
     last: np.ndarray,
     config: DatasetConfig,
@@ -52,11 +52,11 @@ def signals_of(
         last: [S] bool: the last step of an episode.
         config: options of the convention.
         name: of the dataset, for messages.
-        whole_reward: gives next.reward of all episodes of the dataset, in use or not, by which the convention is told;
-            None takes those in use.
+        whole_reward: gives next.reward of all episodes of the dataset, in use or not, which show the convention; None
+            takes those in use.
 
     Raises:
-        DataError: the convention cannot be told, or an option refers to a column that is not there; the message says
+        DataError: the convention is not recognised, or an option refers to a column that is not there; the message says
             which option decides.
     """
     steps = len(last)
@@ -131,14 +131,14 @@ def _rewarded_success(
     if values <= {-1.0, 0.0}:
         return reward == 0, f"{REWARD} of -1/0, 0 is success"
     raise DataError(
-        f"success is not recorded in {name}, and cannot be told from a reward between {min(values):g} and "
+        f"success is not recorded in {name}, and cannot be derived from a reward between {min(values):g} and "
         f"{max(values):g} that is neither 0/1 nor -1/0. Give dataset.success_reward: the reward from which a step "
         "counts as success."
     )
 
 
 def _values(column: np.ndarray) -> set[float]:
-    """Return the distinct numbers; NaN is none, and is told with its frame when episodes are checked."""
+    """Return the distinct numbers; NaN is none, and is reported with its frame when episodes are checked."""
     found = np.unique(column.astype(np.float64))
     return set(found[~np.isnan(found)].tolist())
 

@@ -24,7 +24,7 @@ from poco_vla.data import Episode
 from poco_vla.demonstrations.attempts import Attempts
 from poco_vla.errors import ConfigError, DataError, NonFiniteError, SimulatorError
 from poco_vla.recording.recorder import write_dataset
-from poco_vla.rollout.chunk_env import UNLIMITED, TimeLimits, declared_limit, instruction_of, success_of
+from poco_vla.rollout.chunk_env import UNLIMITED, TimeLimits, declared_limit, read_instruction, read_success
 from poco_vla.rollout.env_workers import make_env
 from poco_vla.rollout.workers import Failure, time_limit
 from poco_vla.simulators import environment, name_of
@@ -204,7 +204,7 @@ def demonstrate(
             raise NonFiniteError(f"the expert of {name} gave a non-finite action at step {len(rows)} from seed {seed}")
         observation, reward, terminated, truncated, info = env.step(action)
         ended = bool(terminated or truncated)
-        success = success_of(info, name)
+        success = read_success(info, name)
         if success is None:
             raise ConfigError(f'{name} returns info without "is_success"; a demonstration is told a success by it')
         if not np.isfinite(reward):
@@ -212,7 +212,7 @@ def demonstrate(
         rows.append((before, action, reward, success, bool(terminated)))
         before = read(observation)
     if not rows:
-        raise DataError(f"the expert had nothing to do in {instruction_of(env)!r} from seed {seed}")
+        raise DataError(f"the expert had nothing to do in {read_instruction(env)!r} from seed {seed}")
     obs, action, reward, success, terminal = zip(*rows, strict=True)
     return Episode(
         obs={key: np.stack([one[key] for one in obs]) for key in obs[0]},
@@ -220,7 +220,7 @@ def demonstrate(
         reward=np.array(reward, dtype=np.float32),
         success=np.array(success, dtype=bool),
         terminal=np.array(terminal, dtype=bool),
-        task=instruction_of(env),
+        task=read_instruction(env),
         seed=seed,
     )
 

@@ -22,7 +22,7 @@ MARGIN = 0.95
 NEVER = 2**62
 """Bytes that no device has."""
 
-type Run = Callable[[ChunkBatch, Phase, UpdateNoise], None]
+type GradientPass = Callable[[ChunkBatch, Phase, UpdateNoise], None]
 
 
 class Budget:
@@ -49,7 +49,7 @@ class Budget:
         algorithm: Algorithm,
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
-        run: Run,
+        run: GradientPass,
         beside: Callable[[], int] = lambda: 0,
         prefixes: Callable[[], int] = lambda: 0,
         say: Callable[[str], None] = lambda _: None,

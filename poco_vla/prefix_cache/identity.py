@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poco_vla.data.batches import network_obs, pipeline_of
+from poco_vla.data.batches import get_preprocessor, preprocess_obs
 from poco_vla.data.episode import Episode
 from poco_vla.policy import FlowPolicy
 
@@ -48,14 +48,14 @@ def identity(policy: FlowPolicy, demos: Sequence[Episode], **settings: Any) -> d
     }
 
 
-def digest_of(about: Mapping[str, Any]) -> str:
+def identity_digest(about: Mapping[str, Any]) -> str:
     """Return the folder name for an identity."""
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def cache_folder(root: Path, about: Mapping[str, Any]) -> Path:
     """Return the folder of an identity below `root`, with a readable description of the identity in it."""
-    folder = root / digest_of(about)
+    folder = root / identity_digest(about)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "about.json"
     if not file.exists():
@@ -72,7 +72,7 @@ def _hash_frozen(policy: FlowPolicy) -> str:
 def _hash_processors(policy: FlowPolicy) -> str:
     """Return the digest of each step's configuration and state, of pipelines that have steps."""
     parts: list[Any] = []
-    for step in getattr(pipeline_of(policy), "steps", ()):
+    for step in getattr(get_preprocessor(policy), "steps", ()):
         parts += [type(step).__name__, json.dumps(step.get_config(), sort_keys=True, default=str)]
         state = step.state_dict()
         parts += [part for name in sorted(state) for part in (name, state[name])]
@@ -93,7 +93,7 @@ def _hash_processed(policy: FlowPolicy, demos: Sequence[Episode]) -> str:
         number = int(np.searchsorted(ends, step, side="right"))
         episode, row = demos[number], step - int(ends[number]) + len(demos[number])
         obs = {key: column[row : row + 1].copy() for key, column in episode.obs.items()}
-        processed = network_obs(policy, obs, [episode.task_at(row)])
+        processed = preprocess_obs(policy, obs, [episode.task_at(row)])
         parts += [part for name in sorted(processed) for part in (name, processed[name])]
     return _hash(parts)
 

@@ -1,4 +1,4 @@
-"""Where a batch's prefixes come from: each distinct state is encoded once, or taken from the store."""
+"""Prefixes of a batch: each distinct state is encoded once, or read from the prefix cache."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from poco_vla.data.batches import network_obs
+from poco_vla.data.batches import preprocess_obs
 from poco_vla.data.episode import Episode
 from poco_vla.data.replay import Replay, Transitions
 from poco_vla.policy import FlowPolicy, Prefix
@@ -57,21 +57,21 @@ class Demand:
 
     Attributes:
         states: that there are, or will be.
-        draws: in the whole run.
+        num_sampled: states sampled in the whole run.
         memory: bytes for them in memory.
         disk: bytes for them on disk.
     """
 
     states: int
-    draws: int
+    num_sampled: int
     memory: int
     disk: int
 
     def hit_rate(self, num_bytes: float) -> float:
-        """Return the share of sampled states that will be found: of states that fit into the store, after each one's
+        """Return the share of sampled states that will be found: of states that fit into the cache, after each one's
         first time."""
         kept = min(1.0, (self.memory + self.disk) / (num_bytes * max(1, self.states)))
-        return kept * max(0.0, 1 - self.states / max(1, self.draws))
+        return kept * max(0.0, 1 - self.states / max(1, self.num_sampled))
 
     def from_disk(self, num_bytes: float) -> float:
         """Return the share of found states that will be read from disk."""
@@ -93,7 +93,7 @@ class PrefixSource:
         policy: encodes; it can pack.
         replay: has the observations of states that were not found.
         store: None encodes each distinct state of a batch, and keeps nothing.
-        actor_buffer: what acting has encoded goes into the store with the episodes that come of it.
+        actor_buffer: prefixes that the actor encoded, stored with the episodes that they belong to.
         demand: given, `store` is closed after the first batches if it does not pay; None keeps it whatever it costs.
         shares: encode each distinct state of a batch once even without a store.
         dtype: of what is stored.
@@ -160,7 +160,7 @@ class PrefixSource:
             found |= made
         if self.store is not None and self.store.disk_is_full and not self._told_full:
             self._told_full = True
-            self._say("the disk of the prefix store is full: it keeps what it has, and the run goes on")
+            self._say("the disk of the prefix cache is full: no more prefixes are stored, and the run goes on")
         self.batch_bytes = sum(found[key].num_bytes for keys in wanted for key in keys.tolist())
         first, *second = (self.policy.unpack([found[key].tensors() for key in keys.tolist()]) for keys in wanted)
         return first, second[0] if second else None
@@ -232,7 +232,7 @@ class PrefixSource:
         made = {}
         for some in batched(keys, AT_ONCE):
             raw, tasks = self.replay.observations(np.array(some))
-            obs = network_obs(self.policy, raw, tasks)
+            obs = preprocess_obs(self.policy, raw, tasks)
             with self._autocast():
                 prefix = self.policy.encode(obs)
             packed = self.policy.pack(prefix)
@@ -267,8 +267,8 @@ class PrefixSource:
         stale = [key for key, entry in again.items() if not _alike(entry, found[key])]
         if stale:
             self._say(
-                f"{len(stale)} of {len(again)} stored prefixes are not what this policy makes of their states now: "
-                "what the store has kept is not used"
+                f"{len(stale)} of {len(again)} stored prefixes differ from what this policy encodes now: "
+                "stored prefixes are not used"
             )
             store.discard_persistent()
             made |= self._encode([key for key in found if key not in again]) | again
@@ -288,9 +288,10 @@ class PrefixSource:
     def _decide(self, store: PrefixStore, costs: Costs, demand: Demand) -> None:
         on = saves_time(costs, demand)
         self._say(
-            f"prefix store {'on' if on else 'off: it does not pay'}: a state takes {costs.num_bytes / 1e6:.2f} MB, "
-            f"{costs.encode * 1e3:.1f} ms to encode and {costs.load * 1e3:.1f} ms to load; of {demand.draws:,} draws "
-            f"of {demand.states:,} states {demand.hit_rate(costs.num_bytes):.0%} would be found"
+            f"prefix cache {'on' if on else 'off: it saves no time'}: a state takes {costs.num_bytes / 1e6:.2f} MB, "
+            f"{costs.encode * 1e3:.1f} ms to encode and {costs.load * 1e3:.1f} ms to load; "
+            f"{demand.hit_rate(costs.num_bytes):.0%} of {demand.num_sampled:,} samples of {demand.states:,} states "
+            "would be found"
         )
         if not on:
             store.close()

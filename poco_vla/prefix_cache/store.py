@@ -1,4 +1,4 @@
-"""The prefix store: entries in the accelerator's memory, in RAM and on disk, each tier with a budget in bytes."""
+"""The prefix cache: entries in the accelerator's memory, in RAM and on disk, each tier with a budget in bytes."""
 
 import mmap
 import threading
@@ -89,7 +89,7 @@ class PrefixStore:
     to the next. An entry that is found moves up if it fits without evicting another: under uniform sampling no entry is
     worth more than another. Entries of demonstrations are written to disk at once, where they stay for later runs.
 
-    Each process stores what its own rows of the batches need: every process draws other rows at every update, so that
+    Each process stores what its own rows of the batches need: every process samples other rows at every update, so that
     a share of the states for each would make most of them travel between processes instead of out of memory.
 
     May be used from several threads.
@@ -221,7 +221,7 @@ class PrefixStore:
     def _read_disk(self, key: int) -> Entry | None:
         file = self._persistent if key < ONLINE else self._file
         entry = None if file is None else file.get(key)
-        # Of demonstrations the shelf had no room for, some may have left RAM later.
+        # Demonstrations that found the persistent files full may have left RAM for the run's own file.
         return self._file.get(key) if entry is None and self._file is not None else entry
 
     def _demote(self, key: int, entry: Entry) -> None:

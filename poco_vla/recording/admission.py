@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from poco_vla.config import RewardConfig
-from poco_vla.data import Episode, network_obs
+from poco_vla.data import Episode, preprocess_obs
 from poco_vla.data.episode import LONGEST_TASK
 from poco_vla.errors import DataError, PocoError
 from poco_vla.policy import FlowPolicy
@@ -44,7 +44,7 @@ class Admission:
         reward: what a step is worth.
         outlier_multiple: see above; None checks only what is finite.
         set_aside: where episodes go that fail; None on processes that write nothing.
-        apart: check with a copy of the policy's processors, because this is called beside the learner's own thread.
+        copy_processors: check with a copy of the policy's processors, as another thread than the learner's calls this.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class Admission:
         reward: RewardConfig | None = None,
         outlier_multiple: int | float | None = 100.0,
         set_aside: SetAside | None = None,
-        apart: bool = False,
+        copy_processors: bool = False,
     ) -> None:
-        self.policy = _processors_of(policy) if apart else policy
+        self.policy = _copy_policy(policy) if copy_processors else policy
         self.horizon, self.reward = horizon, reward or RewardConfig()
         self.multiple, self.set_aside = outlier_multiple, set_aside
         self._shapes = {name: column.shape[1:] for name, column in _numbers(demos[0])}
-        self._peaks = _peaks_of(demos)
+        self._peaks = _largest_magnitudes(demos)
         self._largest_reward = max((float(np.abs(e.reward).max(initial=0)) for e in demos), default=0.0)
 
     @property
@@ -153,11 +153,11 @@ class Admission:
         steps = np.minimum(rows[:, None] + np.arange(self.horizon), len(episode) - 1)
         numbers = {key: torch.from_numpy(column) for key, column in raw.items() if column.dtype != np.uint8}
         actions = numbers | {"task": tasks, "action": torch.from_numpy(episode.action[steps])}
-        processed = network_obs(self.policy, raw, tasks)
+        processed = preprocess_obs(self.policy, raw, tasks)
         return processed | {"action": self.policy.preprocess_actions(actions)}
 
 
-def _processors_of(policy: FlowPolicy) -> FlowPolicy:
+def _copy_policy(policy: FlowPolicy) -> FlowPolicy:
     """Return a copy of a policy with its own processors, whose weights and buffers are those of the original."""
     shared = {id(tensor): tensor for tensor in (*policy.parameters(), *policy.buffers())}
     return copy.deepcopy(policy, shared)
@@ -174,7 +174,7 @@ def _flat(column: np.ndarray) -> np.ndarray:
     return np.abs(column.reshape(len(column), -1).astype(np.float64))
 
 
-def _peaks_of(demos: Sequence[Episode]) -> dict[str, np.ndarray]:
+def _largest_magnitudes(demos: Sequence[Episode]) -> dict[str, np.ndarray]:
     """Return the largest magnitude [D] of each dimension; of those that hardly move, a share of the column's."""
     peaks: dict[str, np.ndarray] = {}
     for episode in demos:

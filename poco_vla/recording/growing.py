@@ -136,7 +136,7 @@ class GrowingDataset:
         path.replace(target)
 
     def cut(self, length: int, why: str) -> None:
-        """Keep the first `length` episodes; the others go to the set-aside folder, and `why` is told.
+        """Keep the first `length` episodes; the others go to the set-aside folder, and `why` is shown.
 
         Can be called again when it fails half-way.
         """
@@ -167,7 +167,7 @@ class GrowingDataset:
         from lerobot.datasets.compute_stats import aggregate_stats
         from lerobot.datasets.utils import serialize_dict
 
-        self.stats = aggregate_stats([_stats_of(self._metadata(i)) for i in range(length)])
+        self.stats = aggregate_stats([_read_stats(self._metadata(i)) for i in range(length)])
         self._rewrite("stats.json", serialize_dict(self.stats))
 
     def _metadata(self, index: int) -> Path:
@@ -323,7 +323,7 @@ def write_tasks(tasks: list[str], root: Path) -> None:
     meta.save_episode_tasks(tasks)
 
 
-def _stats_of(path: Path) -> dict[str, dict[str, np.ndarray]]:
+def _read_stats(path: Path) -> dict[str, dict[str, np.ndarray]]:
     """LeRobot's statistics of one episode: feature -> statistic -> value."""
     stats: dict[str, dict[str, np.ndarray]] = {}
     for name, value in pq.ParquetFile(path).read(use_threads=False).to_pylist()[0].items():

@@ -375,7 +375,7 @@ def _notes(episode: Episode) -> dict[str, np.ndarray]:
 @contextmanager
 def _quick_embedding() -> Iterator[None]:
     """LeRobot 0.6.1 sends row after row through `datasets.map` to put pictures into the table, also where there are
-    none, and draws a bar: four fifths of the time that a dataset of states takes. Here the table goes as a whole."""
+    none, and shows a bar: four fifths of the time that a dataset of states takes. Here the table goes as a whole."""
     from lerobot.datasets import dataset_writer
 
     with _PATCHING:

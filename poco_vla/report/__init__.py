@@ -5,13 +5,13 @@ from poco_vla.report.curves import WINDOW, Curve, curve_of, read_curve
 from poco_vla.report.page import write_page
 from poco_vla.report.plots import draw_curves
 from poco_vla.report.published import published
-from poco_vla.report.runs import Group, Run, eval_command, find_runs, group_runs, read_result, read_run
+from poco_vla.report.runs import Group, RunRecord, eval_command, find_runs, group_runs, read_result, read_run
 
 __all__ = [
     "WINDOW",
     "Curve",
     "Group",
-    "Run",
+    "RunRecord",
     "curve_of",
     "draw_curves",
     "eval_command",

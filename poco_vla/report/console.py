@@ -14,7 +14,7 @@ from rich.text import Text
 
 from poco_vla.report.curves import write_curve
 from poco_vla.report.plots import draw_curves
-from poco_vla.report.runs import Run, eval_command, read_result, read_run
+from poco_vla.report.runs import RunRecord, eval_command, read_result, read_run
 
 COLUMNS: tuple[str, ...] = ("run", "seed", "SFT", "after POCO", "gain", "steps", "updates", "time")
 SPARED: tuple[str, ...] = ("updates", "time", "steps", "seed")
@@ -101,7 +101,7 @@ class _ResultTable:
         return folder + sum(widest) + 2 * len(names) + 2
 
 
-def _so_far(run: Run) -> str:
+def _so_far(run: RunRecord) -> str:
     """Return the progress of an unfinished run and its success so far, as text."""
     figures = run.latest
     return run.status + (

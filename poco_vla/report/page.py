@@ -19,7 +19,7 @@ from poco_vla.report.plots import COLOURS, METRICS, NAMED, UNFINISHED, curve_svg
 from poco_vla.report.published import published, source
 from poco_vla.report.runs import (
     Group,
-    Run,
+    RunRecord,
     defaults,
     eval_command,
     group_runs,
@@ -207,7 +207,7 @@ def _chosen_videos(groups: Sequence[Group], budget: int) -> Videos:
     return chosen
 
 
-def _run_videos(run: Run, videos: Videos) -> dict[str, Any] | None:
+def _run_videos(run: RunRecord, videos: Videos) -> dict[str, Any] | None:
     """Return a run's videos, and which are left out or lacking; None where it has none."""
     paths = {run.path / f"{name}.mp4": words for name, words in VIDEOS.items()}
     here = {path: words for path, words in paths.items() if path in videos}
@@ -225,7 +225,7 @@ def _run_videos(run: Run, videos: Videos) -> dict[str, Any] | None:
 # -- settings and commands ------------------------------------------------------------------------------------------
 
 
-def _differences(run: Run) -> list[tuple[str, str, str | None]]:
+def _differences(run: RunRecord) -> list[tuple[str, str, str | None]]:
     """Return name, value and default of the settings that are not the default."""
     usual, own = defaults(), {"seed", "output_dir", "resume"}
     return [
@@ -241,7 +241,7 @@ def _folded(command: str) -> str:
     return " ".join(f"\\\n  {word}" if word.startswith("--") else word for word in words)
 
 
-def _train_snippet(run: Run) -> str:
+def _train_snippet(run: RunRecord) -> str:
     """Return Python lines for a run that does not tell which recipe began it: its config.json does."""
     return f"""import json
 from dataclasses import replace

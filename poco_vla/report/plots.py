@@ -16,7 +16,7 @@ from matplotlib.transforms import blended_transform_factory
 from poco_vla.files import atomic_file
 from poco_vla.report.curves import WINDOW, Curve, Floats, curve_of, points
 from poco_vla.report.published import published
-from poco_vla.report.runs import Group, Run, group_runs
+from poco_vla.report.runs import Group, RunRecord, group_runs
 
 COLOURS = {
     "ink": "#1f2429",
@@ -121,7 +121,7 @@ def metric_svg(group: Group, name: str, *, width: int = 300, height: int = 170) 
     return to_svg(figure, f"{name}-{group.task}-{group.name}")
 
 
-def metric(run: Run, name: str) -> Floats:
+def metric(run: RunRecord, name: str) -> Floats:
     """Return [P 2] a scalar of metrics.jsonl against environment steps (updates, for a run that never acted), in
     bins."""
     acted = run.result["env_steps"] > 0
@@ -172,7 +172,7 @@ def _draw_seeds(axes: Axes, group: Group) -> None:
     single run that alone."""
     single = len(group.runs) == 1
 
-    def draw(run: Run, kind: str, style: str, alpha: float) -> None:
+    def draw(run: RunRecord, kind: str, style: str, alpha: float) -> None:
         table, look = points(run.path, kind), {"linestyle": style, "linewidth": 1.0, "alpha": alpha, "zorder": 3}
         axes.plot(table["env_steps"], table["success"], color=COLOURS["poco"], **look)
 

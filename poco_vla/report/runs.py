@@ -48,7 +48,7 @@ def read_result(run: Path) -> dict[str, Any]:
     return result
 
 
-def read_run(folder: Path) -> "Run":
+def read_run(folder: Path) -> "RunRecord":
     """Read a run, finished or not.
 
     Raises:
@@ -59,7 +59,7 @@ def read_run(folder: Path) -> "Run":
     if folder.is_file():
         raise DataError(f"{folder} is a file: give the run's folder, {folder.parent}")
     if (folder / "result.json").is_file():
-        return Run(folder, read_result(folder), read_config(folder))
+        return RunRecord(folder, read_result(folder), read_config(folder))
     config = read_config(folder)
     if not config or not any((folder / name).is_file() for name in LOGS):
         raise DataError(
@@ -69,7 +69,7 @@ def read_run(folder: Path) -> "Run":
     with _as_data_error(folder, "its config.json and logs are not as a run writes them"):
         result = _so_far(folder, config)
         _check(result)
-    return Run(folder, result, config, finished=False)
+    return RunRecord(folder, result, config, finished=False)
 
 
 def _so_far(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def defaults() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """One run.
 
     Attributes:
@@ -231,7 +231,7 @@ class Group:
         name: what tells the setting from the others of the same task, such as "poco.eta 0.1"; else its adapter.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[RunRecord, ...]
     name: str
 
     @property
@@ -244,12 +244,12 @@ class Group:
         return max(run.warmup_steps for run in self.runs)
 
     @property
-    def finished(self) -> tuple[Run, ...]:
+    def finished(self) -> tuple[RunRecord, ...]:
         """Return the runs that ended without an error."""
         return tuple(run for run in self.runs if run.finished)
 
     @property
-    def unfinished(self) -> tuple[Run, ...]:
+    def unfinished(self) -> tuple[RunRecord, ...]:
         """Return the runs that still run or were stopped."""
         return tuple(run for run in self.runs if not run.finished)
 
@@ -263,7 +263,7 @@ class Group:
 
 def group_runs(paths: Sequence[Path]) -> list[Group]:
     """Return runs grouped by (task, setting), tasks and settings in the order in which they first appear."""
-    tasks: dict[str, dict[str, list[Run]]] = {}
+    tasks: dict[str, dict[str, list[RunRecord]]] = {}
     for path in paths:
         run = read_run(path)
         key = json.dumps(run.setting, sort_keys=True, default=str)
@@ -271,11 +271,11 @@ def group_runs(paths: Sequence[Path]) -> list[Group]:
     return [group for settings in tasks.values() for group in _named(list(settings.values()))]
 
 
-def _named(settings: list[list[Run]]) -> list[Group]:
+def _named(settings: list[list[RunRecord]]) -> list[Group]:
     """Return groups of one task, each named by all fields in which the settings differ."""
     tables = [runs[0].setting for runs in settings]
 
-    def by_seed(run: Run) -> tuple[bool, Any]:
+    def by_seed(run: RunRecord) -> tuple[bool, Any]:
         return not run.finished, run.result["seed"]
 
     return [
@@ -333,7 +333,7 @@ def eval_command(run: Path) -> str | None:
     )
 
 
-def train_command(run: Run) -> str | None:
+def train_command(run: RunRecord) -> str | None:
     """Return the command line that repeats a run; None if result.json has none that can be repeated."""
     command = run.result.get("command") or [""]
     given, seed = _without(command[1:], ("--seeds", "--seed", "--only", "--resume")), str(run.result["seed"])

@@ -349,7 +349,7 @@ class RobotInteraction:
             observation = run.observation if run.observation is not None else self.robot.get_observation()
             self.on_stop(observation)
         except Exception:  # drivers raise anything; what brought us here must still be raised
-            logger.exception("the robot could not be told to hold: cut its power")
+            logger.exception("the robot did not take the hold action: cut its power")
 
     def _hold_present(self, observation: RobotObservation) -> None:
         present = self._vector(self.hold(observation, None), "hold")  # a sensor that fails must move nothing

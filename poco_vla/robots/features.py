@@ -28,7 +28,7 @@ def hold_still(names: Sequence[str], observed: Mapping[str, object]) -> Hold:
     for name in names:
         if not (_MOTION.search(name) or (name.endswith(".pos") and name in observed)):
             raise ConfigError(
-                f'how to hold "{name}" cannot be told: expected an observed "*.pos", a "*.vel" or a "delta_*". Give a '
+                f'no hold action is known for "{name}": expected an observed "*.pos", a "*.vel" or a "delta_*". Give a '
                 "`hold` of your own."
             )
 

@@ -56,17 +56,17 @@ def joint_order(robot: Robot, metadata: Mapping[str, Any], joints: ByName = "by-
     """
     state = [name for name, kind in robot.observation_features.items() if kind is float]
     given = {STATE: state, ACTION: list(robot.action_features)}
-    order = {key: index_of(names, metadata, key, robot.name, joints) for key, names in given.items()}
+    order = {key: find_positions(names, metadata, key, robot.name, joints) for key, names in given.items()}
     return JointOrder(order[STATE], order[ACTION])
 
 
-def index_of(
+def find_positions(
     names: Sequence[str], metadata: Mapping[str, Any], key: str, robot: str, joints: ByName = "by-name"
 ) -> tuple[int, ...]:
     """Return the position in a robot's `names` of each name that a policy announces for a column; empty where both are
     in one order, or the policy announces none."""
-    told = metadata.get("names")
-    own = checked_names(told.get(key) if isinstance(told, Mapping) else None, None)
+    announced = metadata.get("names")
+    own = checked_names(announced.get(key) if isinstance(announced, Mapping) else None, None)
     if own is None or joints == "positional" or len(own) != len(names):
         return ()
     try:

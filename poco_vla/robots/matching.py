@@ -9,7 +9,7 @@ from lerobot.robots import Robot
 from poco_vla.errors import ConfigError
 from poco_vla.joint_names import ACTION
 from poco_vla.robots.features import observation_features
-from poco_vla.robots.joint_order import ByName, index_of, joint_order
+from poco_vla.robots.joint_order import ByName, find_positions, joint_order
 from poco_vla.robots.safety import ActionLimits
 
 MAX_FPS = 10_000.0
@@ -50,7 +50,7 @@ def check_match(robot: Robot, metadata: Mapping[str, Any], *, joints: ByName = "
     return [key for key in has if key not in wants]
 
 
-def limits_of(
+def action_limits(
     metadata: Mapping[str, Any],
     names: Sequence[str],
     *,
@@ -73,7 +73,7 @@ def limits_of(
     known = _announced_range(metadata, names) if low is None or high is None else None
     if known is not None:
         least, most = known
-        if order := index_of(names, metadata, ACTION, "the robot", joints):
+        if order := find_positions(names, metadata, ACTION, "the robot", joints):
             least, most = (bound[np.argsort(order)] for bound in (least, most))
         # An action that never changed has no range: it gets a hair of one, because limits may not be equal.
         margin = np.maximum(WIDENED * (most - least), 1e-5 * np.maximum(1.0, np.abs(least)))

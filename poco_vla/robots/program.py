@@ -17,13 +17,13 @@ from poco_vla.robots.control import RobotInteraction
 from poco_vla.robots.devices import make_devices
 from poco_vla.robots.episode import Sent
 from poco_vla.robots.joint_order import ByName, joint_order
-from poco_vla.robots.matching import check_match, limits_of
+from poco_vla.robots.matching import action_limits, check_match
 from poco_vla.robots.session import Learner, RobotSession, call_with_retries
 from poco_vla.robots.signals import KEYS, AnySignals, KeySignals, KnowsSuccess, RobotSuccess, Signal, Signals
 from poco_vla.robots.spool import Spool
 from poco_vla.robots.view import View, log_lines
 from poco_vla.serving import client as client_module
-from poco_vla.serving.access import token_of
+from poco_vla.serving.access import read_token
 from poco_vla.serving.client import ConnectionLostError, PolicyClient, Retry
 from poco_vla.terminal import SafeConsole
 
@@ -82,14 +82,14 @@ def run_robot(
         stack.enter_context(log_lines(view, silent=client_module.__name__))
         look = _step_callback(view, show, stack)
         with view:
-            client = _learner_at(url, token_of(token), certificate, view)
+            client = _learner_at(url, read_token(token), certificate, view)
             stack.callback(client.close)
         metadata = client.metadata
         for key in check_match(robot, metadata, joints=joints):
             view.say(f"{key} is not read by the policy, and not sent", "dim")
         order = joint_order(robot, metadata, joints)
         names = list(robot.action_features)
-        limits = limits_of(metadata, names, low=low, high=high, max_step=max_step, joints=joints)
+        limits = action_limits(metadata, names, low=low, high=high, max_step=max_step, joints=joints)
         rate = metadata["fps"] if fps is None else fps
         chunk = metadata["horizon"] if horizon is None else horizon
         if chunk > metadata["horizon"]:
@@ -125,7 +125,7 @@ def _run(session: RobotSession) -> None:
         session.run()
     except OSError as error:  # as drivers raise for a cable, a port, a camera
         raise PocoError(
-            f"{session.drive.robot.name} or its teleoperator failed, the robot was told to hold: {error}"
+            f"{session.drive.robot.name} or its teleoperator failed, the robot holds its position: {error}"
         ) from error
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from poco_vla.algorithms import Algorithm
-from poco_vla.data import network_obs
+from poco_vla.data import preprocess_obs
 from poco_vla.errors import NonFiniteError
 from poco_vla.policy import FlowPolicy, Prefix
 from poco_vla.simulators.observations import require_pictures
@@ -31,7 +31,7 @@ class Actor:
 
     Attributes:
         weights_version: of the weights that the last chunks are samples of: updates made until then.
-        on_encoded: is told raw observations, their tasks and the prefix of each.
+        on_encoded: receives raw observations, their tasks and the prefix of each.
     """
 
     weights_version: int = 0
@@ -59,7 +59,7 @@ class Actor:
             if column.dtype.kind == "f" and not np.isfinite(column).all():
                 raise NonFiniteError(f'the environment returned a non-finite "{key}": nothing was sent to it')
         require_pictures(obs, list(self.policy.input_keys), "the environment")
-        prefix = self.policy.encode(network_obs(self.policy, obs, tasks))
+        prefix = self.policy.encode(preprocess_obs(self.policy, obs, tasks))
         if self.on_encoded is not None:
             self.on_encoded(obs, tasks, prefix)
         n = self.best_of_n if best_of_n is None else best_of_n

@@ -31,7 +31,7 @@ class TimeLimits:
     steps: int | None = None
 
 
-def instruction_of(env: Any) -> str:
+def read_instruction(env: Any) -> str:
     """Return the instruction of an environment as it is now: LeRobot's `task_description`, else `task`, else ""."""
     for name in ("task_description", "task"):
         text = getattr(env, name, None)
@@ -40,7 +40,7 @@ def instruction_of(env: Any) -> str:
     return ""
 
 
-def success_of(info: Any, name: str) -> bool | None:
+def read_success(info: Any, name: str) -> bool | None:
     """Return info["is_success"]; None if it is missing. NaN is no success.
 
     Raises:
@@ -151,7 +151,7 @@ class ChunkEnv(gym.Env):
     def instruction(self) -> str:
         """Return the instruction of the present episode: LeRobot's `task_description`, or the task's name."""
         env = self.env
-        while not (text := instruction_of(env)) and isinstance(env, gym.Wrapper):
+        while not (text := read_instruction(env)) and isinstance(env, gym.Wrapper):
             env = env.env
         return text
 
@@ -219,7 +219,7 @@ class ChunkEnv(gym.Env):
                 "truncated, info), as Gymnasium has it"
             )
         observation, reward, terminated, truncated, info = answer
-        success = success_of(info, self.name)
+        success = read_success(info, self.name)
         self._reports_success = self._reports_success or success is not None
         ends = bool(_single(terminated, f"{self.name} returns terminated", "True or False"))
         cut = bool(_single(truncated, f"{self.name} returns truncated", "True or False"))

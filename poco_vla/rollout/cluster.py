@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 POLL = 0.02
 """Seconds after which the driver looks whether acting may go on or has to end."""
 SILENCE = 60.0
-"""Seconds without an answer of any worker after which a person is told."""
+"""Seconds without an answer of any worker after which a message is shown."""
 MOST_DEATHS = 3
 """Deaths of one worker, without a finished episode in between, that are made good."""
 GRACE = 5.0

@@ -12,7 +12,7 @@ from poco_vla.algorithms import Algorithm
 from poco_vla.bugs import RemoteBugError, bug_behind, place_of, traceback_of
 from poco_vla.config import EnvSpec
 from poco_vla.data import Episode
-from poco_vla.data.batches import pipeline_of
+from poco_vla.data.batches import get_preprocessor
 from poco_vla.errors import ConfigError, PocoError, SimulatorError
 from poco_vla.policy import FlowPolicy
 from poco_vla.rollout.actor import Actor, learned_parameters
@@ -177,7 +177,7 @@ def _set_device(policy: FlowPolicy, device: str) -> str:
     """Set the device on which the processors of a policy put their tensors, and return it."""
     from lerobot.processor import DeviceProcessorStep
 
-    for step in getattr(pipeline_of(policy), "steps", ()):
+    for step in getattr(get_preprocessor(policy), "steps", ()):
         if isinstance(step, DeviceProcessorStep):
             step.device = device
             step.__post_init__()

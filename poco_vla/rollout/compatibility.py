@@ -75,11 +75,11 @@ def check_inputs(policy: FlowPolicy, info: DatasetInfo, env: Any | None) -> None
 
 
 def check_pictures(policy: FlowPolicy, demos: Mapping[str, np.ndarray], env: Mapping[str, np.ndarray]) -> None:
-    """Raise DataError unless the environment's pictures, as the pool keeps them, have the demonstrations' size.
+    """Raise DataError unless the environment's pictures have the demonstrations' size once the policy has resized them.
 
     Args:
         policy: whose `resize_images` is applied.
-        demos: columns of a demonstration, as the pool keeps them.
+        demos: columns of a demonstration, resized.
         env: columns of an observation, as the environment gives it.
     """
     for key, column in demos.items():
@@ -94,10 +94,10 @@ def check_pictures(policy: FlowPolicy, demos: Mapping[str, np.ndarray], env: Map
 
 
 def check_rollout(pool: "EnvPool", actions: np.ndarray, say: Callable[[str], None]) -> None:
-    """Play the first steps of an episode in each environment, so that what is wrong with it is told before training.
+    """Play the first steps of an episode in each environment, so that errors in it are found before training.
 
-    Every value that an environment returns is checked by the pool. The rollout goes on beyond `FIRST_STEPS` until an
-    episode ends, `MOST_STEPS` or `PATIENCE` where a step has failed or none has told success yet.
+    `EnvPool` checks every value that an environment returns. The rollout goes on beyond `FIRST_STEPS` until an
+    episode ends, `MOST_STEPS` or `PATIENCE` where a step has failed or none has reported success yet.
 
     Args:
         pool: environments whose episodes have begun; they are left in the middle of some.
@@ -123,8 +123,8 @@ def check_rollout(pool: "EnvPool", actions: np.ndarray, say: Callable[[str], Non
         pool.max_failures = most
     if not pool.reports_success:
         say(
-            f"warning: no step of {taken} in {pool.name} has told success yet: the step that ends an episode has to "
-            'return info["is_success"]'
+            f"warning: no step of {taken} in {pool.name} has reported success yet: the step that ends an episode has "
+            'to return info["is_success"]'
         )
     if pool.time_limit is None and pool.spec.max_episode_steps is None:
         say(

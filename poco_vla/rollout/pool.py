@@ -34,10 +34,10 @@ class _RunningEpisode:
 class EnvPool:
     """`num_envs` environments of one kind.
 
-    The two halves of a round are apart so that the learner can work in between: `send` chunks, learn, `receive`.
+    A round has two calls, so that the learner can work in between: `send` chunks, learn, `receive`.
 
     An environment that fails (it raises, returns NaN, exceeds a time limit, its process dies) is replaced: the episode
-    that it was in is dropped whole, counted in `failures` and said, and the next seed of its plan is played. After
+    that it was in is dropped whole, counted in `failures` and reported, and the next seed of its plan is played. After
     `spec.max_failures` in a row without a finished episode, `send` and `reset` raise.
 
     Args:

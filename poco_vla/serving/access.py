@@ -16,7 +16,7 @@ MAX_BYTES = 4096
 """Longest token file."""
 
 
-def token_of(option: str | None) -> str | None:
+def read_token(option: str | None) -> str | None:
     """Return the token: that of the command line where one is given, else the environment's; None where neither is.
 
     Args:

@@ -151,7 +151,7 @@ class PolicyClient:
         request = pack({**self._as_announced(obs), "task": task})
         started = time.perf_counter()
         reply = self._retry(lambda connection: self._ask(connection, request))
-        return self._chunk_of(reply, time.perf_counter() - started)
+        return self._parse_chunk(reply, time.perf_counter() - started)
 
     def status(self) -> Mapping[str, Any]:
         """Return the learner's status: "act", True when an episode may begin; "done", True when training is over;
@@ -217,7 +217,7 @@ class PolicyClient:
             raise RefusedError(f"the server at {self.url} refused: {message[:2000]}")
         return unpack(message, self.limits)
 
-    def _chunk_of(self, reply: Any, latency: float) -> Chunk:
+    def _parse_chunk(self, reply: Any, latency: float) -> Chunk:
         actions, version = (reply.get(name) for name in ("actions", "weights_version")) if _is_map(reply) else (None, 0)
         expected = (self._metadata["horizon"], self._metadata["action_dim"])
         if not isinstance(actions, np.ndarray) or actions.dtype != np.float32 or actions.shape != expected:

@@ -19,7 +19,7 @@ PROTOCOL_VERSION = 1
 """Of metadata, requests and replies. A client says its own in `VERSION_HEADER`; openpi's clients say none."""
 VERSION_HEADER = "Poco-Vla-Protocol"
 MAX_BYTES = 64 * 1024**2
-"""Of one message, unless told otherwise: some twenty uncompressed pictures of 1280 x 720."""
+"""Default limit of one message: some twenty uncompressed pictures of 1280 x 720."""
 
 
 class ProtocolError(PocoError):

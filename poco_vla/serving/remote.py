@@ -22,7 +22,7 @@ FAREWELL = 60.0
 
 class RemoteInteraction(Interaction):
     """Robots act. They are served the learner's weights, and each of their episodes is on disk here before they hear
-    that it is. Between two episodes they are told to wait when acting runs too far ahead of learning.
+    that it is. Between two episodes they wait when acting runs too far ahead of learning.
 
     It is what the server asks for chunks and where the server puts episodes.
 

@@ -119,7 +119,7 @@ class Inbox:
     def _add(self, piece: Mapping[Any, Any]) -> int:
         growing, self._growing = self._growing, None
         _check_names(piece, {"episode", "steps", "first", "rows"})
-        key, first, steps = _key_of(piece), _count(piece, "first"), _count(piece, "steps")
+        key, first, steps = _read_key(piece), _count(piece, "first"), _count(piece, "steps")
         if first == 0:
             growing = self._begin(key, steps, piece["rows"])
         if growing is None or (growing.key, growing.steps, growing.filled) != (key, steps, first):
@@ -140,7 +140,7 @@ class Inbox:
         """
         growing, self._growing = self._growing, None
         _check_names(end, {"episode", "task", "seed"})
-        key, task, seed = _key_of(end), end["task"], end["seed"]
+        key, task, seed = _read_key(end), end["task"], end["seed"]
         if not isinstance(task, str) or not (seed is None or type(seed) is int):
             raise DataError(f'"task" is a text and "seed" an integer or nothing, got {task!r:.100} and {seed!r:.40}')
         check_task("task", task)
@@ -205,7 +205,7 @@ def _count(message: Mapping[Any, Any], name: str) -> int:
     return message[name]
 
 
-def _key_of(message: Mapping[Any, Any]) -> str:
+def _read_key(message: Mapping[Any, Any]) -> str:
     key = message["episode"]
     if not isinstance(key, str) or not 0 < len(key) <= MAX_KEY:
         raise DataError(f'"episode" is its key, a text of 1 to {MAX_KEY} characters, got {key!r:.100}')

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from poco_vla.checkpointing.statistics import RunStatistics
 from poco_vla.config import DatasetConfig, TrainConfig
 from poco_vla.data import DatasetInfo, Episode, open_dataset, read_episodes
-from poco_vla.data.dataset import info_of
+from poco_vla.data.dataset import describe_dataset
 from poco_vla.data.signals import check_reward
 from poco_vla.data.statistics import meta_in_use
 from poco_vla.demonstrations.scripted import demonstrations_root, ensure_demonstrations
@@ -76,7 +76,7 @@ def open_data(config: TrainConfig, accelerator: Accelerator, display: Display) -
         accelerator.wait_for_everyone()
         where = replace(config.dataset, repo_id=f"local/{root.name}", root=root)
     dataset = open_dataset(where)
-    statistics = RunStatistics(config, info_of(dataset), display.say)
+    statistics = RunStatistics(config, describe_dataset(dataset), display.say)
     check_reward(statistics.info.features, config.reward)
     if env_config is not None:
         check_fit(statistics.info, env_config)

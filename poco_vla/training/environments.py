@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from poco_vla.config import EnvSpec
-from poco_vla.data import Episode, network_obs
+from poco_vla.data import Episode, preprocess_obs
 from poco_vla.data.episode import first_of_each_task
 from poco_vla.learner.broadcast import Sharing
 from poco_vla.policy import FlowPolicy
@@ -24,7 +24,7 @@ def check_demonstrations(policy: FlowPolicy, demos: Sequence[Episode]) -> None:
     policy.check_prompts(list(first_of_each_task(demos)))
     for task, (episode, step) in first_of_each_task(demos).items():
         first = {key: column[step : step + 1].copy() for key, column in episode.obs.items()}
-        network_obs(policy, first, [task])
+        preprocess_obs(policy, first, [task])
 
 
 def open_environments(
@@ -51,7 +51,7 @@ def open_environments(
         spec = settle_instruction(spec, envs.tasks, first_of_each_task(demos), say)
         envs.set_instruction(spec.instruction)
         check_env_pictures(policy, envs)
-        network_obs(policy, envs.obs, envs.tasks)
+        preprocess_obs(policy, envs.obs, envs.tasks)
         check_pictures(policy, demos[0].obs, envs.obs)
         check_rollout(envs, demos[0].action, say)
     (instruction, _), *_ = sharing.values(spec.instruction, [])

@@ -74,7 +74,7 @@ def open_admission(
         reward=config.reward,
         outlier_multiple=config.replay.outlier_multiple,
         set_aside=SetAside(folder, tell=say, give_up=give_up) if is_main else None,
-        apart=config.interaction.mode != "synchronous",
+        copy_processors=config.interaction.mode != "synchronous",
     )
 
 

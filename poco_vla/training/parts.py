@@ -8,7 +8,7 @@ from torch import Tensor
 
 from poco_vla.checkpointing import checkpoint
 from poco_vla.checkpointing.statistics import RunStatistics
-from poco_vla.checkpointing.versions import VersionBound
+from poco_vla.checkpointing.versions import ReservedVersions
 from poco_vla.errors import CheckpointError
 from poco_vla.joint_names import check_same_names
 from poco_vla.learner.backends import Learner
@@ -109,7 +109,7 @@ class OptimizerState:
         self._learner.load_optimizer_state(state)
 
 
-class WeightVersions:
+class ResumedVersion:
     """Give the weights of a resumed run a version that nobody has seen.
 
     Args:
@@ -118,7 +118,7 @@ class WeightVersions:
         weights: get the version.
     """
 
-    def __init__(self, context: RunContext, bound: VersionBound, weights: WeightsVersion) -> None:
+    def __init__(self, context: RunContext, bound: ReservedVersions, weights: WeightsVersion) -> None:
         self._context, self._bound, self._weights = context, bound, weights
 
     def state(self) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def open_prefixes(
         if beside:
             acted = ActorPrefixBuffer(policy, store.to_ram, apart, settings.dtype)
         if folder is not None and store.num_kept:
-            say(f"prefix store: {store.num_kept:,} prefixes of earlier runs in {folder}")
+            say(f"prefix cache: {store.num_kept:,} prefixes of earlier runs in {folder}")
     if settings.mode == "auto" and not off:
         demand = _demand(config, settings, replay, accelerator)
     return PrefixSource(
@@ -99,7 +99,7 @@ def _demand(config: TrainConfig, settings: PrefixConfig, replay: Replay, acceler
     on_gpu = accelerator.device.type == "cuda"
     return Demand(
         states=replay.num_demo_steps + min(config.online_steps, config.replay.capacity),
-        draws=rows * (config.sft_steps + 2 * online),
+        num_sampled=rows * (config.sft_steps + 2 * online),
         memory=settings.ram_bytes + (settings.device_bytes if on_gpu else 0),
         disk=settings.disk_bytes,
     )

@@ -12,7 +12,7 @@ from poco_vla.config import to_json
 from poco_vla.evaluation import SuccessRate
 from poco_vla.prefix_cache.identity import installed_versions
 from poco_vla.training.evaluations import export
-from poco_vla.training.run import Run
+from poco_vla.training.run import TrainingRun
 
 PACKAGES = ("poco-vla", "lerobot", "torch", "transformers", "accelerate", "peft")
 """Packages whose versions a run notes."""
@@ -39,7 +39,7 @@ class TrainResult:
     seconds: float
 
 
-def finish(run: Run) -> TrainResult:
+def finish(run: TrainingRun) -> TrainResult:
     """Export the policy, write result.json and the report, and return what they say."""
     context, policy = run.context, run.policy
     now, folder = context.progress, context.folder
@@ -58,7 +58,7 @@ def finish(run: Run) -> TrainResult:
     return TrainResult(folder.path, policy_dir, before, after, now.env_steps, now.elapsed())
 
 
-def figures(run: Run) -> dict[str, Any]:
+def figures(run: TrainingRun) -> dict[str, Any]:
     """Return the contents of result.json."""
     now, config, policy = run.context.progress, run.context.config, run.policy
     return {

@@ -11,7 +11,7 @@ from poco_vla.algorithms import load_algorithm, options_of
 from poco_vla.checkpointing import checkpoint
 from poco_vla.checkpointing.progress import Progress
 from poco_vla.checkpointing.provenance import Provenance
-from poco_vla.checkpointing.versions import VersionBound
+from poco_vla.checkpointing.versions import ReservedVersions
 from poco_vla.config import EnvSpec, TrainConfig, to_json, to_scalars
 from poco_vla.data import BatchSource, Episode, Replay
 from poco_vla.learner.accelerator import learner_of, open_accelerator
@@ -57,15 +57,15 @@ from poco_vla.training.parts import (
     NormalisationStatistics,
     OptimizerState,
     RandomNumbers,
+    ResumedVersion,
     VectorNames,
-    WeightVersions,
 )
 from poco_vla.training.prefixes import open_prefixes
 from poco_vla.training.updates import Updater
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """All that a run consists of. `checkpoints.parts` are those of its parts that a checkpoint holds.
 
     Attributes:
@@ -90,7 +90,7 @@ class Run:
 
     context: RunContext
     failures: Failures
-    versions: VersionBound
+    versions: ReservedVersions
     weights: WeightsVersion
     data: RunData
     policy: FlowPolicy
@@ -120,7 +120,7 @@ class Run:
             stack.callback(self.resources.close)
 
 
-def build(config: TrainConfig) -> Run:
+def build(config: TrainConfig) -> TrainingRun:
     """Build a run, or load it from its newest checkpoint where `config` says to resume.
 
     Raises:
@@ -161,7 +161,7 @@ def build(config: TrainConfig) -> Run:
     raise AssertionError("the parts are returned, or an error is raised")
 
 
-def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> Run:
+def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> TrainingRun:
     """Build the parts from the ground up, in a folder that is the run's own; what `resources` holds is the run's."""
     config, accelerator, display, folder = context.config, context.accelerator, context.display, context.folder
     progress, logbook, interruption = context.progress, context.logbook, context.interruption
@@ -169,7 +169,7 @@ def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> 
     project = accelerator.project_configuration
     project.project_dir = project.logging_dir = str(config.output_dir)
     beside = config.interaction.mode != "synchronous"  # else a resumed run makes the same weights again
-    versions, weights = VersionBound(config.output_dir, folder.write, used=is_main and beside), WeightsVersion()
+    versions, weights = ReservedVersions(config.output_dir, folder.write, used=is_main and beside), WeightsVersion()
     outlook = Outlook(display.say)
 
     algorithm_class, options = load_algorithm(config.algorithm), options_of(config)
@@ -273,7 +273,7 @@ def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> 
         "weights": LearnedWeights(learner),
         "optimizer": OptimizerState(learner),
         "progress": progress,
-        "versions": WeightVersions(context, versions, weights),
+        "versions": ResumedVersion(context, versions, weights),
         "guard": recovery.guard,
         "good_head": recovery,
         "draws": RandomNumbers(context, rng),
@@ -290,7 +290,7 @@ def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> 
         folder.write_json("config.json", to_json(config))
     if config.trackers:
         accelerator.init_trackers("poco_vla", config=to_scalars(config))
-    return Run(
+    return TrainingRun(
         context=context,
         failures=failures,
         versions=versions,

@@ -168,8 +168,8 @@ class Trainer:
         config, now = self.config, self.progress
         if config.online_steps and not self.replay.num_online_steps:
             self.display.say(
-                f"no episode came into the pool within {now.env_steps} steps: neither critic nor actor was trained "
-                "online. Give more (--online-steps), or fewer environments at once (--env.num-envs)"
+                f"no episode was added to the replay buffer within {now.env_steps} steps: neither critic nor actor was "
+                "trained online. Give more (--online-steps), or fewer environments at once (--env.num-envs)"
             )
         elif 0 < now.stage_update <= config.warmup_steps:
             self.display.say(f"critic warm-up took all {now.stage_update} updates: the actor was never trained online")

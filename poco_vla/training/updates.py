@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from poco_vla.algorithms import Algorithm, Phase, Stage
 from poco_vla.checkpointing import checkpoint
 from poco_vla.checkpointing.progress import Progress
-from poco_vla.checkpointing.versions import VersionBound
+from poco_vla.checkpointing.versions import ReservedVersions
 from poco_vla.config import TrainConfig
 from poco_vla.data import BatchSource, Replay, chunk_batch
 from poco_vla.errors import ConfigError, NonFiniteError, OtherProcessError
@@ -55,7 +55,7 @@ class Updater:
         *,
         progress: Progress,
         weights: WeightsVersion,
-        versions: VersionBound,
+        versions: ReservedVersions,
         logbook: Logbook,
     ) -> None:
         self.config, self.accelerator, self.learner = config, accelerator, learner

@@ -26,7 +26,7 @@ from lerobot_policy_groot_n1d6.processing.steps import STATE as PROCESSED_STATE
 from plain_groot import plain_velocity
 
 from poco_vla import PolicyError, check_policy, flow_errors, integrate, load_adapter, propose
-from poco_vla.data.batches import chunk_batch, network_obs
+from poco_vla.data.batches import chunk_batch, preprocess_obs
 from poco_vla.data.replay import Transitions
 
 GR1 = {"embodiment": {"tag": "gr1"}}
@@ -517,7 +517,7 @@ def test_chunks_of_a_batch_are_relative_to_their_own_state(gr1):
 def test_a_chunk_sampled_for_an_observation_refers_to_it(gr1):
     """As a rollout does: observe, encode, propose, decode."""
     raw = transitions()
-    obs = network_obs(gr1, raw.obs, raw.tasks)
+    obs = preprocess_obs(gr1, raw.obs, raw.tasks)
     chunk = propose(gr1, gr1.encode(obs), 1)[:, 0]
     found = gr1.postprocess(chunk[..., :4])
     arm = torch.from_numpy(raw.obs[STATE])[:, None, :2] + (chunk[..., 2:4] + 1) / 2
@@ -527,7 +527,7 @@ def test_a_chunk_sampled_for_an_observation_refers_to_it(gr1):
 
 def test_a_chunk_of_another_batch_is_not_decoded(gr1):
     raw = transitions()
-    network_obs(gr1, raw.obs, raw.tasks)
+    preprocess_obs(gr1, raw.obs, raw.tasks)
     with pytest.raises(ValueError, match=r"2 chunks of relative actions, but the last batch .* 3 states"):
         gr1.postprocess(torch.zeros(2, 16, 4))
 

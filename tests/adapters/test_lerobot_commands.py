@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("lerobot_commands")]
 
 
 @dataclass(frozen=True)
-class Run:
+class LeRobotRun:
     """A finished run of our trainer: its folder, and what LeRobot's commands need beside its policy's."""
 
     folder: object
@@ -89,7 +89,7 @@ def trained(name, root, data):
         )
     )
     told = json.loads((result.output_dir / "result.json").read_text())
-    return Run(result.output_dir, tuple(told["lerobot_arguments"]))
+    return LeRobotRun(result.output_dir, tuple(told["lerobot_arguments"]))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What a prefix store saves, and what it costs: pi0.5 at real widths, through the trainer's own way from pool to loss.
+"""What a prefix cache saves, and what it costs: pi0.5 at real widths, through the trainer's own way from pool to loss.
 
     python tests/benchmarks/bench_prefixes.py [update] [bytes] [fp8] [sharing] [--depth 2] [--states 2] [--quick]
 
@@ -50,7 +50,7 @@ LARGE = 64 * 1024**3
 
 @dataclass(frozen=True)
 class Args:
-    """Measure a prefix store."""
+    """Measure a prefix cache."""
 
     sections: Annotated[tuple[Section, ...], tyro.conf.Positional] = ("update", "bytes", "fp8", "sharing")
     """What to measure."""

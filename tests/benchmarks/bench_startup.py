@@ -29,7 +29,7 @@ from rich.console import Console
 
 from poco_vla.config import DatasetConfig
 from poco_vla.data import Replay, open_dataset, read_episodes
-from poco_vla.data.dataset import info_of
+from poco_vla.data.dataset import describe_dataset
 from poco_vla.data.episode import Episode
 from poco_vla.recording.recorder import write_dataset
 
@@ -123,7 +123,7 @@ def bench_data(args: Args) -> Rows:
         replay = Replay(horizon=HORIZON, gamma=0.99)
         steps: dict[str, float] = {}
         steps["open_dataset"], dataset = taken(lambda: open_dataset(config))
-        steps["info_of"], _ = taken(lambda: info_of(dataset))
+        steps["describe_dataset"], _ = taken(lambda: describe_dataset(dataset))
         steps["read_episodes"], episodes = taken(lambda: read_episodes(dataset, config, (STATE,)))
         steps["Replay.extend"], _ = taken(lambda: replay.extend(episodes, is_demo=True))
         steps["open and read, all of it"] = sum(steps.values())

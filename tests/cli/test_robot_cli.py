@@ -25,7 +25,7 @@ from poco_vla.cli.robot import split_devices
 from poco_vla.errors import ConfigError, UnknownNameError
 from poco_vla.robots import KeySignals, RobotSuccess, Signal, SimulatedArm, SimulatedArmConfig, devices
 from poco_vla.robots.devices import make_devices
-from poco_vla.robots.matching import check_match, limits_of
+from poco_vla.robots.matching import action_limits, check_match
 from poco_vla.robots.program import _put_back, _success_signals
 from poco_vla.robots.spool import Spool, decoded
 from poco_vla.robots.view import View
@@ -422,7 +422,7 @@ def test_all_that_does_not_fit_is_in_one_error(tmp_path):
 def test_bounds_are_the_demonstrations_and_a_twentieth_of_their_range_beyond():
     """[0, 1] -> [-0.05, 1.05]; [-2, 2] -> [-2.2, 2.2]; what never changed stays where it was."""
     names = ["a", "b", "c"]
-    limits = limits_of(metadata(), names)
+    limits = action_limits(metadata(), names)
     low, high, step = limits.vectors(names)
     np.testing.assert_allclose(low, [-0.05, -2.2, 5.0], rtol=1e-4)
     np.testing.assert_allclose(high, [1.05, 2.2, 5.0], rtol=1e-4)
@@ -435,17 +435,17 @@ def test_bounds_are_the_demonstrations_and_a_twentieth_of_their_range_beyond():
 
 def test_given_bounds_come_first_one_for_all_or_one_each():
     names = ["a", "b", "c"]
-    low, high, step = limits_of(metadata(), names, high=[7.0], max_step=[0.1, 0.2, 0.3]).vectors(names)
+    low, high, step = action_limits(metadata(), names, high=[7.0], max_step=[0.1, 0.2, 0.3]).vectors(names)
     np.testing.assert_allclose(low, [-0.05, -2.2, 5.0], rtol=1e-4)
     assert high.tolist() == [7, 7, 7]
     np.testing.assert_allclose(step, [0.1, 0.2, 0.3], rtol=1e-6)
     unknown = metadata(action_low=None, action_high=None)
-    assert limits_of(unknown, names, low=[-1.0], high=[1.0]).vectors(names)[0].tolist() == [-1, -1, -1]
+    assert action_limits(unknown, names, low=[-1.0], high=[1.0]).vectors(names)[0].tolist() == [-1, -1, -1]
     for given in ({}, {"low": [0.0]}, {"high": [0.0]}):
         with pytest.raises(ConfigError, match="give --low and --high"):
-            limits_of(unknown, names, **given)
+            action_limits(unknown, names, **given)
     with pytest.raises(ConfigError, match="--max-step has 2"):
-        limits_of(metadata(), names, max_step=[1.0, 1.0])
+        action_limits(metadata(), names, max_step=[1.0, 1.0])
 
 
 def test_a_second_session_with_the_same_spool_is_refused(sink, tmp_path, capsys, no_terminal):

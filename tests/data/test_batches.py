@@ -10,8 +10,8 @@ from lerobot_policy_flow_mlp.adapter import FlowMlp
 
 from poco_vla import ChunkBatch
 from poco_vla.config import DatasetConfig
-from poco_vla.data import BatchSource, Replay, chunk_batch, network_obs, open_dataset, read_episodes
-from poco_vla.data.dataset import info_of
+from poco_vla.data import BatchSource, Replay, chunk_batch, open_dataset, preprocess_obs, read_episodes
+from poco_vla.data.dataset import describe_dataset
 from poco_vla.errors import ConfigError
 
 HORIZON = 3
@@ -27,7 +27,7 @@ def data(tmp_path_factory):
     root = write(tmp_path_factory.mktemp("batches") / "data", columns, STATE_ONLY, fps=FPS)
     config = DatasetConfig(repo_id="local/test", root=root)
     dataset = open_dataset(config)
-    return info_of(dataset), read_episodes(dataset, config, ["observation.state"])
+    return describe_dataset(dataset), read_episodes(dataset, config, ["observation.state"])
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_actions_are_padded_with_zeros_to_the_networks_width(policy, replay):
 
 def test_acting_sees_states_as_training_does(policy, replay):
     raw = replay.sample(16, np.random.default_rng(0))
-    acting = network_obs(policy, raw.obs, raw.tasks)
+    acting = preprocess_obs(policy, raw.obs, raw.tasks)
     training = chunk_batch(policy, raw).obs
     assert set(acting) == set(training) == {"observation.state"}
     assert torch.equal(acting["observation.state"], training["observation.state"])
@@ -104,7 +104,7 @@ def test_images_become_channels_first_floats_in_the_unit_range():
     image[1, 2, 5] = (255, 51, 0)
     policy = FlowMlp.tiny()
     obs = {"observation.state": np.zeros((2, 6), np.float32), "observation.image": image}
-    out = network_obs(policy, obs, ["", ""])["observation.image"]
+    out = preprocess_obs(policy, obs, ["", ""])["observation.image"]
     assert out.shape == (2, 3, 4, 6)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out[1, :, 2, 5], torch.tensor([1.0, 0.2, 0.0]))

@@ -11,7 +11,7 @@ from lerobot_on_disk import FPS, SIGNALS, STATE_ONLY, random_columns, write
 from poco_vla.config import DatasetConfig, RewardConfig
 from poco_vla.data import dataset as module
 from poco_vla.data import open_dataset, read_episodes
-from poco_vla.data.dataset import info_of
+from poco_vla.data.dataset import describe_dataset
 from poco_vla.errors import DataError
 
 STATE = ("observation.state",)
@@ -79,7 +79,7 @@ def test_without_success_at_end_bare_data_neither_succeeds_nor_ends(plain):
 
 def test_info_is_the_datasets_own(plain):
     root, columns = plain
-    info = info_of(open_dataset(config_of(root)))
+    info = describe_dataset(open_dataset(config_of(root)))
     assert info.fps == FPS
     assert info.features["observation.state"]["shape"] == (3,)
     stacked = np.concatenate([c["action"] for c in columns])
@@ -101,7 +101,7 @@ def test_quantiles_are_those_of_all_frames(uneven, key):
     """LeRobot's own, the mean of the episodes' quantiles, are not: a tenth of all lies in the first episode."""
     root, columns = uneven
     dataset = open_dataset(config_of(root))
-    stats, frames = info_of(dataset).stats[key], np.concatenate([c[key] for c in columns])
+    stats, frames = describe_dataset(dataset).stats[key], np.concatenate([c[key] for c in columns])
     for name, share in (("q01", 0.01), ("q10", 0.1), ("q50", 0.5), ("q90", 0.9), ("q99", 0.99)):
         np.testing.assert_allclose(stats[name], np.quantile(frames, share, axis=0), rtol=1e-5, atol=1e-5)
     assert np.abs(dataset.meta.stats[key]["q10"] - stats["q10"]).min() > 5
@@ -111,7 +111,7 @@ def test_quantiles_are_those_of_all_frames(uneven, key):
 
 def test_statistics_are_of_the_episodes_in_use(uneven):
     root, columns = uneven
-    stats = info_of(open_dataset(config_of(root, episodes=(1,)))).stats["action"]
+    stats = describe_dataset(open_dataset(config_of(root, episodes=(1,)))).stats["action"]
     frames = columns[1]["action"]
     np.testing.assert_allclose(stats["q50"], np.quantile(frames, 0.5, axis=0), rtol=1e-5)
     for name in ("min", "max", "mean", "std"):

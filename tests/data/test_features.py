@@ -9,8 +9,8 @@ from PIL import Image
 
 from poco_vla.config import DatasetConfig
 from poco_vla.data import open_dataset, read_episodes
-from poco_vla.data.dataset import info_of
-from poco_vla.data.features import table_of
+from poco_vla.data.dataset import describe_dataset
+from poco_vla.data.features import feature_table
 from poco_vla.errors import ConfigError, DataError, UnknownNameError
 
 TOP, SIDE, DEPTH = (f"observation.images.{name}" for name in ("top", "side", "depth"))
@@ -28,7 +28,7 @@ class Described:
 
 
 def axes(shape, names):
-    feature = table_of(Described({TOP: camera(shape, names)}), "data")[TOP]
+    feature = feature_table(Described({TOP: camera(shape, names)}), "data")[TOP]
     assert feature["names"] == ["height", "width", "channels"]
     return feature["shape"]
 
@@ -61,19 +61,21 @@ def test_a_shape_that_is_no_pictures_is_refused_by_name(shape):
 @pytest.mark.parametrize("names", [["a", "b", "c"], [["a", "b", "c"]], {"motors": ["a", "b", "c"]}])
 def test_names_of_dimensions_are_one_flat_list(names):
     state = {"dtype": "float64", "shape": (3,), "names": names}
-    feature = table_of(Described({"observation.state": state}), "data")["observation.state"]
+    feature = feature_table(Described({"observation.state": state}), "data")["observation.state"]
     assert feature["names"] == ["a", "b", "c"]
     assert feature["dtype"] == "float32"
 
 
 def test_names_that_do_not_fit_the_width_stay_as_they_are():
     state = {"dtype": "float32", "shape": (2,), "names": [["a", "b", "c"]]}
-    assert table_of(Described({"observation.state": state}), "data")["observation.state"]["names"] == [["a", "b", "c"]]
+    assert feature_table(Described({"observation.state": state}), "data")["observation.state"]["names"] == [
+        ["a", "b", "c"]
+    ]
 
 
 def test_depth_is_left_out_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
-        table = table_of(Described({TOP: camera(), DEPTH: camera((16, 24, 1))}, [DEPTH]), "data")
+        table = feature_table(Described({TOP: camera(), DEPTH: camera((16, 24, 1))}, [DEPTH]), "data")
     assert TOP in table
     assert DEPTH not in table
     assert f"left out the depth camera {DEPTH}" in caplog.text
@@ -81,7 +83,7 @@ def test_depth_is_left_out_with_a_warning(caplog):
 
 def test_cameras_that_are_named_are_used_in_that_order_without_a_word(caplog):
     described = Described({TOP: camera(), DEPTH: camera((16, 24, 1)), SIDE: camera()}, [DEPTH])
-    table = table_of(described, "data", (SIDE, TOP))
+    table = feature_table(described, "data", (SIDE, TOP))
     assert [key for key in table if "images" in key] == [SIDE, TOP]
     assert set(STATE_ONLY) <= set(table)
     assert not caplog.text
@@ -90,9 +92,9 @@ def test_cameras_that_are_named_are_used_in_that_order_without_a_word(caplog):
 def test_a_camera_that_is_not_there_or_is_depth_is_refused():
     described = Described({TOP: camera(), DEPTH: camera((16, 24, 1))}, [DEPTH])
     with pytest.raises(UnknownNameError, match=f'no camera named "{TOP}s".*Did you mean "{TOP}"'):
-        table_of(described, "data", (f"{TOP}s",))
+        feature_table(described, "data", (f"{TOP}s",))
     with pytest.raises(DataError, match="is a depth camera"):
-        table_of(described, "data", (DEPTH,))
+        feature_table(described, "data", (DEPTH,))
     with pytest.raises(ConfigError, match=r"dataset.cameras is empty"):
         DatasetConfig(cameras=())
 
@@ -102,7 +104,7 @@ def test_openpis_names_are_refused_with_how_to_rename_them():
     described = Described({})
     described.features = features
     with pytest.raises(DataError, match=r'no column action.*rename "actions" to "action", "state" to "observation.st'):
-        table_of(described, "data")
+        feature_table(described, "data")
 
 
 def with_pictures(root, pictures):
@@ -162,7 +164,7 @@ def test_a_dataset_without_names_of_axes_builds_a_policys_features(tmp_path):
 
     features = STATE_ONLY | {TOP: camera(names=None)}
     root = write(tmp_path / "d", [random_columns(2, STATE_ONLY | {TOP: camera()})], features)
-    info = info_of(open_dataset(DatasetConfig("local/test", root)))
+    info = describe_dataset(open_dataset(DatasetConfig("local/test", root)))
     assert dataset_to_policy_features(dict(info.features))[TOP].shape == (3, 16, 24)
 
 
@@ -175,7 +177,7 @@ def test_pictures_that_are_stored_as_numbers_are_cameras(tmp_path, shape, dtype)
     root = write(tmp_path / "d", [columns], STATE_ONLY | {TOP: {"dtype": dtype, "shape": shape, "names": None}})
     last = pixels if shape[2] < 5 else np.moveaxis(pixels, 1, -1)
     np.testing.assert_array_equal(pictures_of(root), last.repeat(3, -1) if last.shape[-1] == 1 else last[..., :3])
-    feature = info_of(open_dataset(DatasetConfig("local/test", root))).features[TOP]
+    feature = describe_dataset(open_dataset(DatasetConfig("local/test", root))).features[TOP]
     assert (feature["dtype"], feature["shape"]) == ("image", (16, 24, 3))
 
 

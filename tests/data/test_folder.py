@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from poco_vla.config import DatasetConfig
 from poco_vla.data import open_dataset, read_episodes
-from poco_vla.data.dataset import _explain, info_of
+from poco_vla.data.dataset import _explain, describe_dataset
 from poco_vla.data.folder import check_videos, video_file, video_files
 from poco_vla.errors import ConfigError, DataError
 
@@ -209,7 +209,7 @@ def test_a_recording_in_lerobots_own_folder_is_not_completed_from_the_hub(root, 
 
     monkeypatch.setattr(constants, "HF_LEROBOT_HOME", tmp_path)
     shutil.move(root, tmp_path / "me/recorded")
-    assert info_of(open_dataset(DatasetConfig("me/recorded"))).fps == 10
+    assert describe_dataset(open_dataset(DatasetConfig("me/recorded"))).fps == 10
     shutil.rmtree(tmp_path / "me/recorded/data")
     with pytest.raises(DataError, match=r"data/ has no parquet file"):
         open_dataset(DatasetConfig("me/recorded"))

@@ -8,7 +8,7 @@ from lerobot_on_disk import SIGNALS, STATE_ONLY, write
 
 from poco_vla.config import DatasetConfig
 from poco_vla.data import open_dataset, read_episodes
-from poco_vla.data.dataset import info_of
+from poco_vla.data.dataset import describe_dataset
 from poco_vla.errors import DataError
 
 STATE, ACTION = "observation.state", "action"
@@ -34,7 +34,7 @@ def test_any_kind_of_number_becomes_float32(tmp_path, dtype, width):
     for column in (episode.obs[STATE], episode.action):
         assert column.dtype == np.float32
         np.testing.assert_array_equal(column, values)
-    info = info_of(dataset)
+    info = describe_dataset(dataset)
     for key in (STATE, ACTION):
         assert info.features[key]["dtype"] == "float32"
         np.testing.assert_allclose(info.stats[key]["max"], values.max(axis=0))
@@ -46,7 +46,7 @@ def test_text_among_the_observations_is_left_out_with_a_warning_and_refused_wher
     columns = {STATE: np.zeros((3, 3), "f4"), ACTION: np.zeros((3, 2), "f4"), "observation.note": ["a", "b", "c"]}
     dataset, config = opened(write(tmp_path / "d", [columns], features))
     with caplog.at_level(logging.WARNING):
-        assert "observation.note" not in info_of(dataset).features
+        assert "observation.note" not in describe_dataset(dataset).features
     assert 'left out "observation.note", which is of dtype string' in caplog.text
     with pytest.raises(DataError, match=r'"observation.note" is of dtype string, which cannot become float32'):
         read_episodes(dataset, config, (STATE, "observation.note"))
@@ -56,7 +56,7 @@ def test_an_action_of_text_is_refused_by_name_and_dtype(tmp_path):
     features = {STATE: vector("float32", 3), ACTION: {"dtype": "string", "shape": (1,), "names": None}}
     dataset, _ = opened(write(tmp_path / "d", [{STATE: np.zeros((3, 3), "f4"), ACTION: ["a", "b", "c"]}], features))
     with pytest.raises(DataError, match=r'"action" of .* is of dtype string, which cannot become float32'):
-        info_of(dataset)
+        describe_dataset(dataset)
 
 
 @pytest.mark.parametrize("name", ["next.reward", "next.success"])

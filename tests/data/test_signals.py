@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from poco_vla.config import DatasetConfig, RewardConfig
-from poco_vla.data.signals import check_reward, signals_of
+from poco_vla.data.signals import check_reward, read_signals
 from poco_vla.errors import DataError
 
 CONFIG = DatasetConfig(repo_id="local/test")
@@ -14,7 +14,7 @@ def told(columns, lengths, *, config=CONFIG, whole=None):
     """Signals of episodes of these lengths."""
     last = np.concatenate([np.arange(n) == n - 1 for n in lengths])
     columns = {name: np.asarray(column) for name, column in columns.items()}
-    return signals_of(columns, last, config, "the dataset", None if whole is None else lambda: np.array(whole))
+    return read_signals(columns, last, config, "the dataset", None if whole is None else lambda: np.array(whole))
 
 
 def success_of_rewards(rewards, lengths, **options):

@@ -8,7 +8,7 @@ import torch
 from lerobot_policy_flow_mlp.adapter import FlowMlp
 from test_source import VLAS, H, episode, pool, short, store
 
-from poco_vla.data import BatchSource, Replay, network_obs
+from poco_vla.data import BatchSource, Replay, preprocess_obs
 from poco_vla.prefix_cache.actor_buffer import ActorPrefixBuffer
 from poco_vla.prefix_cache.entries import Entry
 from poco_vla.prefix_cache.source import TRIALS, Demand, PrefixSource, _alike
@@ -55,7 +55,7 @@ def test_learning_takes_over_what_acting_encoded(adapter):
     raw = transitions(replay, range(first, first + 11))
     found, _ = source.prefixes(raw, bootstrap=False)
     assert (source.hits, source.encoded) == (3, 8)
-    fresh = policy.encode(network_obs(policy, *replay.observations(raw.ids)))
+    fresh = policy.encode(preprocess_obs(policy, *replay.observations(raw.ids)))
     torch.testing.assert_close(found.features, fresh.features, rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(policy.pack(found), policy.pack(fresh), strict=True):
         for name in theirs:
@@ -78,7 +78,7 @@ def test_pictures_that_the_pool_shrinks_are_found_as_well():
     found = acted.take(shrunk(policy, played))
     assert sorted(found) == [0, 2]
     fresh = policy.encode(
-        network_obs(policy, {k: x[[0, 2]] for k, x in shrunk(policy, played).obs.items()}, [played.task] * 2)
+        preprocess_obs(policy, {k: x[[0, 2]] for k, x in shrunk(policy, played).obs.items()}, [played.task] * 2)
     )
     for entry, tensors in zip(found.values(), policy.pack(fresh), strict=True):
         assert _alike(entry, Entry.of(tensors))
@@ -141,7 +141,7 @@ def test_once_a_store_does_not_pay_nothing_is_kept(monkeypatch):
     replay, _ = pool(policy)
     kept = store()
     acted, actor = acting(policy, kept)
-    demand = Demand(states=10, draws=10, memory=10**6, disk=0)
+    demand = Demand(states=10, num_sampled=10, memory=10**6, disk=0)
     source = PrefixSource(policy, replay, kept, actor_buffer=acted, demand=demand)
     batches = BatchSource(replay, policy, 8, seed=0, prefixes=source)
     played = episode(policy, H, 5)

@@ -21,7 +21,7 @@ from poco_vla.data.columns import MemoryColumn
 from poco_vla.data.replay import ONLINE
 from poco_vla.data.ring import Capacity, EpisodeRing
 from poco_vla.noise import GlobalBatchRNG
-from poco_vla.prefix_cache.identity import cache_folder, digest_of, identity
+from poco_vla.prefix_cache.identity import cache_folder, identity, identity_digest
 from poco_vla.prefix_cache.source import AT_ONCE, Costs, Demand, PrefixSource, saves_time
 from poco_vla.prefix_cache.store import PrefixStore
 
@@ -372,19 +372,19 @@ CHANGES = ["statistics", "one frozen weight", "one pixel", "the instruction", "d
 def test_an_entry_of_anything_else_lies_in_another_folder(what):
     policy = short(Pi05)
     _, demos = pool(policy)
-    before = digest_of(identity(policy, demos, dtype="exact"))
-    assert digest_of(identity(short(Pi05), pool(short(Pi05))[1], dtype="exact")) == before
+    before = identity_digest(identity(policy, demos, dtype="exact"))
+    assert identity_digest(identity(short(Pi05), pool(short(Pi05))[1], dtype="exact")) == before
     other, other_demos, settled = changed(policy, what, demos)
-    assert digest_of(identity(other, other_demos, **settled)) != before
+    assert identity_digest(identity(other, other_demos, **settled)) != before
 
 
 def test_the_head_may_change_and_the_folder_stays():
     policy = short(Pi05)
     _, demos = pool(policy)
-    before = digest_of(identity(policy, demos))
+    before = identity_digest(identity(policy, demos))
     for p in policy.head.parameters():
         p.data.add_(0.1)
-    assert digest_of(identity(policy, demos)) == before
+    assert identity_digest(identity(policy, demos)) == before
 
 
 def test_a_second_run_starts_warm(tmp_path):
@@ -424,7 +424,7 @@ def test_kept_prefixes_that_are_not_what_the_policy_makes_now_are_not_used(tmp_p
     plain, stored = sources(policy, replay, store=PrefixStore(config, CPU, tmp_path), say=said.append)
     for _ in range(6):
         torch.testing.assert_close(losses(policy, plain.draw()), losses(policy, stored.draw()), rtol=1e-5, atol=1e-6)
-    assert "not what this policy makes" in said[0]
+    assert "differ from what this policy encodes" in said[0]
     stored.prefixes.close()
 
 
@@ -435,12 +435,12 @@ def test_it_pays_where_loading_is_cheaper_than_encoding_and_there_is_room():
     """A state of 10 MB that takes 50 ms to encode, 3 to load, 2 to keep; 1,000 states drawn 100,000 times. Room for
     all: 99 % found, 3.5 of 50 ms. For a twentieth: .05 * 3 + .95 * 52 = 49.6 of 50 ms saves less than a tenth."""
     costs = Costs(encode=0.05, keep=0.002, load=0.003, read=0.0, num_bytes=1e7)
-    room = Demand(states=1000, draws=100_000, memory=10**10, disk=0)
+    room = Demand(states=1000, num_sampled=100_000, memory=10**10, disk=0)
     assert room.hit_rate(1e7) == pytest.approx(0.99)
     assert saves_time(costs, room)
     assert not saves_time(costs, replace(room, memory=5 * 10**8))
     assert not saves_time(replace(costs, encode=0.003), room), "a state that is encoded as fast as it is loaded"
-    assert not saves_time(costs, replace(room, draws=900)), "each state is drawn once"
+    assert not saves_time(costs, replace(room, num_sampled=900)), "each state is drawn once"
     on_disk = replace(room, memory=0, disk=10**10)
     assert on_disk.from_disk(1e7) == 1
     assert saves_time(costs, on_disk)
@@ -451,13 +451,13 @@ def test_auto_says_once_what_it_decided_and_goes_on_without():
     policy = short(Pi05)
     replay, _ = pool(policy)
     said = []
-    never = Demand(states=10**9, draws=10**9, memory=10**6, disk=0)
+    never = Demand(states=10**9, num_sampled=10**9, memory=10**6, disk=0)
     plain, stored = sources(policy, replay, store=store(), demand=never, say=said.append)
     for _ in range(6):
         a, b = plain.draw(), stored.draw()
         torch.testing.assert_close(losses(policy, a), losses(policy, b), rtol=1e-5, atol=1e-6)
     (line,) = said
-    assert line.startswith("prefix store off: it does not pay: a state takes 0.0")
+    assert line.startswith("prefix cache off: it saves no time: a state takes 0.0")
     assert not stored.prefixes.is_used
     assert b.prefix is None
     assert stored.prefixes.figures() == {"on": False}

@@ -182,7 +182,7 @@ def test_of_very_many_only_the_first_keep_their_data_and_few_are_said(tmp_path, 
 
 def test_the_check_beside_a_learner_leaves_its_policy_alone():
     policy = FlowMlp.tiny()
-    gate = admission(policy, apart=True)
+    gate = admission(policy, copy_processors=True)
     assert gate.policy is not policy
     assert gate.policy.preprocess is not policy.preprocess
     own, theirs = list(policy.parameters()), list(gate.policy.parameters())

@@ -7,7 +7,7 @@ from point_robot import JOINTS, PointRobot
 from poco_vla.data.episode import Episode
 from poco_vla.errors import ConfigError
 from poco_vla.robots.joint_order import JointOrder, joint_order
-from poco_vla.robots.matching import check_match, limits_of
+from poco_vla.robots.matching import action_limits, check_match
 
 STATE = "observation.state"
 
@@ -51,7 +51,7 @@ def test_the_demonstrations_range_goes_with_its_joint(tmp_path):
     robot = PointRobot(tmp_path)
     names = list(robot.action_features)
     told = metadata(robot, action=names[::-1])
-    low, high, _ = limits_of(told, names).vectors(names)
+    low, high, _ = action_limits(told, names).vectors(names)
     np.testing.assert_allclose(low, [4.95, -2.2, -0.05], rtol=1e-4)
     np.testing.assert_allclose(high, [6.05, 2.2, 1.05], rtol=1e-4)
 

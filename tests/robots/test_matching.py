@@ -5,7 +5,7 @@ import pytest
 from point_robot import PointRobot
 
 from poco_vla.errors import ConfigError
-from poco_vla.robots.matching import check_match, limits_of
+from poco_vla.robots.matching import action_limits, check_match
 from poco_vla.robots.safety import ActionLimits
 
 NAMES = ["a", "b"]
@@ -57,10 +57,10 @@ def test_an_announcement_that_no_robot_can_be_run_by_is_refused(tmp_path, change
 def test_limits_of_a_learner_that_limit_nothing_are_refused_and_given_ones_are_the_way_out(low, high):
     metadata = announced(action_low=low, action_high=high)
     with pytest.raises(ConfigError, match=r"no finite range .*nothing was moved.*--low and --high"):
-        limits_of(metadata, NAMES)
+        action_limits(metadata, NAMES)
     with pytest.raises(ConfigError, match="no finite range"):
-        limits_of(metadata, NAMES, low=[0.0])
-    given = limits_of(metadata, NAMES, low=[-1.0], high=[1.0])
+        action_limits(metadata, NAMES, low=[0.0])
+    given = action_limits(metadata, NAMES, low=[-1.0], high=[1.0])
     assert given.vectors(NAMES)[0].tolist() == [-1, -1]
 
 

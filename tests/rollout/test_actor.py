@@ -6,7 +6,7 @@ import torch
 from lerobot_policy_flow_mlp.adapter import FlowMlp
 
 from poco_vla import Poco, PocoConfig, propose
-from poco_vla.data import network_obs
+from poco_vla.data import preprocess_obs
 from poco_vla.errors import NonFiniteError
 from poco_vla.rollout import Actor
 
@@ -30,7 +30,7 @@ def poco_of(policy):
 
 def candidates(policy, n, seed):
     """The n candidates that an actor of this seed draws first, as the policy sees them."""
-    prefix = policy.encode(network_obs(policy, observations(), TASKS))
+    prefix = policy.encode(preprocess_obs(policy, observations(), TASKS))
     return prefix, propose(policy, prefix, n, generator=torch.Generator().manual_seed(seed))
 
 

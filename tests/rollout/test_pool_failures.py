@@ -112,14 +112,14 @@ def test_a_rule_that_an_environment_breaks_is_named_with_the_environment(fault, 
 
 
 def test_numbers_of_numpy_tell_success_and_end():
-    from poco_vla.rollout.chunk_env import success_of
+    from poco_vla.rollout.chunk_env import read_success
 
-    assert success_of({"is_success": np.array([True])}, "it") is True
-    assert success_of({"is_success": np.float64(0)}, "it") is False
-    assert success_of({"is_success": np.nan}, "it") is False
-    assert success_of({}, "it") is None
+    assert read_success({"is_success": np.array([True])}, "it") is True
+    assert read_success({"is_success": np.float64(0)}, "it") is False
+    assert read_success({"is_success": np.nan}, "it") is False
+    assert read_success({}, "it") is None
     with pytest.raises(ConfigError, match=r"= 0.4; expected True or False"):
-        success_of({"is_success": 0.4}, "it")
+        read_success({"is_success": 0.4}, "it")
 
 
 def test_an_episode_that_never_ends_is_cut_off_as_by_a_time_limit_and_said_once():

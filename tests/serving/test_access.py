@@ -3,25 +3,25 @@
 import pytest
 
 from poco_vla.errors import ConfigError
-from poco_vla.serving.access import is_exposed, token_of
+from poco_vla.serving.access import is_exposed, read_token
 from poco_vla.serving.client import ConnectionLostError, PolicyClient, Retry
 
 
 def test_the_environment_gives_the_token_without_a_word(monkeypatch, caplog):
     monkeypatch.setenv("POCO_VLA_TOKEN", "secret")
-    assert token_of(None) == "secret"
+    assert read_token(None) == "secret"
     assert not caplog.text
 
 
 def test_a_token_on_the_command_line_is_taken_with_a_warning(caplog):
-    assert token_of("secret") == "secret"
+    assert read_token("secret") == "secret"
     assert "POCO_VLA_TOKEN" in caplog.text
     assert "secret" not in caplog.text
 
 
 def test_a_token_may_be_the_first_line_of_a_file(tmp_path, caplog):
     (tmp_path / "token").write_text("secret\n")
-    assert token_of(f"@{tmp_path / 'token'}") == "secret"
+    assert read_token(f"@{tmp_path / 'token'}") == "secret"
     assert not caplog.text
 
 
@@ -30,7 +30,7 @@ def test_a_file_without_a_token_is_told(tmp_path, content):
     if content is not None:
         (tmp_path / "token").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match="--token @"):
-        token_of(f"@{tmp_path / 'token'}")
+        read_token(f"@{tmp_path / 'token'}")
 
 
 @pytest.mark.parametrize(

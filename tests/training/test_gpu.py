@@ -12,7 +12,7 @@ from test_backends import launch, metrics_of, run_of
 
 from poco_vla import Poco, PocoConfig, check_policy, flow_errors, propose
 from poco_vla.config import OptimConfig
-from poco_vla.data import network_obs
+from poco_vla.data import preprocess_obs
 from poco_vla.errors import NonFiniteError
 from poco_vla.training import Trainer, train
 
@@ -38,7 +38,7 @@ def test_a_run_trains_resumes_and_exports_a_policy_that_a_cpu_loads(precision, t
     assert result.env_steps >= 300
     train(replace(config, resume=True))
     policy = FlowMlp.from_pretrained(result.policy_dir, device="cpu")
-    state = network_obs(policy, {"observation.state": torch.zeros(2, policy.feature_dim).numpy()}, ["", ""])
+    state = preprocess_obs(policy, {"observation.state": torch.zeros(2, policy.feature_dim).numpy()}, ["", ""])
     assert policy.encode(state).features.device.type == "cpu"
     again = FlowMlp.from_pretrained(result.policy_dir, device="cuda")
     assert next(again.parameters()).device.type == "cuda"

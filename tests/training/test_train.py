@@ -140,7 +140,9 @@ def test_a_run_in_which_no_episode_ends_says_that_nothing_was_learned_online(tmp
     """Episodes of up to 50 steps, of which three environments take 15 at a time."""
     train(small(tmp_path / "run", data, online_steps=15))
     told = " ".join(capfd.readouterr().out.split())
-    assert "no episode came into the pool within 15 steps: neither critic nor actor was trained online" in told
+    assert (
+        "no episode was added to the replay buffer within 15 steps: neither critic nor actor was trained online" in told
+    )
     assert "--online-steps" in told
 
 

@@ -17,10 +17,10 @@ from pointmass_run import small
 from poco_vla.checkpointing.progress import Progress
 from poco_vla.checkpointing.provenance import Provenance
 from poco_vla.checkpointing.schedule import CheckpointClock
-from poco_vla.checkpointing.versions import AHEAD, VersionBound
+from poco_vla.checkpointing.versions import AHEAD, ReservedVersions
 from poco_vla.config import InteractionConfig
 from poco_vla.data import Episode
-from poco_vla.data.dataset import info_of
+from poco_vla.data.dataset import describe_dataset
 from poco_vla.errors import CheckpointError, NonFiniteError, OtherProcessError, PocoError, SimulatorError
 from poco_vla.learner.failures import Failures
 from poco_vla.training import Trainer
@@ -190,11 +190,11 @@ def test_demonstrations_that_were_moved_are_known_again(copied, tmp_path, capfd)
 
 def test_other_statistics_of_the_dataset_are_told_and_the_runs_own_kept(copied, capfd, monkeypatch):
     def other(dataset):
-        info = info_of(dataset)
+        info = describe_dataset(dataset)
         action = info.stats["action"] | {"max": np.asarray(info.stats["action"]["max"]) + 1}
         return replace(info, stats={**info.stats, "action": action})
 
-    monkeypatch.setattr("poco_vla.training.dataset.info_of", other)
+    monkeypatch.setattr("poco_vla.training.dataset.describe_dataset", other)
     with opened(copied) as trainer:
         found, own = (
             trainer.parts.data.statistics.found["action"]["max"],
@@ -263,11 +263,11 @@ def test_after_a_kill_no_version_is_given_to_other_weights(stopped, copied):
 
 
 def test_versions_are_reserved_on_disk_before_anybody_sees_them(tmp_path):
-    bound = VersionBound(tmp_path, lambda _, write: write(), used=True)
+    bound = ReservedVersions(tmp_path, lambda _, write: write(), used=True)
     bound.cover(7)
-    assert VersionBound(tmp_path, lambda _, write: write(), used=True).newest_seen() == 7 + AHEAD - 1
+    assert ReservedVersions(tmp_path, lambda _, write: write(), used=True).newest_seen() == 7 + AHEAD - 1
     bound.settle(8)
-    assert VersionBound(tmp_path, lambda _, write: write(), used=True).newest_seen() == 8
+    assert ReservedVersions(tmp_path, lambda _, write: write(), used=True).newest_seen() == 8
     (tmp_path / "versions.json").write_bytes(bytes(20))
     assert bound.newest_seen() == 0
 

@@ -1,4 +1,4 @@
-"""Runs with a prefix store are the runs without: same losses, same episodes, same weights."""
+"""Runs with a prefix cache are the runs without: same losses, same episodes, same weights."""
 
 import json
 from dataclasses import replace
