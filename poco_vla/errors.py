@@ -40,15 +40,30 @@ class ConfigError(PocoError):
     """A configuration value that cannot work, found before any long work starts."""
 
 
-class UnknownNameError(PocoError):
-    """A name that is not among those on offer."""
+NEAREST = 5
+"""Names shown of a long list."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+
+class UnknownNameError(PocoError):
+    """A name that is not among those on offer.
+
+    Args:
+        kind: of thing that has the name.
+        name: the unknown name.
+        known: all names on offer.
+        listing: command that lists them; given, only the nearest names are shown.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], listing: str = "") -> None:
         known, name = sorted(known), printable(name, lines=False)
         close = get_close_matches(name, known, n=1)
-        listed = ", ".join(known) or "none"
         guess = f' Did you mean "{close[0]}"?' if close else ""
-        super().__init__(f'no {kind} named "{name}". Known: {listed}.{guess}')
+        if listing and len(known) > NEAREST:
+            nearest = ", ".join(get_close_matches(name, known, n=NEAREST, cutoff=0.0))
+            offer = f"Nearest of {len(known)}: {nearest}. List all: {listing}."
+        else:
+            offer = f"Known: {', '.join(known) or 'none'}."
+        super().__init__(f'no {kind} named "{name}". {offer}{guess}')
 
 
 class UnknownAdapterError(UnknownNameError):

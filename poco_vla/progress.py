@@ -3,11 +3,20 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from poco_vla.terminal import SafeConsole
@@ -26,6 +35,21 @@ class _LastingConsole(SafeConsole):
             self.quiet = True
 
 
+class _RunClock(ProgressColumn):
+    """The time of the lines above the bar.
+
+    Args:
+        display: prints those lines.
+    """
+
+    def __init__(self, display: "Display") -> None:
+        super().__init__()
+        self._display = display
+
+    def render(self, task: Task) -> Text:
+        return Text(self._display.clock(), "dim")
+
+
 class Display:
     """Stage, bar with the time left, and the scalars that say how learning goes. Silent when not `enabled`.
 
@@ -39,9 +63,13 @@ class Display:
         self.interval = interval
         self._started = time.monotonic()
 
+    def clock(self) -> str:
+        """Return the time since the start as h:mm:ss."""
+        return str(timedelta(seconds=int(time.monotonic() - self._started)))
+
     def say(self, text: str) -> None:
-        """Print one line that stays, with the seconds since the start. The text is shown as it is: no markup."""
-        self.console.print(Text.assemble((f"{time.monotonic() - self._started:6.1f}s", "dim"), "  ", text))
+        """Print one line that stays, with the time since the start. The text is shown as it is: no markup."""
+        self.console.print(Text.assemble((self.clock(), "dim"), "  ", text))
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator["Bar"]:
@@ -50,9 +78,9 @@ class Display:
             TextColumn("{task.description:<20}", style="bold", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("<"),
+            _RunClock(self),
             TimeRemainingColumn(),
+            TextColumn("left"),
         )
         # The scalars have a line of their own below the bar, so that neither crowds the other out.
         scalars = Text(style="dim", overflow="ellipsis", no_wrap=True)

@@ -2,10 +2,11 @@
 
 import io
 import logging
+import re
 
 import pytest
 
-from poco_vla.errors import CheckpointError, PolicyError, UnknownAdapterError, printable
+from poco_vla.errors import NEAREST, CheckpointError, PolicyError, UnknownAdapterError, UnknownNameError, printable
 from poco_vla.progress import Display
 from poco_vla.terminal import SafeConsole, SafeFormatter
 
@@ -36,6 +37,29 @@ def test_other_scripts_and_line_feeds_stay_as_they_are():
 
 def test_an_unknown_name_is_one_line():
     assert "\n" not in str(UnknownAdapterError("pi05\nPocoError: fine", ["pi05"]))
+
+
+def test_of_a_long_list_the_nearest_names_are_shown_with_the_command_that_lists_all():
+    """Without such a command the message itself is the list."""
+    known = [f"cube-{i:03d}" for i in range(100)]
+    short, whole = (str(UnknownNameError("task", "cube-0421", known, listing)) for listing in ("python -m tasks", ""))
+    assert "Nearest of 100: cube-042, " in short
+    assert short.count("cube-0") == 1 + NEAREST + 1, "the unknown name, the nearest, and the guess"
+    assert short.endswith('List all: python -m tasks. Did you mean "cube-042"?')
+    assert all(name in whole for name in known)
+
+
+def test_lines_and_bar_show_one_clock(monkeypatch):
+    """The time since the start as h:mm:ss, 3,723 s after it."""
+    display = Display()
+    display._started -= 3723
+    written = io.StringIO()
+    monkeypatch.setattr(display, "console", SafeConsole(file=written, force_terminal=True, width=120))
+    with display.stage("SFT", 10, 3):
+        display.say("a line")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.getvalue())
+    assert re.search(r"1:02:0[34]  a line", shown)
+    assert re.search(r"SFT .* 3/10 +1:02:0[34]", shown)
 
 
 @pytest.mark.parametrize("code", CODES, ids=ascii)

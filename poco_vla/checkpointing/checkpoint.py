@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from poco_vla.config import TrainConfig, differences, from_json, to_json
 from poco_vla.errors import CheckpointError
 from poco_vla.files import atomic_file, discard_partial, recover_folders, replace_folder, write_json
-from poco_vla.locks import FolderLock, HeldError
+from poco_vla.locks import LOCK, FolderLock, HeldError
 from poco_vla.roles import role_of
 from poco_vla.types import ChunkBatch
 
@@ -331,6 +331,14 @@ def load_good_head(folder: Path) -> dict[str, Tensor]:
 def _is_finite(weights: Tensor) -> bool:
     """Return True for weights that can be gone on with. A single number may be NaN: zeta, until it is calibrated."""
     return weights.ndim == 0 or not weights.is_floating_point() or bool(torch.isfinite(weights).all())
+
+
+def remove_unused_folder(path: Path) -> None:
+    """Remove a run's folder if it holds nothing but its lock file, as after a start that failed."""
+    with suppress(OSError):
+        if {file.name for file in path.iterdir()} <= {LOCK}:
+            (path / LOCK).unlink(missing_ok=True)
+            path.rmdir()
 
 
 def claim_folder(path: Path, *, lock: bool = True) -> FolderLock:

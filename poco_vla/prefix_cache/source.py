@@ -160,7 +160,7 @@ class PrefixSource:
             found |= made
         if self.store is not None and self.store.disk_is_full and not self._told_full:
             self._told_full = True
-            self._say("the disk of the prefix cache is full: no more prefixes are stored, and the run goes on")
+            self._say("the disk of the prefix cache is full: stored prefixes stay in use, and no more are written")
         self.batch_bytes = sum(found[key].num_bytes for keys in wanted for key in keys.tolist())
         first, *second = (self.policy.unpack([found[key].tensors() for key in keys.tolist()]) for keys in wanted)
         return first, second[0] if second else None

@@ -1,5 +1,6 @@
-"""OGBench's manipulation tasks: their simulators, sizes, limits and what the robot is told."""
+"""OGBench's manipulation tasks: their simulators, sizes, limits and instructions."""
 
+import sys
 import warnings
 from functools import cache
 from importlib.metadata import version
@@ -45,6 +46,19 @@ def time_limit(task: str) -> int:
     return limit
 
 
+def available_tasks() -> list[str]:
+    """List the ids of the single tasks.
+
+    Raises:
+        ConfigError: OGBench is not installed.
+    """
+    try:
+        import ogbench.manipspace  # noqa: F401 (registers the tasks)
+    except ImportError as error:
+        raise ConfigError('OGBench is not installed: pip install "poco-vla[ogbench]"') from error
+    return [name for name in gym.registry if "-singletask" in name and name.split("-")[0] in _SENTENCES]
+
+
 def make_simulator(task: str, success_timing: Literal["pre", "post"]) -> Any:
     """OGBench's environment for a single task, without wrappers.
 
@@ -52,13 +66,9 @@ def make_simulator(task: str, success_timing: Literal["pre", "post"]) -> Any:
         UnknownNameError: no such task.
         ConfigError: OGBench is not installed, or an older one that computes success at a fixed time.
     """
-    try:
-        import ogbench.manipspace  # noqa: F401 (registers the tasks)
-    except ImportError as error:
-        raise ConfigError('OGBench is not installed: pip install "poco-vla[ogbench]"') from error
-    known = [name for name in gym.registry if "-singletask" in name and name.split("-")[0] in _SENTENCES]
+    known = available_tasks()
     if task not in known:
-        raise UnknownNameError("OGBench single task", task, known)
+        raise UnknownNameError("OGBench single task", task, known, "python -m poco_vla.simulators.ogbench_tasks")
     try:
         return gym.make(task, success_timing=success_timing, disable_env_checker=True).unwrapped
     except TypeError:
@@ -66,3 +76,7 @@ def make_simulator(task: str, success_timing: Literal["pre", "post"]) -> Any:
             f"OGBench {version('ogbench')} has no success_timing: before 1.2.0 success was always computed after the "
             "step. Rewards would not mean what they should; install ogbench==1.2.2."
         ) from None
+
+
+if __name__ == "__main__":
+    sys.stdout.write("".join(f"{name}\n" for name in sorted(available_tasks())))

@@ -80,6 +80,7 @@ class Evaluations:
             return
         policy = self.algorithm.policy
         save = policy.save_pretrained if policy.base is None else policy.save_head
+        self.display.say(f"writing the best policy so far to {self.folder.path / 'best'}")
         self.folder.write("the best policy", partial(export, save, self.folder.path / "best", self.fps))
         self.progress.best = figures | {"policy": "best"}
 
@@ -90,6 +91,7 @@ class Evaluations:
             episode = next((e for e in episodes if e.succeeded == (outcome == "success")), None)
             if episode is not None:
                 path = self.folder.path / f"{outcome}_{when}.mp4"
+                self.display.say(f"writing the video {path}")
                 try:
                     write_episode_video(episode, self.config.env, path, every=1 + len(episode) // 200)
                 except SimulatorError as error:

@@ -48,10 +48,12 @@ def finish(run: TrainingRun) -> TrainResult:
     before, after = (rates[0], rates[-1]) if rates else (None, None)
     run.updater.gather()
     if context.accelerator.is_main_process:
+        context.display.say(f"writing the final policy to {policy_dir}")
         folder.write("the final policy", partial(export, policy.save_pretrained, policy_dir, fps))
         if policy.base is not None:
             folder.write("the final head", partial(export, policy.save_head, folder.path / "head", fps))
         folder.write_json("result.json", figures(run))
+        context.display.say("writing the learning curve and the figures")
         folder.write("the report", lambda: report.finish(folder.path, context.display.console))
         run.collector.finish()
     context.accelerator.wait_for_everyone()

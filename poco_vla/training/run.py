@@ -144,6 +144,8 @@ def build(config: TrainConfig) -> TrainingRun:
     context = RunContext(config, accelerator, display, folder, interruption, progress, logbook)
     failures = Failures(config.output_dir, accelerator.process_index, accelerator.num_processes)
     with ExitStack() as resources:
+        if accelerator.is_main_process and not config.output_dir.exists():
+            resources.callback(checkpoint.remove_unused_folder, config.output_dir)
         lock = checkpoint.claim_folder(config.output_dir, lock=accelerator.is_main_process)
         resources.callback(lock.release)
         if accelerator.is_main_process:

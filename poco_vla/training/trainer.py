@@ -86,6 +86,8 @@ class Trainer:
         """Imitate the demonstrations."""
         total = self.config.sft_steps
         self.updater.begin_sft()
+        if not total:
+            return
         self.logbook.begin()
         with self.display.stage("SFT", total, self.progress.stage_update) as bar:
             while self.progress.stage_update < total:
@@ -96,6 +98,8 @@ class Trainer:
     def _learn_online(self) -> None:
         """Act, learn meanwhile from what came before, take in what has come since."""
         config, now = self.config, self.progress
+        if not config.online_steps:
+            return
         self.collector.begin()
         self._evaluate_when_due()
         self.logbook.begin()

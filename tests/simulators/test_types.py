@@ -90,8 +90,14 @@ def test_the_time_limit_truncates_and_does_not_terminate(length, limit):
 
 
 def test_unknown_tasks_are_answered_with_those_there_are():
-    with pytest.raises(UnknownNameError, match=r'no OGBench single task named "cube-singel.*Did you mean "cube-single'):
+    expected = r'no OGBench single task named "cube-singel.*List all: (python -m \S+)\. Did you mean "cube-single'
+    with pytest.raises(UnknownNameError, match=expected) as caught:
         OGBenchEnv("cube-singel-singletask-task1-v0")
+    assert len(str(caught.value)) < 500
+    command = re.search(r"python -m (\S+)\. Did", str(caught.value))[1]
+    listed = subprocess.run([sys.executable, "-m", command], capture_output=True, text=True, check=True).stdout.split()
+    assert TASK in listed
+    assert len(listed) > 20
 
 
 def test_unknown_environment_types_are_answered_with_those_there_are():

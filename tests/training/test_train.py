@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -406,9 +407,20 @@ def test_a_folder_named_by_its_start_time_is_found_again(tmp_path, data):
     assert train(replace(config, resume=True)).output_dir == first
 
 
+def test_a_run_of_imitation_alone_shows_no_online_stage_and_says_what_it_writes(tmp_path, data, capfd):
+    result = train(small(tmp_path / "run", data, sft_steps=1, online_steps=0))
+    shown = capfd.readouterr().out
+    assert "SFT: 1/1" in shown
+    assert "online" not in shown.replace("online-", "")
+    for file in (result.output_dir / "best", result.policy_dir):
+        assert re.search(rf"writing the \w+ policy.* to {re.escape(str(file))}", shown)
+    assert shown.index("writing the learning curve") < shown.index("learning curve  ")
+
+
 def test_resume_without_a_checkpoint_is_refused(tmp_path, data):
     with pytest.raises(CheckpointError, match="nothing to resume"):
         train(small(tmp_path / "run", data, resume=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_into_another_configuration_lists_the_differences(finished, data):

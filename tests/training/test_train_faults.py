@@ -141,7 +141,7 @@ def test_a_finite_loss_with_a_gradient_that_is_not_changes_nothing(value, tmp_pa
         assert (trainer.config.output_dir / "nonfinite_batch_0.safetensors").is_file()
 
 
-def test_a_run_that_is_refused_leaves_no_simulators_behind(tmp_path, data, monkeypatch):
+def test_a_run_that_is_refused_leaves_neither_simulators_nor_a_folder_behind(tmp_path, data, monkeypatch):
     pools = []
 
     def refuse(pool, *_):
@@ -152,6 +152,7 @@ def test_a_run_that_is_refused_leaves_no_simulators_behind(tmp_path, data, monke
     with pytest.raises(SimulatorError, match="the first rollout"):
         Trainer(small(tmp_path / "run", data))
     assert [pool._envs.workers for pool in pools] == [[]]
+    assert not (tmp_path / "run").exists()
 
 
 # -- other data than before -------------------------------------------------------------------------------------------
