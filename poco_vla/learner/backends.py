@@ -20,11 +20,11 @@ from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 
 from poco_vla.algorithms import Algorithm, Phase
+from poco_vla.algorithms.contract import Loss
 from poco_vla.config import OptimConfig
 from poco_vla.noise import UpdateNoise, micro_batches
 from poco_vla.types import ChunkBatch, Metrics
 
-type Loss = tuple[Tensor, Metrics]
 type MicroBatch = Callable[[ChunkBatch, UpdateNoise, Phase], int]
 """Return how many transitions of a batch are computed at once."""
 
