@@ -102,7 +102,7 @@ def _open(config: DatasetConfig, root: Path | None, name: str) -> Any:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     class LocalDataset(LeRobotDataset):
-        """A folder is all there is. LeRobot would fetch what it lacks, be it videos that nobody needs."""
+        """Download nothing: LeRobot would fetch the files that a folder lacks, unused videos too."""
 
         def _download(self, *_: Any, **__: Any) -> None:
             logger.debug("%s is not completed from the Hub", name)

@@ -92,7 +92,7 @@ def check_folder(root: Path) -> Any:
     if info.total_episodes == 0:
         raise DataError(f"the dataset {root} holds no episode: record some, or give another folder")
     if not (root / TASKS).is_file():
-        raise _missing(root, f"{TASKS} is missing, which says the instruction of each task_index")
+        raise _missing(root, f"{TASKS} is missing, which maps each task_index to its instruction")
     for tree in ("meta/episodes", "data"):
         if not any((root / tree).glob("*/*.parquet")):
             raise _missing(root, f"{tree}/ has no parquet file, though meta/info.json counts {info.total_frames} rows")

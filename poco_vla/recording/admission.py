@@ -26,7 +26,7 @@ ROWS = 32
 
 
 class SetAsideError(DataError):
-    """An episode that training cannot bear. It is on disk, in the run's folder of episodes set aside."""
+    """Raised for an episode that training cannot use. It is stored in the run's set-aside folder."""
 
 
 class Admission:
@@ -79,7 +79,7 @@ class Admission:
         return True
 
     def require(self, episode: Episode, key: str = "") -> None:
-        """Raise SetAsideError for an episode that training cannot bear, once it is set aside."""
+        """Raise SetAsideError for an episode that training cannot use, once it is set aside."""
         try:
             self.check(episode)
         except PocoError as error:
@@ -88,7 +88,7 @@ class Admission:
             raise SetAsideError(f"the episode is set aside: {error}") from error
 
     def check(self, episode: Episode) -> None:
-        """Raise PocoError, with the reason, for an episode that training cannot bear."""
+        """Raise PocoError, with the reason, for an episode that training cannot use."""
         _check_form(episode)
         for name, column in _numbers(episode):
             if name in self._shapes and column.shape[1:] != self._shapes[name]:

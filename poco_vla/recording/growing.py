@@ -269,14 +269,14 @@ class GrowingDataset:
                 found[numbers.pop()] = said[0]
         if set(found) != set(range(self.info.total_tasks)):
             raise DataError(
-                f"{self.root / TASKS}, which says the instruction of each task_index, is missing or torn, and the "
+                f"{self.root / TASKS}, which maps each task_index to its instruction, is missing or damaged, and the "
                 f"episodes tell {len(found)} of {self.info.total_tasks} instructions: put it back from a copy"
             )
         with self.stage() as stage:
             write_tasks([found[number] for number in sorted(found)], stage)
             sync(stage / TASKS)
             self._put(stage / TASKS, TASKS)
-        self._tell(f"{self.root / TASKS} was missing or torn; it was made again from the episodes' own instructions")
+        self._tell(f"{self.root / TASKS} was missing or damaged; it was rebuilt from the episodes' own instructions")
 
     def _refuse_other_paths(self) -> None:
         from lerobot.datasets.utils import DEFAULT_DATA_PATH, DEFAULT_VIDEO_PATH

@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 INDEX = "episodes.jsonl"
 """One line for each episode: its name, its reason, steps and instruction."""
 MOST_KEPT = 200
-"""Episodes whose data are kept; of later ones only the line is, so that whoever sends them cannot fill the disk."""
+"""Episodes whose data are kept; of later ones only the line is kept, so that a sender cannot fill the disk."""
 
 
 class SetAside:
-    """Keep episodes that training cannot bear, each once: ``<name>.safetensors`` with its data, ``<name>.txt`` with the
+    """Keep episodes that training cannot use, each once: ``<name>.safetensors`` with its data, ``<name>.txt`` with the
     reason, and a line in ``episodes.jsonl``.
 
     Args:

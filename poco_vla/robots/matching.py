@@ -83,7 +83,7 @@ def action_limits(
         )
     if low is None or high is None:
         raise ConfigError(
-            "nobody knows the range of this robot's actions, so nothing can be sent safely: give --low and --high, in "
+            "the range of this robot's actions is unknown, so no action can be sent safely: give --low and --high, in "
             f"the robot's units, one number for all or one for each of {', '.join(names)}"
         )
     by_name = {"--low": low, "--high": high, "--max-step": max_step}

@@ -174,7 +174,7 @@ def _put_back(robot: Robot, prompt: bool, view: View, keys: KeySignals | None) -
     """Prepare robot and scene for the next episode: the robot does it if it can, a person if it cannot."""
     if prompt or not isinstance(robot, Resets):
         if keys is None:
-            raise ConfigError("a person has to put the scene back, but there is no terminal to ask at")
+            raise ConfigError("a person has to reset the scene, but there is no terminal to ask in")
         view.note("put the scene back, then press Enter", "bold")
         if keys.ask("\n") is None:
             return  # the emergency stop was pressed: nothing moves, and no episode begins

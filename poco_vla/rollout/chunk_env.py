@@ -95,7 +95,7 @@ class ChunkEnv(gym.Env):
     keys. Episodes take their seeds from a plan: env i of n plays first + i, first + i + n, ... until `count` episodes
     of all n are done; afterwards it idles. A chunk of NaN leaves the environment as it is.
 
-    `step` is `play` and `settle`: a pool calls these two by themselves, so that an episode that has ended is not lost
+    `step` is `play` and `settle`: `EnvPool` calls these two one by one, so that an episode that has ended is not lost
     when the next reset fails.
 
     Args:

@@ -326,7 +326,7 @@ class EnvPool:
         steps = sum(len(row["reward"]) for row in running.rows)
         self.say(
             f"{self.name}, environment {i}: {failure.words}{self._advice(failure)}. Its episode (seed {running.seed}, "
-            f"{steps} steps so far) is dropped, the environment started anew ({self.failures} so far)"
+            f"{steps} steps so far) is dropped, and the environment restarted ({self.failures} so far)"
         )
 
     def _fatal(self, failure: Failure, times: int) -> Exception:

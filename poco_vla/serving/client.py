@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class RefusedError(PocoError):
-    """The server answered, and its answer is no; the message holds its words."""
+    """Raised when the server refuses a request; the message holds the server's reason."""
 
 
 class ConnectionLostError(PocoError):
@@ -300,7 +300,7 @@ class PolicyClient:
         if not all(type(found.get(name)) is int and found[name] > 0 for name in sizes):
             raise ProtocolError(f"{self.url} does not say {', '.join(sizes)}, whole numbers above 0")
         if changed := [k for k in self._metadata if k != "weights_version" and found.get(k) != self._metadata[k]]:
-            raise ProtocolError(f"{self.url} now serves another policy: {', '.join(changed)} changed. Connect anew.")
+            raise ProtocolError(f"{self.url} now serves another policy: {', '.join(changed)} changed. Connect again.")
         return found
 
 

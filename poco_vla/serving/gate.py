@@ -120,7 +120,7 @@ class Gate(socket.socket):
 
 
 class PendingBytes:
-    """Bytes that have come of messages that are not whole, over all connections."""
+    """Bytes of incomplete messages, over all connections."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -131,7 +131,7 @@ class PendingBytes:
         self.held[connection] = self.held.get(connection, 0) + count
         while len(self.held) > 1 and sum(self.held.values()) > self.most:
             greedy = max(self.held, key=lambda one: self.held[one])
-            logger.warning("a client is dropped: messages that are not whole take more than %d bytes", self.most)
+            logger.warning("a client is disconnected: incomplete messages take more than %d bytes", self.most)
             self.release(greedy)
             greedy.transport.abort()
 

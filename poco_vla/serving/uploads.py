@@ -17,7 +17,7 @@ class Owner(Protocol):
 
 
 class BusyError(Exception):
-    """There is no room now; whoever asked may come again."""
+    """Raised when there is no room now; the client may try again."""
 
 
 class Uploads:

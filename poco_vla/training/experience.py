@@ -115,7 +115,7 @@ class Experience:
 
     def _store(self, episode: Episode, *, recorded: bool) -> None:
         """Put an episode into the replay buffer; one that does not fit there stays on disk alone. One that was
-        `recorded` by an earlier process may be one that training cannot bear."""
+        `recorded` by an earlier process may be one that training cannot use."""
         if recorded and not self.admission.admits(episode):
             return
         try:

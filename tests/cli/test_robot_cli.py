@@ -266,7 +266,7 @@ def test_without_a_terminal_a_robot_that_judges_itself_needs_none(sink, tmp_path
     ("server", "options", "words"),
     [
         ({}, [], "keys need a terminal"),
-        ({}, ["--rewards", "robot", "--reset", "prompt"], "no terminal to ask at"),
+        ({}, ["--rewards", "robot", "--reset", "prompt"], "no terminal to ask in"),
         ({}, ["--horizon", "9"], "chunks have 5 steps"),
         ({"action_bounds": None}, [], "give --low and --high"),
         ({"spec": {"observation.state": Feature((7,), "float32")}}, [], "the policy takes float32 [7], the robot has"),

@@ -60,7 +60,7 @@ def read(root, keys=(STATE,), **options):
     ("lost", "said"),
     [
         ("data", "data/ has no parquet file, though meta/info.json counts 18 rows"),
-        ("meta/tasks.parquet", "meta/tasks.parquet is missing, which says the instruction"),
+        ("meta/tasks.parquet", "meta/tasks.parquet is missing, which maps each task_index"),
         ("meta/episodes", "meta/episodes/ has no parquet file"),
     ],
 )

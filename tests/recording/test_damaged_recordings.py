@@ -89,7 +89,7 @@ def test_a_lost_table_of_instructions_is_made_again(tmp_path, content):
     file.unlink() if content is None else file.write_bytes(content)
     told = []
     EpisodeRecorder(root, FPS, tell=told.append).add(episode(2))
-    assert "made again from the episodes' own instructions" in told[0]
+    assert "rebuilt from the episodes' own instructions" in told[0]
     assert [one.task for one in read(root)] == ["task 1", "task 0", "task 1", "task 2"]
 
 

@@ -1,4 +1,4 @@
-"""Runs that meet an episode which training cannot bear: it is set aside, and neither run nor resume ends at it."""
+"""Runs that meet an episode which training cannot use: it is set aside, and neither run nor resume ends at it."""
 
 import json
 from dataclasses import replace
