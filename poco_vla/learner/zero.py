@@ -9,9 +9,10 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_s
 from torch import Tensor, nn
 
 from poco_vla.algorithms import Algorithm, Phase
+from poco_vla.algorithms.contract import Loss
 from poco_vla.config import OptimConfig
 from poco_vla.errors import ConfigError
-from poco_vla.learner.backends import CopiedLearner, Loss, copy_sharing_frozen, make_adam
+from poco_vla.learner.backends import CopiedLearner, copy_sharing_frozen, make_adam
 from poco_vla.learner.launcher import DEEPSPEED_BATCH_SIZES
 from poco_vla.noise import UpdateNoise
 from poco_vla.types import ChunkBatch, Metrics
