@@ -7,7 +7,7 @@ import math
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 EPSILON = 1e-8
@@ -49,17 +49,16 @@ def gaussian_kl(
 
 def trust_region_loss(
     kl: Float[Tensor, "B D"], alpha: Float[Tensor, " D"], *, epsilon: float
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Return the penalty sum_d alpha_d KL_d, with a gradient of the policy alone, and the dual's loss
-    sum_d alpha_d (epsilon - KL_d), with one of alpha alone; KL_d is the mean over states (MPO Eq. 11).
+) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """Return the penalty sum_d alpha_d KL_d of each state, with a gradient of the policy alone, and the dual's loss
+    sum_d alpha_d (epsilon - KL_d), with one of alpha alone (MPO Eq. 11). Their means over states are what counts.
 
     Args:
         kl: divergence of each state's new policy from its old one, per constraint.
         alpha: multiplier of each constraint.
         epsilon: its bound, in nats.
     """
-    divergence = kl.mean(dim=0)
-    return (alpha.detach() * divergence).sum(), (alpha * (epsilon - divergence.detach())).sum()
+    return (alpha.detach() * kl).sum(dim=-1), (alpha * (epsilon - kl.detach())).sum(dim=-1)
 
 
 def top_samples_weights(
@@ -88,6 +87,51 @@ def top_samples_weights(
     kept = (ranked >= threshold) & counts
     largest = scaled.detach().max()
     unnormalized = torch.where(kept, (scaled - largest).exp(), 0.0)
-    total, number = unnormalized.sum() + 1e-10, kept.sum()
+    total, number = unnormalized.sum() + 1e-10, kept.sum().to(scaled)
     loss = eta * (epsilon + total.log() + largest - (number + 1e-10).log())
     return (unnormalized / total).detach(), loss, number
+
+
+class Duals(nn.Module):
+    """Temperatures and multipliers of MPO: the softplus of parameters (acme), or the parameters themselves (rlax).
+
+    Args:
+        constraints: D, trust regions, each of mean and spread.
+        temperature: eta at first, in units of value.
+        alpha_mean: multiplier of the mean's trust regions at first.
+        alpha_std: that of the spread's.
+        penalty: another temperature at first, of the penalty of actions beyond their range; None where there is none.
+        direct: the parameters are the duals.
+    """
+
+    def __init__(
+        self,
+        constraints: int,
+        *,
+        temperature: float,
+        alpha_mean: float,
+        alpha_std: float,
+        penalty: float | None,
+        direct: bool,
+    ) -> None:
+        super().__init__()
+        self.direct = direct
+        numbers = {"temperature": (temperature, 1), "alpha_mean": (alpha_mean, constraints)}
+        numbers |= {"alpha_std": (alpha_std, constraints)}
+        numbers |= {} if penalty is None else {"penalty": (penalty, 1)}
+        self.raw = nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.full((size,), dual if direct else parameter_of(dual)))
+                for name, (dual, size) in numbers.items()
+            }
+        )
+
+    def forward(self, name: str) -> Float[Tensor, " d"]:
+        """Return the dual variables of a name."""
+        return self.raw[name] if self.direct else dual_of(self.raw[name])
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Keep the duals above 0, after an optimizer step."""
+        for parameter in self.raw.values():
+            parameter.clamp_(min=1e-10 if self.direct else -18.0)

@@ -38,7 +38,8 @@ DOORS = {
     "config": {"errors", "roles"},
     "noise": {"types"},
     "algorithms": {
-        *{"config", "critic", "distill", "errors", "gae", "lazy", "mlp", "noise", "policy", "posterior", "types"},
+        *{"config", "critic", "distill", "dual", "errors", "gae", "gaussian", "lazy", "mlp", "noise", "policy"},
+        *{"posterior", "types"},
     },
     "devices": {"errors"},
     "files": {"errors"},

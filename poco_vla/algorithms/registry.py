@@ -12,6 +12,7 @@ GROUP = "poco_vla.algorithms"
 BUILT_IN = {
     "bc": "poco_vla.algorithms.imitation:Imitation",
     "fql": "poco_vla.algorithms.one_step:Fql",
+    "mpo": "poco_vla.algorithms.mpo:Mpo",
     "poco": "poco_vla.algorithms.poco:Poco",
     "qc": "poco_vla.algorithms.best_of_n:BestOfN",
     "qc_fql": "poco_vla.algorithms.one_step:QcFql",

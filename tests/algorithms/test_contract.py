@@ -10,6 +10,7 @@ from poco_vla import Algorithm, GlobalBatchRNG, Poco, PocoConfig, propose
 from poco_vla.algorithms import STAGES
 from poco_vla.algorithms.best_of_n import BestOfN, BestOfNConfig
 from poco_vla.algorithms.imitation import Imitation, ImitationConfig
+from poco_vla.algorithms.mpo import Mpo, MpoConfig
 from poco_vla.algorithms.one_step import OneStepConfig, QcFql
 from poco_vla.errors import UnknownNameError
 from poco_vla.noise import micro_batches
@@ -35,7 +36,15 @@ def one_step_of(policy, **options):
     return QcFql(policy, OneStepConfig(**({"critic_hidden": (8,), "hidden": (8,)} | options)), rng())
 
 
-ALL = [poco_of, imitation_of, best_of_n_of, one_step_of]
+def mpo_of(policy, **options):
+    return Mpo(policy, MpoConfig(**({"num_candidates": 3, "critic_hidden": (8,), "hidden": (8,)} | options)), rng())
+
+
+def fixed_mpo_of(policy):
+    return mpo_of(policy, form="fixed", bc_weight=1.0)
+
+
+ALL = [poco_of, imitation_of, best_of_n_of, one_step_of, mpo_of, fixed_mpo_of]
 
 
 def stages_of(algorithm):
@@ -64,6 +73,7 @@ def test_what_a_loss_reads_of_a_batch_is_what_it_says(make):
     policy = ToyPolicy()
     for stage in stages_of(make(policy)):
         one, two = make(policy), make(policy)
+        two.load_state_dict(one.state_dict())
         if one.reads_next(stage):
             continue
         batch = toy_batch(policy)

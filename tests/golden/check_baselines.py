@@ -13,7 +13,9 @@ from pathlib import Path
 
 import baseline_flow_ppo
 import baseline_imitation
+import baseline_mpo
 import baseline_q_chunking
+import baseline_vmpo
 from golden import FormatError, Golden, Numbers, Row, compare
 
 CHECKS: dict[str, Callable[[Golden], Numbers]] = {
@@ -22,7 +24,10 @@ CHECKS: dict[str, Callable[[Golden], Numbers]] = {
     "fql": baseline_q_chunking.fql,
     "qc": baseline_q_chunking.qc,
     "qc_fql": baseline_q_chunking.qc_fql,
+    "mpo": baseline_mpo.mpo,
+    "mpo_poco": baseline_mpo.mpo_poco,
     "reinflow": baseline_flow_ppo.reinflow,
+    "vmpo": baseline_vmpo.vmpo,
 }
 """Beginning of a file's name -> what reproduces it. The longest that fits counts."""
 
