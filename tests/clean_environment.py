@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import tomllib
@@ -106,8 +107,20 @@ def clean_environment(*wanted: str) -> Path:
             python = environment / "bin" / "python"
             uv("venv", "--clear", "--python", sys.executable, environment)
             uv("pip", "install", "--python", python, "--find-links", home / "dist", *pins, *requirements)
+            _copy_compiled(environment)
             (environment / "complete").touch()
     return environment / "bin"
+
+
+def _copy_compiled(environment: Path) -> None:
+    """Copy the compiled files of packages that are here, too: compiling torch and LeRobot takes a minute. Python does
+    not use one whose source has another date or size."""
+    here = Path(sysconfig.get_path("purelib"))
+    there = environment / here.relative_to(sys.prefix)
+    for compiled in here.rglob("__pycache__"):
+        place = there / compiled.relative_to(here)
+        if place.parent.is_dir() and not place.exists():
+            shutil.copytree(compiled, place)
 
 
 def run(command: Path, *arguments, folder: Path, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
