@@ -38,7 +38,7 @@ def bearable(episodes):
 
 @pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
 def test_a_simulators_outlier_is_set_aside_and_the_run_goes_on_to_its_end(mode, tmp_path, data, poisoned):
-    config = small(tmp_path / "run", data) if mode == "synchronous" else beside(tmp_path, data)
+    config = small(tmp_path / "run", data) if mode == "synchronous" else beside(tmp_path, data, online_steps=500)
     trainer = Trainer(config)
     try:
         trainer.run()
@@ -96,7 +96,7 @@ def test_a_run_that_died_of_what_it_recorded_resumes_without_it_and_ends_well(mo
         return found
 
     monkeypatch.setattr(PointmassEnv, "_observation", observation)
-    config = small(tmp_path / "run", data) if mode == "synchronous" else beside(tmp_path, data)
+    config = small(tmp_path / "run", data) if mode == "synchronous" else beside(tmp_path, data, online_steps=500)
     config = replace(config, checkpoint_every=5)
     with monkeypatch.context() as old:
         old.setattr(Admission, "require", lambda *_: None)
