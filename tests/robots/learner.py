@@ -7,9 +7,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-from lerobot_policy_flow_mlp.adapter import FlowMlp
 
 from poco_vla.errors import DataError
 from poco_vla.policy import ActionSpec
@@ -25,8 +25,8 @@ class Twitch:
     """Chunks of 5 small actions; the version of the weights counts how often it was asked."""
 
     def __init__(self, horizon=5, actions=ACTIONS, pause=0.0):
-        self.policy = FlowMlp.tiny()
-        self.policy.spec = ActionSpec(horizon, actions, actions, 5)
+        # All that a server reads of a policy.
+        self.policy = SimpleNamespace(spec=ActionSpec(horizon, actions, actions, 5), names={})
         self.weights_version, self.pause, self.asked = 0, pause, []
 
     def chunks(self, obs, tasks):

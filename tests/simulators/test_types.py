@@ -1,6 +1,7 @@
 """OGBench as a LeRobot environment: reproducible bit for bit, and LeRobot's own factory and semantics hold."""
 
 import hashlib
+import inspect
 import re
 import subprocess
 import sys
@@ -55,14 +56,24 @@ def test_a_seed_repeats_bit_for_bit_after_another_episode_and_in_another_instanc
     assert digest(OGBenchEnv(TASK), 3) == first
 
 
-def test_a_seed_repeats_bit_for_bit_in_a_fresh_process(env):
+@pytest.fixture(scope="module")
+def fresh():
+    """A process that does what `lerobot-eval --env.discover_packages_path` does, and plays one episode."""
     program = (
-        f"import sys; sys.path[:0] = {sys.path!r}\n"
-        "from test_types import OGBenchEnv, TASK, digest\n"
-        "print('digest', digest(OGBenchEnv(TASK), 3))"
+        "import hashlib, numpy as np\n"
+        "from lerobot.configs.parser import load_plugin\n"
+        "from lerobot.envs.configs import EnvConfig\n"
+        "load_plugin('poco_vla.simulators')\n"
+        "print('ogbench' in EnvConfig.get_known_choices())\n"
+        "from poco_vla.simulators.ogbench_gym import OGBenchEnv\n"
+        f"{inspect.getsource(digest)}\n"
+        f"print(digest(OGBenchEnv({TASK!r}), 3))"
     )
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert f"digest {digest(env, 3)}" in out
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_a_seed_repeats_bit_for_bit_in_a_fresh_process(fresh, env):
+    assert fresh[-1] == digest(env, 3)
 
 
 def test_spaces_hold_what_comes_and_goes(env):
@@ -299,15 +310,8 @@ def test_lerobots_registry_knows_ogbench(config):
     assert config.features["agent_pos"].shape == (28,)
 
 
-def test_lerobots_discovery_path_registers_the_type():
-    """What `lerobot-eval --env.discover_packages_path` does, in a fresh process."""
-    program = (
-        "from lerobot.configs.parser import load_plugin\n"
-        "from lerobot.envs.configs import EnvConfig\n"
-        "load_plugin('poco_vla.simulators')\n"
-        "assert 'ogbench' in EnvConfig.get_known_choices()"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
+def test_lerobots_discovery_path_registers_the_type(fresh):
+    assert fresh[-2] == "True"
 
 
 @pytest.fixture(scope="module")
