@@ -327,7 +327,7 @@ def test_a_trained_policy_may_take_on_a_dataset_of_other_sizes(vla, saved, tmp_p
         assert taken.input_keys == (WRIST, OBS_STATE)
         assert (taken.spec.action_dim, taken.feature_dim) == (7, vla.adapter.tiny().feature_dim + 3)
         assert normalised(taken, 4.0) == pytest.approx((1.0, 1.0))
-        check_policy(taken)
+    check_policy(taken)
 
 
 SWAPPED = {FRONT: WRIST, WRIST: FRONT}

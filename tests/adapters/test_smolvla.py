@@ -151,8 +151,22 @@ def test_the_contract():
     assert load_adapter("smolvla") is SmolVla
 
 
-def test_the_contract_at_other_layers(policy):
-    check_policy(policy)
+@pytest.mark.parametrize(
+    "layers",
+    [
+        *("an expert of half the layers", "image tokens and a padded prefix"),
+        *(
+            pytest.param(name, marks=pytest.mark.exhaustive)
+            for name in (
+                "every layer attends to the chunk",
+                "no layer attends to the chunk",
+                "a third of the layers",
+            )
+        ),
+    ],
+)
+def test_the_contract_at_other_layers(layers):
+    check_policy(policy_with(**LAYERS[layers]))
 
 
 def test_what_trains_is_the_expert_and_four_projections_in_float32(tiny):

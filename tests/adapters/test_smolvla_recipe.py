@@ -15,8 +15,9 @@ from poco_vla import load_adapter
 
 pytest.importorskip("ogbench")
 RECIPES = Path(__file__).parents[2] / "recipes"
-STEPS = ("--sft-steps", "4", "--warmup-steps", "3", "--online-steps", "160", "--updates-per-step", "0.06")
-SMALL = (*STEPS, "--log-every", "2", "--demonstrations.episodes", "2", "--eval.episodes", "2")
+STEPS = ("--sft-steps", "4", "--warmup-steps", "3", "--online-steps", "100", "--updates-per-step", "0.1")
+SMALL = (*STEPS, "--log-every", "2", "--env.num-envs", "1", "--env.in-process", "--demonstrations.episodes", "2")
+SMALL += ("--demonstrations.workers", "1", "--eval.episodes", "1")
 # Rays draw these small pictures faster than a CPU's OpenGL, and on every machine.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MUJOCO_GL": "disable"}
 
@@ -54,7 +55,7 @@ def test_the_run_passes_through_every_stage_and_says_so(run):
     assert stages(path) == {"sft", "warmup", "online"}
     for words in ("success after SFT", "success after POCO", "lerobot-eval", "136,832 trained parameters"):
         assert words in shown
-    assert json.loads((path / "result.json").read_text())["env_steps"] >= 160
+    assert json.loads((path / "result.json").read_text())["env_steps"] >= 100
 
 
 def test_the_head_alone_gives_the_exported_policy_again(run):
@@ -76,7 +77,7 @@ def test_lerobots_own_command_runs_the_exported_policy(run, tmp_path):
     _, *arguments = shlex.split(line)
     program = Path(sys.executable).parent / "lerobot-eval"
     run_command([program, *arguments, f"--output_dir={tmp_path}"], path.parent)
-    assert json.loads((tmp_path / "eval_info.json").read_text())["overall"]["n_episodes"] == 2
+    assert json.loads((tmp_path / "eval_info.json").read_text())["overall"]["n_episodes"] == 1
 
 
 def test_another_models_recipe_runs_with_this_adapter_unchanged(run):
