@@ -9,8 +9,8 @@ An algorithm is one module with a few groups of parameters, so most of it is Acc
   FSDP unit (no wrap policy), since adapters call parts of their layers by themselves.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -47,88 +47,64 @@ class Learner:
     apart = False
 
     def __init__(self, accelerator: Accelerator, algorithm: Algorithm, config: OptimConfig) -> None:
-        self.accelerator, self.algorithm, self.config = accelerator, algorithm, config
+        self.accelerator, self.config = accelerator, config
+        self.algorithm = self._learned = algorithm
         self.groups = tuple(group["name"] for group in algorithm.parameter_groups())
         self.module, self.optimizer = accelerator.prepare(algorithm, make_adam(torch.optim.Adam, algorithm, config))
 
-    def update(
-        self,
-        batch: ChunkBatch,
-        phase: Phase,
-        *,
-        micro_batch: MicroBatch | None = None,
-        check_loss: Callable[[Tensor, Metrics], None] = lambda loss, metrics: None,
-        check_norms: Callable[[Metrics], None] = lambda norms: None,
-        changing: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> Loss:
-        """Update the weights by a batch, and return its loss and metrics.
+    def backward(self, batch: ChunkBatch, phase: Phase, micro_batch: MicroBatch) -> Loss:
+        """Compute the gradients of a batch in micro-batches, and return its loss and metrics.
 
         Args:
             batch: this process's part of the global batch.
             phase: whose loss it is.
-            micro_batch: how many transitions are computed at once; all when None.
-            check_loss: is given loss and metrics before the step; when it raises, nothing was changed.
-            check_norms: is given the gradients' norms, which are among the metrics by then, likewise.
-            changing: entered while weights change.
+            micro_batch: how many transitions are computed at once.
         """
-        loss, metrics = self.gradients(batch, phase, micro_batch)
-        check_loss(loss, metrics)
-
-        def check(norms: Metrics) -> None:
-            metrics.update(norms)
-            check_norms(norms)
-
-        with changing():
-            metrics |= self.step(phase, check)
-        return loss, metrics
-
-    def gradients(self, batch: ChunkBatch, phase: Phase, micro_batch: MicroBatch | None = None) -> Loss:
-        """Compute the gradients of a batch, in micro-batches, and return its loss and metrics."""
         noise = self.algorithm.draw_noise(batch, phase)
-        pieces = list(micro_batches(batch, noise, micro_batch(batch, noise, phase) if micro_batch else len(batch)))
+        pieces = list(micro_batches(batch, noise, micro_batch(batch, noise, phase)))
         total, means, names = 0.0, 0.0, []
         for i, (rows, its_noise, share) in enumerate(pieces, start=1):
-            loss, metrics = self._backward(rows, phase, its_noise, share, last=i == len(pieces))
-            total = total + loss * share
+            with self._accumulate(last=i == len(pieces)):
+                loss, metrics = self.module(rows, phase, its_noise)
+                self._backward(loss * share)
+            total = total + loss.detach() * share
             names, means = list(metrics), means + torch.stack(list(metrics.values())) * share
         assert isinstance(total, Tensor)
         assert isinstance(means, Tensor)
         return total, dict(zip(names, means, strict=True))
 
-    def _backward(self, batch: ChunkBatch, phase: Phase, noise: UpdateNoise, share: float, *, last: bool) -> Loss:
-        """Return loss and metrics of a micro-batch; add `share` of its gradient to that of those before it. With the
-        `last` one the gradients of the processes are reduced."""
-        with nullcontext() if last else self.accelerator.no_sync(self.module):
-            loss, metrics = self.module(batch, phase, noise)
-            self.accelerator.backward(loss * share)
-        if not last and is_compiled_module(self.module):  # a graph's next run writes over what this one gave
-            for p in self.algorithm.parameters():
-                p.grad = None if p.grad is None else p.grad.clone()
-        return loss.detach(), metrics
-
-    def measure(self, batch: ChunkBatch, phase: Phase, noise: UpdateNoise) -> None:
-        """Compute loss and gradients of a batch, for their memory alone; `optimizer.zero_grad` drops them."""
-        with self.accelerator.no_sync(self.module):
-            self.accelerator.backward(self.module(batch, phase, noise)[0])
-
-    def step(self, phase: Phase, check: Callable[[Metrics], None] = lambda norms: None) -> Metrics:
-        """Clip each group by itself, step, drop the gradients, and return the norms [] of those that there were.
-
-        `check` is given these norms before the step; when it raises, weights and optimizer are as they were."""
+    def clip(self, phase: Phase) -> Metrics:
+        """Clip the gradients of each group by their own norm, and return the norms [] of the groups that have some."""
         norms: Metrics = {}
         for name, group in zip(self.groups, self.optimizer.param_groups, strict=True):
             if any(p.grad is not None for p in group["params"]):
                 norm = self.accelerator.clip_grad_norm_(group["params"], self.config.max_grad_norm or float("inf"))
                 assert norm is not None
                 norms[f"{name}_grad_norm"] = _whole(norm.detach())
-        check(norms)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self._after_step(phase)
         return norms
 
-    def _after_step(self, phase: Phase) -> None:
-        self.algorithm.after_step(phase)
+    def step(self, phase: Phase) -> None:
+        """Step the optimizer by the clipped gradients, and drop them."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._learned.after_step(phase)
+
+    @contextmanager
+    def _accumulate(self, *, last: bool) -> Iterator[None]:
+        """Enter for loss and gradients of a micro-batch: with the `last` one those of the processes are reduced."""
+        with nullcontext() if last else self.accelerator.no_sync(self.module):
+            yield
+        if not last and is_compiled_module(self.module):  # a graph's next run writes over what this one gave
+            for p in self.algorithm.parameters():
+                p.grad = None if p.grad is None else p.grad.clone()
+
+    def _backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def measure(self, batch: ChunkBatch, phase: Phase, noise: UpdateNoise) -> None:
+        """Compute loss and gradients of a batch, for their memory alone; `optimizer.zero_grad` drops them."""
+        with self.accelerator.no_sync(self.module):
+            self.accelerator.backward(self.module(batch, phase, noise)[0])
 
     def gather(self) -> None:
         """Bring a copy up to date. All processes call this together."""
@@ -155,14 +131,10 @@ class CopiedLearner(Learner):
     safetensors refuses). `algorithm` is a copy that shares what is frozen."""
 
     apart = True
-    _learned: Algorithm
     _pairs: list[tuple[Tensor, Tensor]]
 
     def measure(self, batch: ChunkBatch, phase: Phase, noise: UpdateNoise) -> None:
         raise AssertionError("memory is refused when it is launched")
-
-    def _after_step(self, phase: Phase) -> None:
-        self._learned.after_step(phase)
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -176,7 +148,7 @@ class CopiedLearner(Learner):
 
     def use_copy(self, whole: Algorithm) -> None:
         """Make `whole` the copy; what was given is what learns."""
-        self._learned, self.algorithm = self.algorithm, whole
+        self.algorithm = whole
         pairs = zip(self._learned.parameters(), whole.parameters(), strict=True)
         self._pairs = [(learned, own) for learned, own in pairs if learned is not own]
 

@@ -1,6 +1,7 @@
 """The learner under DeepSpeed ZeRO-2, by the public functions of `deepspeed.utils`. Imported for that backend alone."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class ZeroLearner(CopiedLearner):
     """
 
     def __init__(self, accelerator: Accelerator, algorithm: Algorithm, config: OptimConfig) -> None:
-        self.accelerator, self.algorithm, self.config = accelerator, algorithm.to(accelerator.device), config
+        self.accelerator, self.config = accelerator, config
+        self.algorithm = self._learned = algorithm.to(accelerator.device)
         self.groups = tuple(group["name"] for group in algorithm.parameter_groups())
         whole = copy_sharing_frozen(algorithm)
         unfit = {str(p.dtype) for p in algorithm.parameters() if p.requires_grad and p.dtype != torch.float32}
@@ -44,14 +46,7 @@ class ZeroLearner(CopiedLearner):
         settings |= said  # the configuration outlives this run: the next one checks what the user said
         self.use_copy(whole)
 
-    def _backward(self, batch: ChunkBatch, phase: Phase, noise: UpdateNoise, share: float, *, last: bool) -> Loss:
-        # Not by `accelerator.backward`: that one steps as well, before anybody has looked at the loss.
-        self.module.set_gradient_accumulation_boundary(last)
-        loss, metrics = self.module(batch, phase, noise)
-        self.module.backward(loss * share)
-        return loss.detach(), metrics
-
-    def step(self, phase: Phase, check: Callable[[Metrics], None] = lambda norms: None) -> Metrics:
+    def clip(self, phase: Phase) -> Metrics:
         learning = self.algorithm.trained_groups(phase)
         norms: Metrics = {}
         self._adam.scales = {}
@@ -61,10 +56,19 @@ class ZeroLearner(CopiedLearner):
                 norms[f"{name}_grad_norm"] = norm = torch.stack([g.norm() for g in gradients]).norm()
                 scale = (self.config.max_grad_norm or float("inf")) / (norm + 1e-6)
                 self._adam.scales[id(group)] = scale.clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        check(norms)
-        self.module.step()
-        self._after_step(phase)
         return norms
+
+    def step(self, phase: Phase) -> None:
+        self.module.step()
+        self._learned.after_step(phase)
+
+    @contextmanager
+    def _accumulate(self, *, last: bool) -> Iterator[None]:
+        self.module.set_gradient_accumulation_boundary(last)
+        yield
+
+    def _backward(self, loss: Tensor) -> None:
+        self.module.backward(loss)  # not by Accelerate, which steps as well, before anybody has looked at the loss
 
     def scatter(self) -> None:
         super().scatter()

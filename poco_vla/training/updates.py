@@ -1,8 +1,8 @@
 """Updates: a batch, its loss and gradients in micro-batches, the optimizer's step and the target critic."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from poco_vla.algorithms import Algorithm, Phase, Stage
+from poco_vla.algorithms import Algorithm, Stage
 from poco_vla.checkpointing import checkpoint
 from poco_vla.checkpointing.progress import Progress
 from poco_vla.checkpointing.versions import ReservedVersions
@@ -101,29 +101,26 @@ class Updater:
         phases = self.algorithm.phases(stage, number)
         batch = self.batches.draw(bootstrap=any(map(self.algorithm.reads_next, phases)))
         metrics: Metrics = {}
-        for phase in phases:
-            metrics |= self._step(batch, phase, f"{stage} update {number}", first=phase == phases[0])
+        for i, phase in enumerate(phases):
+            with self._explain_out_of_memory():
+                loss, found = self.learner.backward(batch, phase, self.budget.part)
+                self.finite.see(loss, partial(self._not_finite, f"{stage} update {number}", batch, loss, found))
+                if i == 0:
+                    self.progress.update += 1
+                    self.versions.cover(self.progress.version)
+                with self._changed(apart=False):
+                    norms = self.learner.clip(phase)
+                    found |= norms
+                    self.finite.see_gradients(norms)
+                    self.learner.step(phase)
+            metrics |= found
         self.progress.stage_update += 1
         self.logbook.updated(stage, metrics, bar)
 
-    def _step(self, batch: ChunkBatch, phase: Phase, name: str, *, first: bool) -> Metrics:
-        """Make one optimizer step, of the update `name`, and return its metrics."""
-
-        def check_loss(loss: Tensor, metrics: Metrics) -> None:
-            self.finite.see(loss, partial(self._not_finite, name, batch, loss, metrics))
-            if first:
-                self.progress.update += 1
-                self.versions.cover(self.progress.version)
-
+    @contextmanager
+    def _explain_out_of_memory(self) -> Iterator[None]:
         try:
-            return self.learner.update(
-                batch,
-                phase,
-                micro_batch=self.budget.part,
-                check_loss=check_loss,
-                check_norms=self.finite.see_gradients,
-                changing=partial(self._changed, apart=False),
-            )[1]
+            yield
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"an update of {self.config.optim.batch_size} transitions does not fit {self.accelerator.device}: "
