@@ -22,6 +22,11 @@ def expert_spec(**options):
     return point_spec(kind="ExpertPoint", **options)
 
 
+def ogbench_spec(**options):
+    """OGBench in this process: workers of its own would import it for seconds. The tiny environments have workers."""
+    return EnvSpec(type="ogbench", in_process=True, **options)
+
+
 def wanted(root, episodes=4, **options):
     return DemonstrationConfig(episodes=episodes, root=root, **options)
 
@@ -215,9 +220,10 @@ def test_play_data_need_an_environment_that_has_them(tmp_path):
 
 @pytest.mark.parametrize("kind", ["play", "noisy"])
 def test_play_has_the_tasks_rewards_and_repeats_under_a_seed(tmp_path, kind):
-    spec = EnvSpec(task="scene-singletask-task1-v0")
+    spec = ogbench_spec(task="scene-singletask-task1-v0")
     a, b = (
-        read(ensure_demonstrations(spec, wanted(tmp_path / name, episodes=2, kind=kind, steps=60))) for name in "ab"
+        read(ensure_demonstrations(spec, wanted(tmp_path / name, episodes=2, kind=kind, steps=60, workers=1)))
+        for name in "ab"
     )
     assert_same(a, b)
     assert [len(episode) for episode in a] == [60, 60]
@@ -258,7 +264,7 @@ def test_ogbenchs_expert_is_the_same_under_cameras(tmp_path):
     """Looking on changes nothing: the same actions, the state without the cube, and a picture for each."""
     options = {"episode_length": 120}
     plain, filmed = (
-        ensure_demonstrations(EnvSpec(options=options | seen), wanted(tmp_path, episodes=1))
+        ensure_demonstrations(ogbench_spec(options=options | seen), wanted(tmp_path, episodes=1))
         for seen in ({}, {"cameras": ("wrist",), "image_size": 32})
     )
     (a,), (b,) = read(plain), read(filmed)
@@ -283,8 +289,8 @@ def test_an_expert_that_fails_too_often_gives_up_and_says_why(tmp_path):
 
 
 def test_ogbenchs_expert_solves_cube_single_reproducibly(tmp_path):
-    spec = EnvSpec(type="ogbench", task="cube-single-singletask-task1-v0", options={"episode_length": 120})
-    a, b = (read(ensure_demonstrations(spec, wanted(tmp_path / name, episodes=2))) for name in "ab")
+    spec = ogbench_spec(task="cube-single-singletask-task1-v0", options={"episode_length": 120})
+    a, b = (read(ensure_demonstrations(spec, wanted(tmp_path / name, episodes=2, workers=1))) for name in "ab")
     assert_same(a, b)
     for episode in a:
         assert episode.action.shape == (len(episode), 5)
@@ -295,7 +301,7 @@ def test_ogbenchs_expert_solves_cube_single_reproducibly(tmp_path):
 
 
 def test_the_expert_leaves_numpys_global_generator_alone(tmp_path):
-    spec = EnvSpec(options={"episode_length": 120})
+    spec = ogbench_spec(options={"episode_length": 120})
     np.random.seed(3)
     expected = np.random.random(3)
     np.random.seed(3)
