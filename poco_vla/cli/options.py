@@ -4,7 +4,7 @@ import ast
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import cache
 from inspect import Parameter, getdoc, signature
@@ -68,7 +68,13 @@ def options_of_algorithm(name: str) -> dict[str, Option]:
     """
     from poco_vla.algorithms import load_algorithm  # loads torch
 
-    return options_of_record(load_algorithm(name).config_class)
+    record = load_algorithm(name).config_class
+    about: dict[str, str] = {}
+    for base in reversed(record.__mro__):
+        about |= docs_of(base) if is_dataclass(base) else {}
+    # Options that a record inherits are the algorithm's own as much as the others.
+    found = options_of_record(record)
+    return {name: replace(one, about=about.get(name, one.about), listed=True) for name, one in found.items()}
 
 
 def options_of_env(kind: str) -> dict[str, Option] | None:

@@ -58,9 +58,8 @@ class Logbook:
     ) -> None:
         self.folder, self.accelerator, self.progress, self.every = folder, accelerator, progress, every
         self.written = written
-        self._names: list[str] = []
-        self._sums = torch.zeros(0)
-        self._num_summed = 0
+        self._stage: Stage | None = None
+        self._windows: dict[tuple[str, ...], tuple[Tensor, int]] = {}
         self._ages = (0, 0)
         self._logged = (time.monotonic(), progress.update, progress.env_steps)
         self.beside: Callable[[], Mapping[str, float]] = dict
@@ -70,13 +69,18 @@ class Logbook:
         self._logged = (time.monotonic(), self.progress.update, self.progress.env_steps)
 
     def updated(self, stage: Stage, metrics: Mapping[str, Tensor], bar: Bar) -> None:
-        """An update was made; `metrics` are scalars on its device, fetched only when a line is due."""
+        """An update was made; `metrics` are scalars on its device, fetched only when a line is due.
+
+        Updates of a stage may have other phases, and so other metrics: each name's mean is over the updates that have
+        it.
+        """
+        if self._stage not in (stage, None):
+            self._windows = {}
+        self._stage, names = stage, tuple(metrics)
         values = torch.stack(list(metrics.values()))  # one sum on a GPU instead of one for each name
-        if self._names != list(metrics):
-            self._names, self._num_summed = list(metrics), 0
-        self._sums = self._sums + values if self._num_summed else values
-        self._num_summed += 1
-        if self._num_summed == self.every:
+        sums, count = self._windows.get(names, (values, 0))
+        self._windows[names] = (sums + values if count else values, count + 1)
+        if sum(count for _, count in self._windows.values()) == self.every:
             self._log(stage, bar)
 
     def acted(self, versions: np.ndarray) -> None:
@@ -100,14 +104,19 @@ class Logbook:
 
     def state(self) -> dict[str, Any]:
         """The window that is not full yet, for a checkpoint; `load` takes it back."""
-        sums = dict(zip(self._names, self._sums.tolist(), strict=True))
-        return {"sums": sums, "num_summed": self._num_summed, "ages": self._ages}
+        windows = [[list(names), sums.tolist(), count] for names, (sums, count) in self._windows.items()]
+        return {"stage": self._stage, "windows": windows, "ages": self._ages}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`; lines from after it are dropped, since their updates are run again."""
-        self._names = list(state["sums"])
-        self._sums = torch.tensor(list(state["sums"].values()), device=self.accelerator.device)
-        self._num_summed = state["num_summed"]
+        self._stage = state.get("stage")
+        if "sums" in state:  # a checkpoint from before updates had phases
+            state = {"windows": [[list(state["sums"]), list(state["sums"].values()), state["num_summed"]]], **state}
+        self._windows = {
+            tuple(names): (torch.tensor(sums, device=self.accelerator.device), count)
+            for names, sums, count in state["windows"]
+            if count
+        }
         self._ages = tuple(state["ages"])
         now = self.progress
         self.begin()
@@ -118,10 +127,16 @@ class Logbook:
             self._rewrite("evaluations.jsonl", now.evaluations)
 
     def _log(self, stage: Stage, bar: Bar) -> None:
-        means = self.accelerator.reduce(self._sums.float() / self._num_summed, "mean")
+        totals: dict[str, tuple[Tensor, int]] = {}
+        for names, (sums, count) in self._windows.items():
+            for name, value in zip(names, sums.float(), strict=True):
+                total, counted = totals.get(name, (None, 0))
+                totals[name] = (value if total is None else total + value, counted + count)
+        means = torch.stack([total / count for total, count in totals.values()])
+        means = self.accelerator.reduce(means, "mean")
         assert isinstance(means, Tensor)
-        scalars = dict(zip(self._names, means.tolist(), strict=True))
-        self._num_summed = 0
+        scalars = dict(zip(totals, means.tolist(), strict=True))
+        self._windows = {}
         now = self.progress
         if stage != "sft":
             scalars |= self._acting()
