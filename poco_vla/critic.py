@@ -149,7 +149,7 @@ def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)  # pyright: ignore[reportPrivateImportUsage]
 
 
-class TargetNetwork(nn.Module):
+class TargetNetwork[N: nn.Module](nn.Module):
     """A network whose parameters are an exponential mean of another's, called as that one.
 
     Args:
@@ -159,7 +159,7 @@ class TargetNetwork(nn.Module):
             "before" it, which takes a second copy of the network.
     """
 
-    def __init__(self, online: nn.Module, tau: float, mixes: Literal["after", "before"] = "after") -> None:
+    def __init__(self, online: N, tau: float, mixes: Literal["after", "before"] = "after") -> None:
         super().__init__()
         self.tau = tau
         self.network = deepcopy(online).requires_grad_(False)

@@ -59,6 +59,8 @@ class Algorithm(nn.Module):
     """Name in tables and pictures; that of the class where a subclass gives none."""
     config_class: ClassVar[type[Any]]
     """Frozen dataclass of the algorithm's options."""
+    has_sft: ClassVar[bool] = True
+    """True if supervised fine-tuning of the policy is what the algorithm begins with."""
     has_warmup: ClassVar[bool] = True
     """True if there is something to learn before the actor changes, such as a critic."""
     ranks_candidates: ClassVar[bool] = False
@@ -96,6 +98,12 @@ class Algorithm(nn.Module):
     def online_loss(self, batch: ChunkBatch, noise: Any = None) -> Loss:
         """Return the loss of an online update, likewise."""
         raise NotImplementedError(f"{type(self).__name__} has no online_loss")
+
+    @classmethod
+    def stages(cls) -> tuple[Stage, ...]:
+        """Return the stages in which the algorithm learns."""
+        has = {"sft": cls.has_sft, "warmup": cls.has_warmup, "online": True}
+        return tuple(stage for stage in STAGES if has[stage])
 
     def phases(self, stage: Stage, update: int) -> tuple[Phase, ...]:
         """Return the optimizer steps of an update, in their order; all are computed on its one batch.
@@ -184,7 +192,8 @@ class Algorithm(nn.Module):
             raise ConfigError(
                 f'best_of_n is {config.best_of_n}, but algorithm "{config.algorithm}" has no critic to rank by'
             )
-        return config if cls.has_warmup else replace(config, warmup_steps=0)
+        missing = {f"{stage}_steps": 0 for stage in STAGES if stage not in cls.stages()}
+        return replace(config, **missing)
 
     def prepare_online(self, demonstrations: Iterable[ChunkBatch], rng: GlobalBatchRNG) -> str | None:
         """Prepare the online stage after SFT, as a calibration does, and return a line for the user.

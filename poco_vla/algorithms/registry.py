@@ -11,11 +11,15 @@ from poco_vla.errors import ConfigError, UnknownNameError
 GROUP = "poco_vla.algorithms"
 BUILT_IN = {
     "bc": "poco_vla.algorithms.imitation:Imitation",
+    "dsrl": "poco_vla.algorithms.noise_steering:Dsrl",
+    "expo": "poco_vla.algorithms.edit:Expo",
     "fql": "poco_vla.algorithms.one_step:Fql",
     "mpo": "poco_vla.algorithms.mpo:Mpo",
     "poco": "poco_vla.algorithms.poco:Poco",
     "qc": "poco_vla.algorithms.best_of_n:BestOfN",
     "qc_fql": "poco_vla.algorithms.one_step:QcFql",
+    "rlpd": "poco_vla.algorithms.rlpd:Rlpd",
+    "rlpd_ac": "poco_vla.algorithms.rlpd:RlpdAc",
 }
 """Name -> class of the library's own, which need no entry point."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poco_vla.algorithms import STAGES, Algorithm, Phase, Stage
+from poco_vla.algorithms import Algorithm, Phase
 from poco_vla.bugs import place_of
 from poco_vla.errors import AlgorithmError
 from poco_vla.noise import GlobalBatchRNG, micro_batches
@@ -105,8 +105,8 @@ class _Probe:
 
     def phases(self, algorithm: Algorithm) -> list[Phase]:
         """Return every phase that a run has, each once."""
-        stages: list[Stage] = [stage for stage in STAGES if algorithm.has_warmup or stage != "warmup"]
-        found = [phase for stage in stages for update in range(UPDATES) for phase in algorithm.phases(stage, update)]
+        stages, updates = algorithm.stages(), range(UPDATES)
+        found = [phase for stage in stages for update in updates for phase in algorithm.phases(stage, update)]
         return list(dict.fromkeys(found))
 
     def gap(self, found: Tensor, expected: Tensor) -> float:

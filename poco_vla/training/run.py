@@ -12,7 +12,7 @@ from poco_vla.checkpointing import checkpoint
 from poco_vla.checkpointing.progress import Progress
 from poco_vla.checkpointing.provenance import Provenance
 from poco_vla.checkpointing.versions import ReservedVersions
-from poco_vla.config import EnvSpec, TrainConfig, to_json, to_scalars
+from poco_vla.config import EnvSpec, TrainConfig, differences, to_json, to_scalars
 from poco_vla.data import BatchSource, Episode, Replay
 from poco_vla.learner.accelerator import learner_of, open_accelerator
 from poco_vla.learner.backends import Learner
@@ -131,8 +131,9 @@ def build(config: TrainConfig) -> TrainingRun:
         torch.set_num_threads(config.num_threads)
     refuse_unknown_trackers(config.trackers)
     check_options(load_adapter(config.adapter), config.policy_options, pretrained=config.policy is not None)
-    config = load_algorithm(config.algorithm).fit(config)
+    asked, config = config, load_algorithm(config.algorithm).fit(config)
     options_of(config)  # they are checked before anything is opened
+    fitted = "; ".join(differences(asked, config))
     accelerator = open_accelerator(config)
     precision = launched_precision(config)
     told = precision_told(config, precision)
@@ -153,6 +154,8 @@ def build(config: TrainConfig) -> TrainingRun:
         accelerator.wait_for_everyone()  # the main process has put the folder in order
         with failures.watch():
             refuse_to_overwrite(config)
+            if fitted:
+                display.say(f'algorithm "{config.algorithm}" changes the run: {fitted}')
             if told is not None:
                 display.say(told)
             try:

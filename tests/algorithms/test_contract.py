@@ -7,7 +7,6 @@ import torch
 from toy_policies import ToyPolicy, toy_batch
 
 from poco_vla import Algorithm, GlobalBatchRNG, Poco, PocoConfig, propose
-from poco_vla.algorithms import STAGES
 from poco_vla.algorithms.best_of_n import BestOfN, BestOfNConfig
 from poco_vla.algorithms.imitation import Imitation, ImitationConfig
 from poco_vla.algorithms.mpo import Mpo, MpoConfig
@@ -48,7 +47,7 @@ ALL = [poco_of, imitation_of, best_of_n_of, one_step_of, mpo_of, fixed_mpo_of]
 
 
 def stages_of(algorithm):
-    return [stage for stage in STAGES if algorithm.has_warmup or stage != "warmup"]
+    return algorithm.stages()
 
 
 @pytest.mark.parametrize("make", [*ALL, lambda policy: poco_of(policy, warmup_bc=True)])

@@ -11,22 +11,28 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import baseline_dsrl
 import baseline_flow_ppo
 import baseline_imitation
 import baseline_mpo
 import baseline_q_chunking
+import baseline_rlpd
 import baseline_vmpo
 from golden import FormatError, Golden, Numbers, Row, compare
 
 CHECKS: dict[str, Callable[[Golden], Numbers]] = {
     "bc": baseline_imitation.bc,
     "dppo": baseline_flow_ppo.dppo,
+    "dsrl": baseline_dsrl.dsrl,
+    "dsrl_sac": baseline_dsrl.dsrl,
     "fql": baseline_q_chunking.fql,
     "qc": baseline_q_chunking.qc,
     "qc_fql": baseline_q_chunking.qc_fql,
     "mpo": baseline_mpo.mpo,
     "mpo_poco": baseline_mpo.mpo_poco,
     "reinflow": baseline_flow_ppo.reinflow,
+    "rlpd": baseline_rlpd.rlpd,
+    "rlpd_ac": baseline_rlpd.rlpd_ac,
     "vmpo": baseline_vmpo.vmpo,
 }
 """Beginning of a file's name -> what reproduces it. The longest that fits counts."""
