@@ -9,7 +9,7 @@ A checkpoint is a folder ``checkpoints/<update>``:
     state.json             stage, step counts, numpy generators, seeds of the running episodes, recorded parts, and
                            size and checksum of the other files
     config.json            the run's configuration
-    good_head.safetensors  the head that the collapse guard would go back to
+    good_head.safetensors  the head that the collapse guard would go back to, and networks that act beside the policy
 
 The frozen backbone is not in it: the base model is loaded again.
 """

@@ -50,6 +50,8 @@ class Push:
             table.add_row(name, f"{size:,}")
         table.add_row("in all", f"{sum(pushed.files.values()):,}", style="bold")
         console.print(table)
+        if pushed.note is not None:
+            console.print(pushed.note)
         where = f"{pushed.repo_id} ({'private' if pushed.private else 'public'})"
         if pushed.url is None:
             console.print(pushed.card, f"\nnothing was uploaded; this would go to {where}")

@@ -20,7 +20,7 @@ class Eval:
     """Success rate of an exported policy."""
 
     policy: Annotated[str, tyro.conf.Positional]
-    """Folder or Hub id of a policy or a head; a run's folder is its last policy."""
+    """Folder or Hub id of a policy or a head, which acts by plain samples; a run's folder acts as the run did."""
     adapter: str | None = None
     """Adapter that wraps it. Left out: the one that its folder or repository names."""
     base: str | None = None
@@ -41,9 +41,10 @@ class Eval:
         """Print the success rate."""
         from poco_vla.evaluation import evaluate
 
-        policy = _policy_of(self)
-        env = _env_of(self, policy.about)
-        result = evaluate(policy.load(), env, episodes=self.episodes, seed=self.seed)
+        found = _policy_of(self)
+        env = _env_of(self, found.about)
+        acting, trained = _acting(self, found)
+        result = evaluate(acting, env, episodes=self.episodes, seed=self.seed, trained=trained)
         SafeConsole().print(f"success {result.success} of {self.episodes} episodes")
 
 
@@ -52,7 +53,7 @@ class Serve:
     """A policy for robots elsewhere, by openpi's websocket protocol."""
 
     policy: Annotated[str, tyro.conf.Positional]
-    """Folder or Hub id of a policy or a head; a run's folder is its last policy."""
+    """Folder or Hub id of a policy or a head, which acts by plain samples; a run's folder acts as the run did."""
     adapter: str | None = None
     """Adapter that wraps it. Left out: the one that its folder or repository names."""
     base: str | None = None
@@ -83,16 +84,18 @@ class Serve:
         """Answer until Ctrl-C."""
         from poco_vla.hub.rate import rate_of
         from poco_vla.rollout import Actor
+        from poco_vla.rollout.actor import UNTRAINED
         from poco_vla.serving.access import read_token
         from poco_vla.serving.requests import read_observation_features
         from poco_vla.serving.server import PolicyServer
 
         found = _policy_of(self)
         fps = rate_of(self.policy, self.revision) if self.fps is None else self.fps
-        policy = found.load()
+        acting, trained = _acting(self, found)
+        actor = Actor(acting, self.seed, 1 if trained else UNTRAINED)
         server = PolicyServer(
-            Actor(policy, self.seed),
-            read_observation_features(str(found.folder), policy.input_keys),
+            actor,
+            read_observation_features(str(found.folder), actor.policy.input_keys),
             adapter=found.adapter,
             fps=fps,
             host=self.host,
@@ -139,6 +142,21 @@ def _policy_of(command: Eval | Serve) -> _Policy:
     name = command.adapter or _run_of(command.policy, "by which adapter, with --adapter").get("adapter", "flow_mlp")
     adapter = load_adapter(name)
     return _Policy(name, source.folder, about, lambda: adapter.from_pretrained(source.name, **options))
+
+
+def _acting(command: Eval | Serve, found: _Policy) -> tuple[Any, bool]:
+    """Return what acts, and True unless it is an algorithm that was not trained beyond warm-up: a run's algorithm where
+    its folder is given, or a policy by itself. Say where that acts otherwise than its run did."""
+    from poco_vla.hub.acting import load_acting
+    from poco_vla.hub.places import RESULT
+    from poco_vla.report.commands import acting_note
+
+    run = Path(command.policy).expanduser()
+    if (run / RESULT).is_file():
+        return load_acting(run, found.load())
+    if note := acting_note(found.about):
+        SafeConsole().print(note)
+    return found.load(), True
 
 
 def _env_of(command: Eval, about: Mapping[str, Any]) -> EnvSpec:

@@ -144,8 +144,10 @@ def stage(
                 "base": head.to_json()["base"] if head and head.revision else None,
                 "horizon": config["horizon"],
             }
-        told |= {key: value for key, value in read_about(source).items() if key == "names"}
+        told |= {name: value for name, value in read_about(source).items() if name in ("names", "title", "acts_with")}
     if critic:
+        if (name := config.get("algorithm", "poco")) != "poco":
+            raise HubError(f'--critic is for the critic of POCO, and {run} was trained by "{name}": leave it out')
         told["critic"] = _put_critic(run, result, config["poco"], folder)
     if (run / PLOT).is_file():
         check_inside(run / PLOT, run)

@@ -89,7 +89,8 @@ def _title(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
     imitated = bool(about["training"]["sft_steps"])
     if about["results"]["env_steps"]:
         stages = "it imitated demonstrations, then practised" if imitated else "it practised, without imitation before"
-        how = f"trained by [POCO]({PAPER}) with poco_vla: {stages}."
+        title = title_of(about)
+        how = f"trained by {f'[{title}]({PAPER})' if title == 'POCO' else title} with poco_vla: {stages}."
     elif imitated:
         how = "trained on demonstrations with poco_vla; it has not practised."
     else:
@@ -121,15 +122,21 @@ def _success(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str
     yield ""
     yield "| Policy | success | 95 % interval | episodes | environment steps |"
     yield "|---|---|---|---|---|"
-    practised = bool(results["env_steps"])
+    practised, title = bool(results["env_steps"]), title_of(artifact.about)
     first = "supervised fine-tuning" if artifact.about["training"]["sft_steps"] else "weights as they were loaded"
     yield _row(f"before: {first}" if practised else first, results["before"])
     if practised and results["which"] == "best":
-        yield _row("after: POCO, best evaluation", results["best"])
+        yield _row(f"after: {title}, best evaluation", results["best"])
     elif practised:
-        yield _row("after: POCO", results["after"])
+        yield _row(f"after: {title}", results["after"])
     yield ""
-    yield f"Plain samples, chunks executed open loop, Wilson's intervals; one training run, seed {results['seed']}."
+    from poco_vla.report.commands import acting_note  # its package loads pandas
+
+    note = acting_note(artifact.about)
+    samples = f"Before: plain samples; after: as {title} acts" if note else "Plain samples"
+    yield f"{samples}, chunks executed open loop, Wilson's intervals; one training run, seed {results['seed']}."
+    if note:
+        yield note
     if results["which"] == "best":
         yield (
             f"This is the best of {results['evaluations']} evaluations, picked after the fact: expect somewhat less."
@@ -270,6 +277,12 @@ def _data(about: Mapping[str, Any]) -> str:
 def _task(env: Mapping[str, Any]) -> str:
     """Return the task's name; its environment type's where it has none."""
     return str(env["task"] or env["type"])
+
+
+def title_of(about: Mapping[str, Any]) -> str:
+    """Return the name of the algorithm that trained what a poco.json tells of."""
+    name = about["algorithm"]["name"]
+    return about.get("title") or ("POCO" if name == "poco" else name)
 
 
 def _figures(about: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -8,7 +8,7 @@ from poco_vla.errors import HubError
 from poco_vla.files import write_json
 from poco_vla.hub.artifact import copy_described, head_in, put_weights
 from poco_vla.hub.fetch import load_head, located
-from poco_vla.hub.rate import FPS, note_rate
+from poco_vla.hub.rate import note_run, noted_in
 from poco_vla.pretrained.heads import ABOUT, base_of, head_folder, read_about
 
 
@@ -45,8 +45,7 @@ def export_policy(
         )  # with another base, this says whether it is the same model
         if form == "policy":
             policy.save_pretrained(path)
-            if isinstance(fps := read_about(found.folder).get(FPS), int | float):
-                note_rate(path, fps)
+            note_run(path, noted_in(read_about(found.folder)))
             return path
     about, head = read_about(found.folder), head_in(found.folder)
     if head is None:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from poco_vla.errors import HubError, PocoError
 from poco_vla.files import write_json
 from poco_vla.hub.artifact import CARD, Artifact, Dtype, Form, Which, check_portable, head_in, source_folder, stage
-from poco_vla.hub.card import Licence, model_card
+from poco_vla.hub.card import Licence, model_card, title_of
 from poco_vla.pretrained.heads import ABOUT, Head, read_about, sha256_of
 from poco_vla.pretrained.sources import content_of, weights_in
 from poco_vla.registry import load_adapter
@@ -37,6 +37,7 @@ class Pushed:
         card: the model card.
         revision: the commit; None for a dry run.
         url: of the commit; None for a dry run.
+        note: a sentence where plain samples of the policy are not how its run acted.
     """
 
     repo_id: str
@@ -45,6 +46,7 @@ class Pushed:
     card: str
     revision: str | None = None
     url: str | None = None
+    note: str | None = None
 
 
 def push_head(
@@ -88,6 +90,7 @@ def push_head(
         DataError: `run` is not the folder of a finished run.
     """
     from poco_vla.report import read_result  # loads pandas
+    from poco_vla.report.commands import acting_note
 
     run, api = Path(run), HfApi(token=token)
     _check_name(repo_id)
@@ -111,13 +114,14 @@ def push_head(
                 f"{repo_id} exists and holds what was trained already: choose another name, or add a commit to it with "
                 "--update"
             )
+        note = acting_note(artifact.about, str(run))
         card = model_card(artifact, repo_id, _licence(api, artifact, license))
         (folder / CARD).write_text(card)
         check_portable(folder, token=token)
         if dry_run:
-            return Pushed(repo_id, place.private, artifact.files(), card)
+            return Pushed(repo_id, place.private, artifact.files(), card, note=note)
         commit = _commit(api, repo_id, artifact, place)
-        return Pushed(repo_id, place.private, artifact.files(), card, commit.oid, str(commit.commit_url))
+        return Pushed(repo_id, place.private, artifact.files(), card, commit.oid, str(commit.commit_url), note)
 
 
 def _commit(api: HfApi, repo_id: str, artifact: Artifact, place: "_Place") -> CommitInfo:
@@ -125,7 +129,8 @@ def _commit(api: HfApi, repo_id: str, artifact: Artifact, place: "_Place") -> Co
     files = artifact.files()
     adds = [CommitOperationAdd(name, artifact.folder / name) for name in files]
     stale = [CommitOperationDelete(name) for name in place.pushed if name not in files]
-    title = f"{'LoRA' if artifact.about['weights']['lora'] else artifact.form.capitalize()} trained by POCO"
+    about = artifact.about
+    title = f"{'LoRA' if about['weights']['lora'] else artifact.form.capitalize()} trained by {title_of(about)}"
     with _told("the same command goes on where it broke off: what arrived is not sent again, and no half is ever seen"):
         parent = place.commit or _made(api, repo_id, place.private)
         return api.create_commit(repo_id, [*adds, *stale], commit_message=title, parent_commit=parent)

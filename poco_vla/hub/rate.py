@@ -1,6 +1,7 @@
-"""The control rate that a policy was trained for: it travels with the policy, in poco.json."""
+"""What a policy's run notes beside it, in poco.json: the control rate that it was trained for, and how the run acts."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,21 @@ FPS = "fps"
 """Name of the rate in poco.json and result.json, in control steps per second."""
 
 
-def note_rate(folder: Path, fps: int | float) -> None:
-    """Put the rate into the poco.json of a policy that was just saved; a policy that has none is left as it is."""
+NOTED = (FPS, "title", "acts_with")
+"""Names in poco.json of what a run notes: the rate, the algorithm's title, and the networks beside the policy that it
+acts with, where plain samples of the policy are not how it acts."""
+
+
+def note_run(folder: Path, noted: Mapping[str, Any]) -> None:
+    """Put some of `NOTED` into the poco.json of a policy that was just saved; a policy without that file is left as it
+    is."""
     if about := read_about(folder):
-        write_json(folder / ABOUT, about | {FPS: fps})
+        write_json(folder / ABOUT, {**about, **noted})
+
+
+def noted_in(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a policy's run has noted in its poco.json."""
+    return {name: about[name] for name in NOTED if name in about}
 
 
 def rate_of(policy: str, revision: str | None = None) -> float:

@@ -9,7 +9,7 @@ An algorithm is one module with a few groups of parameters, so most of it is Acc
   FSDP unit (no wrap policy), since adapters call parts of their layers by themselves.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any
@@ -120,10 +120,11 @@ class Learner:
         """Take `optimizer_state` of any backend back."""
         self.optimizer.load_state_dict(state)
 
-    def forget_actor(self) -> None:
-        """The actor's optimizer state begins anew."""
-        for parameter in self.optimizer.param_groups[0]["params"]:
-            self.optimizer.state.pop(parameter, None)
+    def forget(self, groups: Collection[str]) -> None:
+        """Let the optimizer state of some groups begin anew."""
+        for name, group in zip(self.groups, self.optimizer.param_groups, strict=True):
+            for parameter in group["params"] if name in groups else ():
+                self.optimizer.state.pop(parameter, None)
 
 
 class CopiedLearner(Learner):

@@ -1,6 +1,6 @@
 """The learner under DeepSpeed ZeRO-2, by the public functions of `deepspeed.utils`. Imported for that backend alone."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,8 +98,10 @@ class ZeroLearner(CopiedLearner):
                 }
                 self._adam.state[self._flat(i)] = {"step": steps.max().to(self.accelerator.device), **moments}
 
-    def forget_actor(self) -> None:
-        self._adam.state.pop(self._flat(0), None)
+    def forget(self, groups: Collection[str]) -> None:
+        for i, name in enumerate(self.groups):
+            if name in groups:
+                self._adam.state.pop(self._flat(i), None)
 
     def _flat(self, group: int) -> Tensor:
         """Return this process's part of a group, laid end to end: what Adam steps."""

@@ -65,3 +65,19 @@ def _is_one_file(module: str) -> bool:
 def shown(value: object) -> str:
     """Return a configuration's value as people write it."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def acting_note(about: Mapping[str, Any], run: str = "RUN") -> str | None:
+    """Return a sentence on a policy whose plain samples are not how its run acted; None where they are.
+
+    Args:
+        about: result.json of the run, or poco.json of the policy.
+        run: the run's folder.
+    """
+    beside = about.get("acts_with")
+    if not beside:
+        return None
+    return (
+        f"Plain samples of this policy are not how it was trained to act: {about['title']} acts with networks beside "
+        f"it ({', '.join(beside)}), which the run's checkpoints hold. `poco-vla eval {run}` acts with them."
+    )

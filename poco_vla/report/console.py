@@ -12,11 +12,12 @@ from rich.console import Group as Lines
 from rich.table import Table
 from rich.text import Text
 
+from poco_vla.report.commands import acting_note
 from poco_vla.report.curves import write_curve
 from poco_vla.report.plots import draw_curves
 from poco_vla.report.runs import RunRecord, eval_command, read_result, read_run
 
-COLUMNS: tuple[str, ...] = ("run", "seed", "SFT", "after POCO", "gain", "steps", "updates", "time")
+COLUMNS: tuple[str, ...] = ("run", "seed", "SFT", "after", "gain", "steps", "updates", "time")
 SPARED: tuple[str, ...] = ("updates", "time", "steps", "seed")
 """Columns that a narrow terminal leaves out, the first ones first."""
 NAME_WIDTH = 16
@@ -37,6 +38,8 @@ def finish(run: Path, console: Console) -> None:
     console.print(f"policy          {run / result['policy']}")
     if best := result.get("best"):
         console.print(f"best evaluation {run / best['policy']}  {_rate(best)} at {best['env_steps']:,} steps")
+    if note := acting_note(result, str(run)):
+        console.print(f"\n{note}")
     command = eval_command(run)
     if command:
         console.print(f"\nLeRobot evaluates it with:\n\n  {command}\n")
@@ -45,10 +48,11 @@ def finish(run: Path, console: Console) -> None:
 def result_table(runs: Sequence[Path]) -> RenderableType:
     """Return a table of success before and after with 95 % intervals, steps and wall time, one row per run, and below
     it how far those are that did not end. A narrow terminal leaves out updates, time and steps, never success."""
-    rows, notes = [], []
+    rows, notes, titles = [], [], set()
     for path, name in zip(runs, _names(runs), strict=True):
         run = read_run(path)
         result = run.result
+        titles.add(run.title)
         notes += [] if run.finished else [Text(f"{name} (seed {result['seed']}): {_so_far(run)}")]
         before, after = result["before"], result["after"]
         minutes, seconds = divmod(round(result["seconds"]), 60)
@@ -63,14 +67,20 @@ def result_table(runs: Sequence[Path]) -> RenderableType:
             f"{minutes}:{seconds:02d}",
         )
         rows.append(dict(zip(COLUMNS, cells, strict=True)))
-    return Lines(_ResultTable(rows), *notes)
+    return Lines(_ResultTable(rows, f"after {titles.pop()}" if len(titles) == 1 else "after"), *notes)
 
 
 @dataclass(frozen=True)
 class _ResultTable:
-    """Rows of :func:`result_table`, which take the columns that fit the terminal."""
+    """Rows of :func:`result_table`, which take the columns that fit the terminal.
+
+    Attributes:
+        rows: cells by column.
+        after: heading of the column "after".
+    """
 
     rows: Sequence[Mapping[str, str]]
+    after: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(
@@ -83,7 +93,7 @@ class _ResultTable:
         shown = self._fitting(options.max_width)
         table.add_column("run", overflow="fold")
         for name in shown[1:]:
-            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(self._heading(name), justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(*(Text(row[name]) for name in shown))
         yield table
@@ -96,9 +106,12 @@ class _ResultTable:
 
     def _width(self, names: Sequence[str]) -> int:
         """Return the width of these columns, with a readable part of the runs' names."""
-        widest = [max(len(name), *(len(row[name]) for row in self.rows)) for name in names[1:]]
+        widest = [max(len(self._heading(name)), *(len(row[name]) for row in self.rows)) for name in names[1:]]
         folder = min(NAME_WIDTH, max(len(row["run"]) for row in self.rows))
         return folder + sum(widest) + 2 * len(names) + 2
+
+    def _heading(self, column: str) -> str:
+        return self.after if column == "after" else column
 
 
 def _so_far(run: RunRecord) -> str:

@@ -31,10 +31,10 @@ MAX_VIDEO_BYTES = 20_000_000
 VIDEOS = {
     "failure_before": "after SFT, a failure",
     "success_before": "after SFT, a success",
-    "failure_after": "after POCO, a failure",
-    "success_after": "after POCO, a success",
+    "failure_after": "after {title}, a failure",
+    "success_after": "after {title}, a success",
 }
-"""Names of a run's videos, and what they show."""
+"""Names of a run's videos, and what they show; {title} is its algorithm's."""
 Rate = tuple[float, float, float]
 """Mean, lower and upper end, in 0..1."""
 Videos = Mapping[Path, bytes | None]
@@ -96,7 +96,8 @@ def _template() -> Template:
 
 def _title(groups: Sequence[Group]) -> str:
     tasks = list(dict.fromkeys(group.task for group in groups))
-    return f"POCO on {tasks[0]}" if len(tasks) == 1 else f"POCO on {len(tasks)} tasks"
+    titles = ", ".join(dict.fromkeys(group.title for group in groups))
+    return f"{titles} on {tasks[0]}" if len(tasks) == 1 else f"{titles} on {len(tasks)} tasks"
 
 
 def _section(group: Group, videos: Videos) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def _key(group: Group) -> list[tuple[str, str]]:
     assert curve is not None
     single = len(group.runs) == 1
     said = [
-        ("poco", f"POCO{'' if single else ', mean over seeds'}; band: {curve.label}"),
+        ("poco", f"{group.title}{'' if single else ', mean over seeds'}; band: {curve.label}"),
         ("thin", f"training episodes, average of {WINDOW}" if single else "single seeds"),
     ]
     if group.unfinished and not single:
@@ -209,7 +210,7 @@ def _chosen_videos(groups: Sequence[Group], budget: int) -> Videos:
 
 def _run_videos(run: RunRecord, videos: Videos) -> dict[str, Any] | None:
     """Return a run's videos, and which are left out or lacking; None where it has none."""
-    paths = {run.path / f"{name}.mp4": words for name, words in VIDEOS.items()}
+    paths = {run.path / f"{name}.mp4": words.format(title=run.title) for name, words in VIDEOS.items()}
     here = {path: words for path, words in paths.items() if path in videos}
     if not here:
         return None

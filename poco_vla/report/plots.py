@@ -141,7 +141,7 @@ def draw_group(axes: Axes, group: Group, others: Mapping[str, Curve]) -> None:
     labels = _draw_published(axes, others, end)
     _draw_seeds(axes, group)
     if curve is not None:
-        labels.append(_draw_mean(axes, curve))
+        labels.append(_draw_mean(axes, curve, group.title))
     axes.set(xlim=(0, end * 1.005), ylim=(-0.02, 1.03))
     axes.set_xlabel("environment steps", color=COLOURS["muted"], fontsize=11)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
@@ -182,7 +182,7 @@ def _draw_seeds(axes: Axes, group: Group) -> None:
         draw(run, "training", ":", 0.8)
 
 
-def _draw_mean(axes: Axes, curve: Curve) -> Label:
+def _draw_mean(axes: Axes, curve: Curve, title: str) -> Label:
     blue = COLOURS["poco"]
     if len(curve.steps) > 1:
         axes.fill_between(curve.steps, curve.low, curve.high, color=blue, alpha=0.14, linewidth=0, zorder=3)
@@ -199,7 +199,7 @@ def _draw_mean(axes: Axes, curve: Curve) -> Label:
         zorder=5,
         clip_on=False,
     )
-    return float(curve.mean[-1]), f"POCO {100 * curve.mean[-1]:.0f} %", "poco"
+    return float(curve.mean[-1]), f"{title} {100 * curve.mean[-1]:.0f} %", "poco"
 
 
 def _write_labels(axes: Axes, labels: Sequence[Label]) -> None:

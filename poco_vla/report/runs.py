@@ -180,6 +180,12 @@ class RunRecord:
         return str(env["task"] or env["type"]) if env else "no environment"
 
     @property
+    def title(self) -> str:
+        """Return the name of the run's algorithm; of an unfinished run as the command line has it."""
+        name = self.config.get("algorithm", "poco")
+        return str(self.result.get("title") or ("POCO" if name == "poco" else name))
+
+    @property
     def latest(self) -> dict[str, Any] | None:
         """Return the run's last evaluation so far."""
         return self.result["evaluations"][-1] if self.result["evaluations"] else None
@@ -237,6 +243,11 @@ class Group:
     @property
     def task(self) -> str:
         return self.runs[0].task
+
+    @property
+    def title(self) -> str:
+        """Return the name of its runs' algorithm."""
+        return self.runs[0].title
 
     @property
     def warmup_steps(self) -> int:

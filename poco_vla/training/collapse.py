@@ -24,7 +24,7 @@ class CollapseRecovery:
         updater: of the head.
 
     Attributes:
-        good_head: parameters of the last good head, by name.
+        good_head: parameters of the last good head by name, and those of the networks that acted beside the policy.
     """
 
     def __init__(self, context: RunContext, guard: CollapseGuard, updater: Updater) -> None:
@@ -66,17 +66,19 @@ class CollapseRecovery:
             )
 
     def keep_head(self) -> None:
-        """Keep the present head, should a later one collapse; on disk too, for a resumed run."""
+        """Keep the present head and the networks that act beside the policy, should they collapse later; on disk too,
+        for a resumed run."""
         if self.config.guard.action != "off" and self.config.online_steps:
             self.updater.gather()
-            self.good_head = {name: p.detach().cpu().clone() for name, p in self.updater.head_parameters().items()}
+            self.good_head = {name: p.detach().cpu().clone() for name, p in self.updater.acting_parameters().items()}
             if self.accelerator.is_main_process:
                 save = partial(checkpoint.save_good_head, self.folder.path, self.good_head)
                 self.folder.write("the head of the collapse guard", save)
 
     def restore_head(self) -> None:
-        """Put the last good head back; its optimizer state begins anew."""
-        self.updater.put_head(self.good_head)
+        """Put the last good head back, and with it the networks that act beside the policy; their optimizer state
+        begins anew."""
+        self.updater.put_acting(self.good_head)
 
     def state(self) -> dict[str, Any]:
         """Return nothing: the head is a file in the run's folder, which a checkpoint links."""

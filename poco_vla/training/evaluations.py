@@ -1,6 +1,6 @@
 """Evaluations of a run: episodes on the main process, their figures, videos, and the best policy so far."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from poco_vla.algorithms import Algorithm
 from poco_vla.data import Episode
 from poco_vla.errors import SimulatorError
 from poco_vla.evaluation import EvalResult, EvaluationStopped, evaluate
-from poco_vla.hub.rate import note_rate
+from poco_vla.hub.rate import note_run
 from poco_vla.rollout import EnvPool
 from poco_vla.rollout.video import write_episode_video
 from poco_vla.training.context import RunContext
@@ -33,6 +33,15 @@ class Evaluations:
         self.algorithm, self.envs, self.fps, self.outlook = algorithm, envs, fps, outlook
         self.config, self.progress, self.display = context.config, context.progress, context.display
         self.folder, self.interruption, self.logbook = context.folder, context.interruption, context.logbook
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Return what result.json and an exported policy note: the rate, the algorithm, and the networks beside the
+        policy that it acts with, once it does."""
+        config, beside = self.config, list(self.algorithm.acts_with(1))
+        trained = self.progress.update > config.sft_steps + config.warmup_steps
+        about = {"fps": self.fps, "title": self.algorithm.title}
+        return about | ({"acts_with": beside} if beside and trained else {})
 
     @property
     def is_due(self) -> bool:
@@ -81,7 +90,7 @@ class Evaluations:
         policy = self.algorithm.policy
         save = policy.save_pretrained if policy.base is None else policy.save_head
         self.display.say(f"writing the best policy so far to {self.folder.path / 'best'}")
-        self.folder.write("the best policy", partial(export, save, self.folder.path / "best", self.fps))
+        self.folder.write("the best policy", partial(export, save, self.folder.path / "best", self.about))
         self.progress.best = figures | {"policy": "best"}
 
     def _write_videos(self, episodes: Sequence[Episode], when: str) -> None:
@@ -98,7 +107,7 @@ class Evaluations:
                     self.display.say(f"{path.name} is not written: {error}")
 
 
-def export(save: Callable[[Path], None], folder: Path, fps: int) -> None:
-    """Let `save` write a policy or a head, and note the rate of its demonstrations beside it."""
+def export(save: Callable[[Path], None], folder: Path, about: Mapping[str, Any]) -> None:
+    """Let `save` write a policy or a head, and note beside it the rate of its demonstrations and how its run acts."""
     save(folder)
-    note_rate(folder, fps)
+    note_run(folder, about)

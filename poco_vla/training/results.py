@@ -43,15 +43,15 @@ def finish(run: TrainingRun) -> TrainResult:
     """Export the policy, write result.json and the report, and return what they say."""
     context, policy = run.context, run.policy
     now, folder = context.progress, context.folder
-    policy_dir, fps = folder.path / "policy", run.data.info.fps
+    policy_dir, about = folder.path / "policy", run.evaluations.about
     rates = [SuccessRate(e["successes"], e["episodes"], e["mean_length"]) for e in now.evaluations]
     before, after = (rates[0], rates[-1]) if rates else (None, None)
     run.updater.gather()
     if context.accelerator.is_main_process:
         context.display.say(f"writing the final policy to {policy_dir}")
-        folder.write("the final policy", partial(export, policy.save_pretrained, policy_dir, fps))
+        folder.write("the final policy", partial(export, policy.save_pretrained, policy_dir, about))
         if policy.base is not None:
-            folder.write("the final head", partial(export, policy.save_head, folder.path / "head", fps))
+            folder.write("the final head", partial(export, policy.save_head, folder.path / "head", about))
         folder.write_json("result.json", figures(run))
         context.display.say("writing the learning curve and the figures")
         folder.write("the report", lambda: report.finish(folder.path, context.display.console))
@@ -81,7 +81,7 @@ def figures(run: TrainingRun) -> dict[str, Any]:
         "stopped_early": now.stopped,
         "seconds": round(now.elapsed(), 1),
         "adapter": config.adapter,
-        "fps": run.data.info.fps,
+        **run.evaluations.about,
         "sizes": {
             "feature_dim": policy.feature_dim,
             "horizon": policy.spec.horizon,

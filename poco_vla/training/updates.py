@@ -1,7 +1,7 @@
 """Updates: a batch, its loss and gradients in micro-batches, the optimizer's step and the target critic."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -26,6 +26,9 @@ from poco_vla.progress import Bar
 from poco_vla.rollout.actor import WeightsVersion
 from poco_vla.training.logbook import Logbook
 from poco_vla.types import ChunkBatch, Metrics
+
+BESIDE = "algorithm."
+"""Begins the names of parameters of networks beside the policy, where they stand beside those of the policy."""
 
 
 class Updater:
@@ -143,14 +146,28 @@ class Updater:
         self.finite.look()
         self.gather()
 
-    def put_head(self, head: dict[str, Tensor]) -> None:
-        """Give the policy another head; its optimizer state begins anew."""
+    def acting_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of all that acts by name: the policy's trained ones, and those of the networks beside
+        it, whose names begin with `BESIDE`."""
+        algorithm = self.algorithm
+        beside = {
+            f"{BESIDE}{module}.{name}": parameter
+            for module in algorithm.acts_with(1)
+            for name, parameter in algorithm.get_submodule(module).named_parameters()
+        }
+        return self.head_parameters() | beside
+
+    def put_acting(self, weights: Mapping[str, Tensor]) -> None:
+        """Give all that acts other weights, by `acting_parameters`; their optimizer state begins anew."""
         self.gather()
+        acting = self.acting_parameters()
         with torch.no_grad(), self.weights.change(self.progress.version):
-            for name, parameter in self.head_parameters().items():
-                parameter.copy_(head[name])
+            for name, parameter in acting.items():
+                parameter.copy_(weights[name])
             self.learner.scatter()
-        self.learner.forget_actor()
+        changed = {id(parameter) for parameter in acting.values()}
+        groups = self.algorithm.parameter_groups()
+        self.learner.forget({group["name"] for group in groups if changed & {id(p) for p in group["params"]}})
 
     def prepare_online(self, replay: Replay, say: Callable[[str], None]) -> None:
         """Let the algorithm prepare its online stage on demonstrations, as it calibrates its options."""

@@ -10,7 +10,7 @@ from poco_vla import ChunkCritic, EnvSpec, PocoConfig, TrainConfig, load_adapter
 from poco_vla.checkpointing.checkpoint import save
 from poco_vla.config import to_json
 from poco_vla.files import write_json
-from poco_vla.hub.rate import note_rate
+from poco_vla.hub.rate import note_run
 
 matplotlib.use("Agg")
 CRITIC = {"critic_hidden": (8, 8)}
@@ -95,7 +95,7 @@ def write_run(run: Path, policy, adapter, **config) -> Path:
     better = move(policy, seed=1)
     (better.save_head if policy.base else better.save_pretrained)(run / "best")
     for folder in (run / "policy", run / "head", run / "best"):
-        note_rate(folder, 20)
+        note_run(folder, {"fps": 20})
     return run
 
 

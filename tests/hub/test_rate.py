@@ -6,7 +6,7 @@ import pytest
 from lerobot_policy_flow_mlp.adapter import FlowMlp
 
 from poco_vla.errors import ConfigError
-from poco_vla.hub.rate import note_rate, rate_of
+from poco_vla.hub.rate import note_run, rate_of
 from poco_vla.pretrained.heads import read_about
 
 
@@ -23,7 +23,7 @@ def put(path, **values):
 
 
 def test_a_policy_says_its_rate_wherever_it_is_copied_to(policy, tmp_path):
-    note_rate(policy, 10)
+    note_run(policy, {"fps": 10})
     copied = policy.rename(tmp_path / "elsewhere")
     assert rate_of(str(copied)) == 10
     assert read_about(copied)["adapter"] == "flow_mlp", "what was there stays"
