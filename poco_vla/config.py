@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from poco_vla.errors import ConfigError, UnknownNameError
+from poco_vla.hints import fits, kind_of
 from poco_vla.roles import machine, method, reporting
 
 DEFAULT_ENV, DEFAULT_TASK = "ogbench", "cube-single-singletask-task1-v0"
@@ -592,12 +593,20 @@ def to_scalars(config: Any) -> dict[str, int | float | str]:
 
 
 def from_json(cls: type[Any], values: Mapping[str, Any]) -> Any:
-    """Rebuild a configuration from :func:`to_json`. Raises UnknownNameError for a field that `cls` does not have."""
+    """Rebuild a configuration from :func:`to_json`.
+
+    Raises:
+        UnknownNameError: `cls` does not have a field.
+        ConfigError: a value is not of its field's type.
+    """
     known = {f.name for f in fields(cls)}
     for name in values:
         if name not in known:
             raise UnknownNameError(f"field of {cls.__name__}", name, known)
     hints = get_type_hints(cls)
+    for name, value in values.items():
+        if not fits(hints[name], value):
+            raise ConfigError(f"{name} of {cls.__name__} is {value!r}; expected {kind_of(hints[name])}")
     return cls(**{name: _revive(hints[name], value) for name, value in values.items()})
 
 

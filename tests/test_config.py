@@ -1,10 +1,12 @@
 """The algorithm's options: the paper's defaults, and values that cannot work."""
 
+import re
 from dataclasses import FrozenInstanceError
 
 import pytest
 
 from poco_vla import DemonstrationConfig, EvalConfig, PocoConfig, PocoError, TrainConfig
+from poco_vla.config import from_json
 from poco_vla.errors import ConfigError
 
 
@@ -74,3 +76,30 @@ def test_a_config_never_changes():
 def test_a_seed_that_a_generator_does_not_take_is_refused(kind, seed):
     with pytest.raises(ConfigError, match=r"seed is .* a seed is a number from 0 to 2147483647"):
         kind(seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("eta", "no", "a number"),
+        ("eta", True, "a number"),
+        ("num_candidates", 1.5, "a whole number"),
+        ("num_candidates", None, "a whole number"),
+        ("warmup_bc", "no", "true or false"),
+        ("critic_hidden", "512", "a list, each item a whole number"),
+        ("critic_hidden", [512, "512"], "a list, each item a whole number"),
+        ("anchor", "alle", "one of all, demos, demos_and_successes"),
+        ("zeta", "aut", "a number or one of auto"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_when_a_configuration_is_read(name, value, expected):
+    """Also of `algorithm_options`, which a recipe gives: an unchecked text would choose nothing and say nothing."""
+    with pytest.raises(ConfigError, match=re.escape(f"{name} of PocoConfig is {value!r}; expected {expected}")):
+        from_json(PocoConfig, {name: value})
+
+
+@pytest.mark.parametrize(
+    "value", [{"flow_steps": None}, {"zeta": 1}, {"critic_hidden": (8, 8)}, {"critic_hidden": [8]}]
+)
+def test_a_value_that_can_stand_for_the_type_is_read(value):
+    assert from_json(PocoConfig, value)

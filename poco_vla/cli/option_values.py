@@ -18,8 +18,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from poco_vla.cli.options import Option, fits, kind_of, plain
+from poco_vla.cli.options import Option, plain
 from poco_vla.errors import ConfigError, UnknownNameError
+from poco_vla.hints import fits, kind_of
 
 UPPER = "normalization_mapping"
 """LeRobot's option whose names and values (kinds of features, normalization modes) are upper case."""

@@ -3,16 +3,14 @@
 import ast
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import cache
 from inspect import Parameter, getdoc, signature
 from itertools import pairwise
-from os import PathLike
 from textwrap import dedent
-from types import UnionType
-from typing import Any, Literal, TypeAliasType, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from docstring_parser import parse as parse_docstring
 
@@ -150,85 +148,6 @@ def _has_records(hint: Any) -> bool:
     """Return True for a type that no word of a command line can stand for."""
     kinds = (hint, *get_args(hint), *(inner for arg in get_args(hint) for inner in get_args(arg)))
     return any(hasattr(kind, "__dataclass_fields__") for kind in kinds)
-
-
-def _alternatives(hint: Any) -> list[Any]:
-    """Return the members of a union; a type that is none stands for itself."""
-    while isinstance(hint, TypeAliasType):
-        hint = hint.__value__
-    if get_origin(hint) in (Union, UnionType):
-        return [one for arg in get_args(hint) for one in _alternatives(arg)]
-    return [hint]
-
-
-def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Return a type without its arguments, and these."""
-    kind: Any = get_origin(hint)
-    return (hint if kind is None else kind), get_args(hint)
-
-
-def fits(hint: Any, value: Any) -> bool:
-    """Return True if a value of JSON can stand for the type."""
-    return any(_fits_one(one, value) for one in _alternatives(hint))
-
-
-def _fits_one(hint: Any, value: Any) -> bool:
-    kind, args = _parts(hint)
-    if kind is Literal:
-        return value in args
-    if hint is Any or not isinstance(kind, type):
-        return True
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    if _is_a(kind, int, float, type(None)):
-        return isinstance(value, (int, float) if kind is float else kind)
-    if _is_a(kind, Enum):
-        return value in {name for one in _members(kind) for name in (one.name, one.value)}
-    if _is_a(kind, str, PathLike):
-        return isinstance(value, str)
-    if _is_a(kind, Mapping):
-        return isinstance(value, Mapping) and all(fits(args[1], inner) for inner in value.values() if len(args) == 2)
-    if _is_a(kind, Sequence):
-        return isinstance(value, list) and all(fits(args[0], item) for item in value if args)
-    return True
-
-
-def _members(kind: Any) -> list[Enum]:
-    return list(kind)
-
-
-def _is_a(kind: Any, *bases: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, bases)
-
-
-def kind_of(hint: Any) -> str:
-    """Return a type in words, such as "a whole number or null"."""
-    return " or ".join(dict.fromkeys(_kind(one)[0] for one in _alternatives(hint)))
-
-
-def metavar_of(hint: Any) -> str:
-    """Return a type as `--help` shows it, such as "INT"."""
-    return "|".join(dict.fromkeys(_kind(one)[1] for one in _alternatives(hint)))
-
-
-def _kind(hint: Any) -> tuple[str, str]:
-    """Return a type in words, and as `--help` shows it."""
-    kind, args = _parts(hint)
-    simple = {bool: ("true or false", "{true,false}"), int: ("a whole number", "INT"), float: ("a number", "FLOAT")}
-    if (found := simple.get(kind)) is not None:
-        return found
-    if _is_a(kind, type(None)):
-        return "null", "null"
-    members = _members(kind) if _is_a(kind, Enum) else []
-    names = [str(one) for one in args] if kind is Literal else [one.name for one in members]
-    if names:
-        return f"one of {', '.join(names)}", f"{{{','.join(names)}}}"
-    if _is_a(kind, str, PathLike):
-        return "a text", "STR"
-    if _is_a(kind, Sequence):
-        inner = _kind(args[0]) if args else ("a value", "JSON")
-        return f"a list, each item {inner[0]}", f"{inner[1]} [{inner[1]} ...]"
-    return "a JSON object" if _is_a(kind, Mapping) else "a value", "JSON"
 
 
 def plain(value: Any) -> str:

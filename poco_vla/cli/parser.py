@@ -18,9 +18,10 @@ from tyro.constructors import (
 )
 
 from poco_vla.cli.errors import shown_once
-from poco_vla.cli.options import Option, docs_of, metavar_of, text_of
+from poco_vla.cli.options import Option, docs_of, text_of
 from poco_vla.config import ALGORITHM_SECTIONS, TrainConfig
 from poco_vla.errors import ConfigError
+from poco_vla.hints import metavar_of
 
 OPEN = ("policy_options", "algorithm_options", "env.options")
 """Fields of a configuration whose names an adapter, an algorithm or an environment declares; the parser leaves them."""

@@ -13,10 +13,11 @@ from pointmass_run import small
 from poco_vla.cli import main, run_recipe
 from poco_vla.cli.configuration import parse_config
 from poco_vla.cli.option_values import read_options
-from poco_vla.cli.options import Option, fits, kind_of, metavar_of
+from poco_vla.cli.options import Option
 from poco_vla.cli.program import _command
 from poco_vla.config import DemonstrationConfig, EnvSpec, TrainConfig, to_json
 from poco_vla.errors import ConfigError, UnknownNameError
+from poco_vla.hints import fits, kind_of, metavar_of
 from poco_vla.registry import check_options, load_adapter
 
 RECIPES = Path(__file__).parents[2] / "recipes"
