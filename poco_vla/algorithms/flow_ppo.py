@@ -235,7 +235,7 @@ class ReinFlow(FlowPpo):
         means, clip = super().step_means(prefix, x, t, policy), self.config.mean_clip
         return means if clip is None else means.clamp(-clip, clip)
 
-    def stds(self, prefix: Prefix, t: Float[Tensor, "B M"]) -> Float[Tensor, "B M H A"]:
+    def stds(self, prefix: Prefix, t: Float[Tensor, "B M"]) -> Float[Tensor, "B M H R"]:
         """Return the standard deviation of the step at flow time t, for the robot's own action dimensions: between
         `min_std` and `max_std`, by the tanh of a network, on a logarithmic scale."""
         spec, low, high = self.policy.spec, 2 * math.log(self.config.min_std), 2 * math.log(self.config.max_std)
@@ -252,11 +252,12 @@ class ReinFlow(FlowPpo):
 
     def chain_terms(
         self, prefix: Prefix, chain: Float[Tensor, "B K1 H A"]
-    ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B K"], Float[Tensor, "B K H A"]]:
-        """Return the log-probability of x_0, that of each step, and the steps' standard deviations.
+    ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B K"], Float[Tensor, "B K H R"]]:
+        """Return the log-probability of x_0, that of each step, and the steps' standard deviations, for the R action
+        dimensions of the robot.
 
-        # Deviation: the official sampler takes its steps at t = linspace(0, 1, K) and its density at k / K; both are at
-        # k / K here, so that the ratio is 1 before the first update.
+        # Deviation 15: the official sampler takes its steps at t = linspace(0, 1, K) and its density at k / K; both
+        # are at k / K here, so that the ratio is 1 before the first update.
         """
         t = self.flow_times.to(chain).expand(len(chain), -1)
         means, stds = self._of_action(self.step_means(prefix, chain[:, :-1], t)), self.stds(prefix, t)
@@ -283,7 +284,7 @@ class ReinFlow(FlowPpo):
         loss = policy_loss - cfg.entropy_weight * entropy + cfg.value_weight * value_loss
         return loss, metrics | of_value | {"entropy": entropy.detach(), "std": stds.detach().mean()}
 
-    def entropy_rate(self, stds: Float[Tensor, "B K H A"]) -> Float[Tensor, " B"]:
+    def entropy_rate(self, stds: Float[Tensor, "B K H R"]) -> Float[Tensor, " B"]:
         """Return the entropy of a chain's K steps and of x_0, per number, in nats."""
         unit = 0.5 * math.log(2 * math.pi * math.e)
         of_steps = (unit + stds.log()).sum(dim=(-2, -1))
@@ -428,7 +429,10 @@ class Dppo(FlowPpo):
         return _normal_log_prob(self._of_action(after), self._of_action(means), stds)
 
     def online_loss(self, batch: ChunkBatch, noise: FlowPpoNoise | None = None) -> Loss:
-        """Return PPO's loss, with one ratio for each denoising step of each chunk, and the value loss."""
+        """Return PPO's loss, with one ratio for each denoising step of each chunk, and the value loss.
+
+        # Deviation 16: all tuned steps of a chunk are in its batch; the official code draws pairs of chunk and step.
+        """
         cfg, noise = self.config, noise or self.draw_noise(batch, "online")
         assert isinstance(batch, RolloutBatch)
         assert noise.advantages is not None, "the noise is of another phase"

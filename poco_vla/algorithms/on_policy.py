@@ -106,6 +106,9 @@ class OnPolicy(Algorithm):
         view.__dict__.update(_modules={name: self._modules[name] for name in names}, rng=None)
         return view
 
+    def begin_rollout(self) -> None:
+        """Renew whatever acts, before a rollout."""
+
     # -- learning -------------------------------------------------------------------------------------------------
 
     def log_prob(self, prefix: Prefix, acted: Mapping[str, Tensor]) -> Float[Tensor, "B ..."]:

@@ -143,11 +143,11 @@ class Vmpo(OnPolicy):
 
     def prepare_online(self, demonstrations: Iterable[ChunkBatch], rng: GlobalBatchRNG) -> str | None:
         """Let the target Gaussian be what SFT has made."""
-        self.renew()
+        self.begin_rollout()
         return None
 
-    def renew(self) -> None:
-        """Let the target Gaussian be the present one, before a rollout."""
+    def begin_rollout(self) -> None:
+        """Let the target Gaussian be the present one."""
         polyak_update(self.target_gaussian, self.gaussian, 1.0)
 
     def log_prob(self, prefix: Prefix, acted: Mapping[str, Tensor]) -> Float[Tensor, " B"]:

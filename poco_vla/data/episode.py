@@ -75,8 +75,7 @@ class Episode:
         """
         if config.source == "recorded" and not self.has_reward:
             raise DataError(NO_REWARD)
-        earned = self.reward if config.source == "recorded" else config.success * self.success
-        return (config.step + earned).astype(np.float32)
+        return step_rewards(config, self.reward, self.success)
 
     def with_images(self, change: Callable[[np.ndarray], np.ndarray]) -> "Episode":
         """Return the episode with `change` applied to its pictures."""
@@ -95,6 +94,12 @@ class Episode:
                         f'{where}: "{name}" is not finite at frame {frame} ({column[frame]}); '
                         f"{int(bad.sum())} of {len(column)} frames are affected. Remove the episode or repair it."
                     )
+
+
+def step_rewards(config: RewardConfig, reward: np.ndarray, success: np.ndarray) -> np.ndarray:
+    """Return the reward that is learned, [T] float32, of steps with these recorded rewards [T] and successes [T]."""
+    earned = reward if config.source == "recorded" else config.success * success
+    return (config.step + earned).astype(np.float32)
 
 
 def first_of_each_task(episodes: Iterable[Episode]) -> dict[str, tuple[Episode, int]]:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from poco_vla.algorithms import Algorithm
+from poco_vla.algorithms.on_policy import OnPolicy
 from poco_vla.data import preprocess_obs
 from poco_vla.errors import NonFiniteError
 from poco_vla.policy import FlowPolicy, Prefix
@@ -19,6 +21,24 @@ from poco_vla.simulators.observations import require_pictures
 
 UNTRAINED = 0
 """Stands for `best_of_n` where the algorithm has learned nothing beyond SFT (`Algorithm.act_untrained`)."""
+
+
+@runtime_checkable  # for the test run's machine-checked signatures
+class RolloutObserver(Protocol):
+    """Take the rollouts of an algorithm that learns from its latest ones."""
+
+    def acted(
+        self, obs: Mapping[str, np.ndarray], tasks: Sequence[str], chunk: Tensor, acted: Mapping[str, Tensor]
+    ) -> None:
+        """Take the chunks that were chosen in a round, and what :meth:`OnPolicy.explore` noted of them."""
+
+    def received(
+        self,
+        brought: Sequence[Mapping[str, Any] | None],
+        obs: Mapping[str, np.ndarray],
+        tasks: Sequence[str],
+    ) -> None:
+        """Take what they brought (`EnvPool.brought`), and the states that follow."""
 
 
 class Actor:
@@ -31,10 +51,12 @@ class Actor:
 
     Attributes:
         weights_version: of the weights that the last chunks are samples of: updates made until then.
+        rollouts: receives what an algorithm that learns from its latest rollouts does, which acts by `explore` then.
         on_encoded: receives raw observations, their tasks and the prefix of each.
     """
 
     weights_version: int = 0
+    rollouts: RolloutObserver | None = None
     on_encoded: Callable[[Mapping[str, np.ndarray], Sequence[str], Prefix], None] | None = None
 
     def __init__(self, acting: FlowPolicy | Algorithm, seed: int, best_of_n: int = 1) -> None:
@@ -63,8 +85,13 @@ class Actor:
         if self.on_encoded is not None:
             self.on_encoded(obs, tasks, prefix)
         n = self.best_of_n if best_of_n is None else best_of_n
-        act = self.algorithm.act_untrained if n == UNTRAINED else partial(self.algorithm.act, n=n)
-        chunk = act(prefix, generator=self.generator)
+        if self.rollouts is not None:
+            assert isinstance(self.algorithm, OnPolicy)
+            chunk, acted = self.algorithm.explore(prefix, self.generator)
+            self.rollouts.acted(obs, tasks, chunk, acted)
+        else:
+            act = self.algorithm.act_untrained if n == UNTRAINED else partial(self.algorithm.act, n=n)
+            chunk = act(prefix, generator=self.generator)
         actions = self.policy.postprocess(chunk[..., : self.policy.spec.action_dim]).float().cpu().numpy()
         if not np.isfinite(actions).all():
             raise NonFiniteError("the policy sampled a non-finite action: nothing was sent to the environment")

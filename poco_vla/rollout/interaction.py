@@ -108,6 +108,8 @@ class SynchronousInteraction(Interaction):
 
     def receive(self, *, wait: bool) -> Received:
         episodes, steps = self.envs.receive()
+        if self.actor.rollouts is not None:
+            self.actor.rollouts.received(self.envs.brought, self.envs.obs, self.envs.tasks)
         episodes = _record(self.recorder, episodes)
         return Received(episodes, steps, np.full(steps, self._version))
 

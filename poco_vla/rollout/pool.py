@@ -51,6 +51,8 @@ class EnvPool:
     Attributes:
         failures: episodes that were dropped.
         tasks: [num_envs] instruction of the episode that each environment is in.
+        brought: [num_envs] what the last chunk brought: ``reward``, ``success`` and ``terminal`` of its steps, and
+            ``ended``; None of an environment that failed or took no step.
 
     Raises:
         ConfigError: the environment is not there, cannot be made, or breaks a rule.
@@ -84,6 +86,7 @@ class EnvPool:
         self._states: list[dict[str, Any]] = [{"task": "", "reports_success": False} for _ in range(spec.num_envs)]
         self._lost: set[int] = set()
         self._chunks: np.ndarray | None = None
+        self.brought: list[Mapping[str, Any] | None] = []
         self._versions = [0] * spec.num_envs
         which = (config.package_name, config.gym_id, config.gym_kwargs)
         make = partial(make_chunk_env, *which, horizon, self.stride, self._limits, self.name)
@@ -159,11 +162,13 @@ class EnvPool:
         chunks, self._chunks = self._chunks, None
         finished: list[Episode] = []
         taken, failed = 0, set()
+        self.brought = [None] * self.num_envs
         for i, worker in enumerate(self._envs.workers):
             answers, worker.answers = worker.answers, []
             if answers:
                 steps = answers[0]
                 taken += steps["length"]
+                self.brought[i] = steps if steps["length"] and worker.failure is None else None
                 finished += self._collect(i, chunks[i], steps)
             if worker.failure is None:
                 self._states[i] = answers[1]

@@ -15,7 +15,7 @@ NEEDED = ("progress", "batches", "acting", "base_version", "guard", "logbook")
 """Parts that state.json must hold; older versions wrote no others."""
 OWN_FILE = ("weights", "optimizer", "statistics")
 """Parts whose whole state lies in a file of its own."""
-WITH_TENSORS = ("draws", "acting")
+WITH_TENSORS = ("draws", "acting", "rollouts")
 """Parts whose state holds tensors, by names that are unique among them; these lie in random.safetensors."""
 
 
@@ -106,7 +106,7 @@ class Checkpoints:
     def _write(self, states: Mapping[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
         values = {name: state for name, state in states.items() if name not in OWN_FILE}
-        for name in WITH_TENSORS:
+        for name in filter(values.__contains__, WITH_TENSORS):
             found = {key: value for key, value in values[name].items() if isinstance(value, Tensor)}
             values[name] = {key: value for key, value in values[name].items() if key not in found}
             tensors |= found

@@ -1,6 +1,5 @@
 """A run as a record of named parts, built from its configuration."""
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -61,6 +60,7 @@ from poco_vla.training.parts import (
     VectorNames,
 )
 from poco_vla.training.prefixes import open_prefixes
+from poco_vla.training.rollouts import Rollouts, open_rollouts
 from poco_vla.training.updates import Updater
 
 
@@ -83,6 +83,7 @@ class TrainingRun:
         experience: takes episodes in.
         collector: lets the policy act.
         evaluations: evaluates it.
+        rollouts: the latest ones, of an algorithm that learns from these alone; None of others.
         checkpoints: saves the run.
         env: the environment, with the instruction that the policy gets; None without one.
         resources: closes workers, threads and the folder's lock.
@@ -102,6 +103,7 @@ class TrainingRun:
     experience: Experience
     collector: Collector
     evaluations: Evaluations
+    rollouts: Rollouts | None
     checkpoints: Checkpoints
     env: EnvSpec | None
     resources: ExitStack
@@ -242,6 +244,8 @@ def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> 
     each = config.interaction.ranks == "each"
     sharing = Sharing(accelerator, each=each)
     actor = Actor(learner.algorithm, config.seed + RANK_SEED * rank, config.best_of_n)
+    rollouts = open_rollouts(config, learner.algorithm, accelerator)
+    actor.rollouts = rollouts
     check_demonstrations(policy, demos)
     envs, env = open_environments(context, policy, demos, sharing, resources)
     admission = open_admission(config, policy, demos, display.say, interruption.is_requested, is_main=is_main)
@@ -271,7 +275,7 @@ def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> 
         recovery=recovery,
     )
     evaluations = Evaluations(context, learner.algorithm, envs, data.info.fps, outlook)
-    parts: Mapping[str, Part] = {  # in the order in which they are loaded
+    parts: dict[str, Part] = {  # in the order in which they are loaded
         "base_version": BaseVersion(policy, config.policy),
         "names": VectorNames(policy),
         "statistics": NormalisationStatistics(data.statistics, policy),
@@ -287,6 +291,7 @@ def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> 
         "data": experience,
         "acting": collector,
     }
+    parts |= {} if rollouts is None else {"rollouts": rollouts}
     checkpoints = Checkpoints(context, parts)
     _say_sizes(context, updater, demos, replay)
     if config.resume:
@@ -310,6 +315,7 @@ def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> 
         experience=experience,
         collector=collector,
         evaluations=evaluations,
+        rollouts=rollouts,
         checkpoints=checkpoints,
         env=env,
         resources=resources.pop_all(),

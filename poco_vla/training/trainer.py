@@ -9,6 +9,7 @@ from poco_vla.training.folder import runs_of
 from poco_vla.training.interruption import Interrupted
 from poco_vla.training.main_guard import check_main_guard
 from poco_vla.training.results import TrainResult, finish
+from poco_vla.training.rollouts import Rollouts
 from poco_vla.training.run import build
 
 __all__ = ["Interrupted", "TrainResult", "Trainer", "runs_of", "train"]
@@ -48,7 +49,7 @@ class Trainer:
         self.config, self.progress, self.accelerator = context.config, context.progress, context.accelerator
         self.display, self.logbook, self.interruption = context.display, context.logbook, context.interruption
         self.updater, self.replay, self.collector = parts.updater, parts.replay, parts.collector
-        self.experience, self.recovery = parts.experience, parts.recovery
+        self.experience, self.recovery, self.rollouts = parts.experience, parts.recovery, parts.rollouts
         self.evaluations, self.checkpoints = parts.evaluations, parts.checkpoints
         self._idle = False
 
@@ -107,10 +108,13 @@ class Trainer:
             while now.env_steps < config.online_steps and not now.stopped:
                 self.updater.gather()
                 self.collector.act()
-                self._learn(bar)
+                if self.rollouts is None:
+                    self._learn(bar)
                 episodes, steps = self.collector.receive(wait=self._idle)
                 self.experience.count(steps)
                 self.experience.take(episodes)
+                if self.rollouts is not None:
+                    self._learn_from(self.rollouts, bar)
                 bar.to(min(now.env_steps, config.online_steps))
                 self._evaluate_when_due()
                 self._after_update()
@@ -135,6 +139,20 @@ class Trainer:
             most -= 1
             self.updater.update("warmup" if now.stage_update < config.warmup_steps else "online", bar)
         self._idle = most > 0
+
+    def _learn_from(self, rollouts: Rollouts, bar: Bar) -> None:
+        """Make the updates of a rollout, once it is complete."""
+        now = self.progress
+        now.owed_updates = 0.0  # as many updates as a rollout has
+        if not rollouts.is_complete:
+            return
+        self.updater.anneal()
+        for batch in rollouts.batches():
+            warming_up = now.stage_update < self.config.warmup_steps
+            metrics = self.updater.update("warmup" if warming_up else "online", bar, batch)
+            if not warming_up and rollouts.algorithm.has_departed(metrics):
+                break
+        rollouts.begin()
 
     def _evaluate(self, label: str, *, videos: str | None = None) -> None:
         self.updater.gather()

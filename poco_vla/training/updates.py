@@ -93,8 +93,13 @@ class Updater:
         optim, share = self.config.optim, min(1.0, self.progress.env_steps / max(1, self.config.online_steps))
         self._set_actor_lr(_cosine(optim.actor_lr, optim.actor_lr_end, share))
 
-    def update(self, stage: Stage, bar: Bar) -> None:
-        """Make one update of a stage: loss, backward, step, target.
+    def update(self, stage: Stage, bar: Bar, batch: ChunkBatch | None = None) -> Metrics:
+        """Make one update of a stage: loss, backward, step, target. Return its metrics.
+
+        Args:
+            stage: of the update.
+            bar: shows them.
+            batch: what is learned from; drawn from the replay buffer when None.
 
         Raises:
             NonFiniteError: the loss or a gradient is not finite; no weight has changed.
@@ -102,7 +107,8 @@ class Updater:
         """
         number = self.progress.stage_update
         phases = self.algorithm.phases(stage, number)
-        batch = self.batches.draw(bootstrap=any(map(self.algorithm.reads_next, phases)))
+        if batch is None:
+            batch = self.batches.draw(bootstrap=any(map(self.algorithm.reads_next, phases)))
         metrics: Metrics = {}
         for i, phase in enumerate(phases):
             with self._explain_out_of_memory():
@@ -119,6 +125,7 @@ class Updater:
             metrics |= found
         self.progress.stage_update += 1
         self.logbook.updated(stage, metrics, bar)
+        return metrics
 
     @contextmanager
     def _explain_out_of_memory(self) -> Iterator[None]:
