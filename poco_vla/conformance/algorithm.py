@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from poco_vla.algorithms import Algorithm, Phase
+from poco_vla.algorithms.on_policy import OnPolicy
 from poco_vla.bugs import place_of
 from poco_vla.errors import AlgorithmError
 from poco_vla.noise import GlobalBatchRNG, micro_batches
 from poco_vla.policy import FlowPolicy
-from poco_vla.types import ChunkBatch
+from poco_vla.types import ChunkBatch, RolloutBatch
 
 ROWS, UPDATES = 6, 24
 """Transitions of the batch, and updates of a stage over which its phases are looked up."""
@@ -103,6 +104,17 @@ class _Probe:
         made.prepare_online([self.batch], GlobalBatchRNG(torch.Generator().manual_seed(seed)))
         return made
 
+    def batch_of(self, algorithm: Algorithm, phase: Phase) -> ChunkBatch:
+        """Return the batch of a phase: of an algorithm that learns from its latest rollouts one of its own chunks."""
+        if not isinstance(algorithm, OnPolicy) or phase == "sft":
+            return self.batch
+        prefix = algorithm.encode(self.batch)
+        chunk, acted = algorithm.explore(prefix, torch.Generator().manual_seed(3))
+        values, log_prob = algorithm.look_back(prefix, acted)
+        returns = self.batch.returns.to(values)
+        learned = {"values": values, "log_prob": log_prob, "value_targets": returns, "advantages": returns - values}
+        return RolloutBatch(**(vars(self.batch) | {"actions": chunk}), acted=acted, **learned)
+
     def phases(self, algorithm: Algorithm) -> list[Phase]:
         """Return every phase that a run has, each once."""
         stages, updates = algorithm.stages(), range(UPDATES)
@@ -124,7 +136,7 @@ def _check_losses(probe: _Probe) -> Iterator[str]:
         if not callable(getattr(algorithm, f"{phase}_loss", None)):
             yield f'there is no method {phase}_loss, which phase "{phase}" needs'
             continue
-        loss, metrics = algorithm(probe.batch, phase)
+        loss, metrics = algorithm(probe.batch_of(algorithm, phase), phase)
         if loss.ndim or not torch.isfinite(loss):
             yield f"{phase}_loss returned {loss}, expected a finite scalar"
         if wrong := [name for name, value in metrics.items() if value.ndim or value.requires_grad]:
@@ -146,7 +158,7 @@ def _check_groups(probe: _Probe) -> Iterator[str]:
         yield "a parameter is in two groups"
     for phase in probe.phases(algorithm):
         algorithm.zero_grad(set_to_none=True)
-        algorithm(probe.batch, phase)[0].backward()
+        algorithm(probe.batch_of(algorithm, phase), phase)[0].backward()
         reached = {name for name, params in groups.items() if any(p.grad is not None for p in params)}
         said = algorithm.trained_groups(phase)
         for name in sorted(reached - said):
@@ -165,18 +177,18 @@ def _check_noise(probe: _Probe) -> Iterator[str]:
     """A loss is a function of batch, noise and weights: micro-batches and processes compute the same one."""
     algorithm = probe.made()
     for phase in probe.phases(algorithm):
-        outside = torch.get_rng_state()
-        noise = algorithm.draw_noise(probe.batch, phase)
+        batch, outside = probe.batch_of(algorithm, phase), torch.get_rng_state()
+        noise = algorithm.draw_noise(batch, phase)
         if not torch.equal(outside, torch.get_rng_state()):
             yield f'draw_noise of phase "{phase}" draws from torch\'s own generator; take self.rng'
         drawn = algorithm.rng.generator.get_state()
-        whole = algorithm(probe.batch, phase, noise)[0]
+        whole = algorithm(batch, phase, noise)[0]
         if not (
             torch.equal(outside, torch.get_rng_state()) and torch.equal(drawn, algorithm.rng.generator.get_state())
         ):
             yield f"{phase}_loss draws random numbers itself; draw them in draw_noise, for the global batch"
             continue
-        parts = [algorithm(rows, phase, its)[0] * share for rows, its, share in micro_batches(probe.batch, noise, 2)]
+        parts = [algorithm(rows, phase, its)[0] * share for rows, its, share in micro_batches(batch, noise, 2)]
         if gap := probe.gap(torch.stack(parts).sum(), whole):
             yield (
                 f"the micro-batches of {phase}_loss do not add up to that of the batch (they differ by {gap:.3g}): "
@@ -190,8 +202,9 @@ def _check_reads(probe: _Probe) -> Iterator[str]:
     for phase in probe.phases(algorithm):
         if algorithm.reads_next(phase):
             continue
-        noise = algorithm.draw_noise(probe.batch, phase)
-        one, two = (algorithm(batch, phase, noise)[0] for batch in (probe.batch, replace(probe.batch, next_obs=blank)))
+        whole = probe.batch_of(algorithm, phase)
+        noise = algorithm.draw_noise(whole, phase)
+        one, two = (algorithm(batch, phase, noise)[0] for batch in (whole, replace(whole, next_obs=blank)))
         if probe.gap(two, one):
             yield f'{phase}_loss reads the next observations, but reads_next("{phase}") is False'
 
@@ -236,13 +249,14 @@ def _check_state(probe: _Probe) -> Iterator[str]:
     for update in range(3):
         for phase in algorithm.phases(stage, update):
             optimizer.zero_grad()
-            algorithm(probe.batch, phase)[0].backward()
+            algorithm(probe.batch_of(algorithm, phase), phase)[0].backward()
             optimizer.step()
             algorithm.after_step(phase)
     other.load_state_dict(deepcopy(algorithm.state_dict()))
     other.rng.generator.set_state(algorithm.rng.generator.get_state())
     for phase in algorithm.phases(stage, 3):
-        if gap := probe.gap(other(probe.batch, phase)[0], algorithm(probe.batch, phase)[0]):
+        batch = probe.batch_of(algorithm, phase)
+        if gap := probe.gap(other(batch, phase)[0], algorithm(batch, phase)[0]):
             yield (
                 f"after load_state_dict of another one's state_dict {phase}_loss differs by {gap:.3g}: what updates "
                 "change belongs into parameters or buffers"
