@@ -123,7 +123,8 @@ def test_processes_that_want_the_same_dataset_make_it_once_together(tmp_path):
         "for _ in range(3):\n"
         "    children.append(os.fork())\n"
         "    if not children[-1]:\n"
-        "        print(ensure_demonstrations(point_spec(kind='ExpertPoint'), config), flush=True)\n"
+        "        root = ensure_demonstrations(point_spec(kind='ExpertPoint'), config)\n"
+        "        os.write(1, f'{root}\\n'.encode())\n"  # whole, also where output is not buffered
         "        os._exit(0)\n"
         "sys.exit(any([os.waitpid(child, 0)[1] for child in children]))\n"
     )

@@ -356,7 +356,7 @@ def test_on_a_full_disk_training_pauses_says_so_and_goes_on_when_there_is_room(m
 
     def heard(display, text):
         say(display, text)
-        if "full" in text:
+        if "the disk is full" in text:
             told.append(text)
             (small_disk / "filler").unlink(missing_ok=True)
 
