@@ -112,8 +112,8 @@ class _Probe:
         chunk, acted = algorithm.explore(prefix, torch.Generator().manual_seed(3))
         values, log_prob = algorithm.look_back(prefix, acted)
         returns = self.batch.returns.to(values)
-        learned = {"values": values, "log_prob": log_prob, "value_targets": returns, "advantages": returns - values}
-        return RolloutBatch(**(vars(self.batch) | {"actions": chunk}), acted=acted, **learned)
+        fields: dict[str, Any] = {**vars(self.batch), "actions": chunk, "acted": acted, "log_prob": log_prob}
+        return RolloutBatch(**fields, values=values, advantages=returns - values, value_targets=returns)
 
     def phases(self, algorithm: Algorithm) -> list[Phase]:
         """Return every phase that a run has, each once."""
