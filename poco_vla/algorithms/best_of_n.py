@@ -30,7 +30,7 @@ class QChunkingConfig:
     aggregation: Literal["mean", "min"] = "mean"
     """How the critics' values become one (authors: mean)."""
     anchor: Anchor = "all"
-    """What the flow policy imitates: all data (authors), the demonstrations, or those and own successes."""
+    """Data that the flow policy imitates: all (authors), the demonstrations, or those and own successes."""
     flow_steps: int | None = None
     """Euler steps when sampling the flow; None is the model's own number (authors: 10)."""
     drop_crossing: bool = False

@@ -337,7 +337,7 @@ class DppoConfig(FlowPpoConfig):
     clip_rate: float = 3.0
     """Rate of that."""
     denoising_discount: float = 0.99
-    """What an advantage loses with each denoising step before the last."""
+    """Discount of an advantage for each denoising step before the last."""
     log_prob_range: tuple[float, float] = (-5.0, 2.0)
     """Range that the log-probability of each number of a chunk is clipped to, in nats."""
     log_prob_steps: int | None = None

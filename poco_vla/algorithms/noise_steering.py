@@ -29,7 +29,7 @@ class DsrlConfig:
     tau: float = 0.005
     """Share of the critics mixed into their targets at every update (authors)."""
     action: Literal["chunk", "noise"] = "chunk"
-    """What the critic of the TD loss reads: executed chunks, from which a second critic over noise is distilled
+    """Input of the critic of the TD loss: executed chunks, from which a second critic over noise is distilled
     (DSRL-NA), or the noise itself (DSRL-SAC), which no dataset and no replay buffer of this library holds."""
     noise_bound: float = 1.0
     """b, largest magnitude of the chosen noise, in standard deviations (authors' published script: 1; their DSRL-SAC

@@ -1,4 +1,4 @@
-"""What algorithms share that learn from their latest rollouts alone: a plan of these, a value, advantages."""
+"""Learn from the latest rollouts alone: the parts that such algorithms share."""
 
 from collections.abc import Mapping
 from copy import copy

@@ -1,4 +1,4 @@
-"""What RLPD and EXPO share: soft actor-critic (SAC, arXiv 1812.05905) with an ensemble of critics over chunks."""
+"""Share between RLPD and EXPO: soft actor-critic (SAC, arXiv 1812.05905) with an ensemble of critics over chunks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -19,6 +19,7 @@ from torch import Tensor
 from poco_vla.algorithms import Algorithm, Phase
 from poco_vla.algorithms.on_policy import OnPolicy
 from poco_vla.bugs import place_of
+from poco_vla.conformance.message import broken_contract
 from poco_vla.errors import AlgorithmError
 from poco_vla.noise import GlobalBatchRNG, micro_batches
 from poco_vla.policy import FlowPolicy
@@ -59,9 +60,7 @@ def check_algorithm(
             except Exception as error:
                 broken.append(f"{title}: raised {type(error).__name__}: {error}{place_of(error)}")
     if broken:
-        listed = "\n".join(f"{i}. {point}" for i, point in enumerate(broken, 1))
-        count = "1 point" if len(broken) == 1 else f"{len(broken)} points"
-        raise AlgorithmError(f"{kind.__name__} breaks the contract of poco_vla.Algorithm in {count}:\n{listed}")
+        raise AlgorithmError(broken_contract(kind.__name__, "Algorithm", broken))
 
 
 def _batch(policy: FlowPolicy, obs: Mapping[str, Any]) -> ChunkBatch:

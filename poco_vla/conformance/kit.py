@@ -29,6 +29,7 @@ from poco_vla.conformance.basic_checks import (
 from poco_vla.conformance.batch_checks import check_candidates, check_select, check_times
 from poco_vla.conformance.interface import left_out, missing_parts
 from poco_vla.conformance.memory_checks import check_memory, check_pure
+from poco_vla.conformance.message import broken_contract
 from poco_vla.conformance.prefix_checks import check_encode, check_packing, check_stored_prefix
 from poco_vla.conformance.probe import CannotGoOnError, Probe
 from poco_vla.conformance.sampling_checks import check_padding, check_proposals, check_time_convention
@@ -63,9 +64,7 @@ def check_policy(
             for module, mode in modes.items():
                 module.training = mode
     if broken:
-        listed = "\n".join(f"{i}. {point}" for i, point in enumerate(broken, 1))
-        count = "1 point" if len(broken) == 1 else f"{len(broken)} points"
-        raise PolicyError(f"{type(policy).__name__} breaks the contract of poco_vla.FlowPolicy in {count}:\n{listed}")
+        raise PolicyError(broken_contract(type(policy).__name__, "FlowPolicy", broken))
     if optional := left_out(policy):
         logger.info("%s keeps the contract; optional and not written: %s", type(policy).__name__, "; ".join(optional))
 

@@ -1,4 +1,4 @@
-"""What a policy's run notes beside it, in poco.json: the control rate that it was trained for, and how the run acts."""
+"""Note beside a policy, in poco.json: the control rate that it was trained for, and how the run acts."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Where the adapter's policies come from: a LeRobot folder, or one of NVIDIA's checkpoints and a dataset."""
+"""Load the adapter's policies: from a LeRobot folder, or one of NVIDIA's checkpoints and a dataset."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -90,7 +90,7 @@ def locate(repo_or_path: str | Path, revision: str | None, base: str | Path | No
 
 
 def policy_type(source: heads.Source) -> str | None:
-    """What kind of policy lies there, by its config.json."""
+    """Tell what kind of policy lies there, by its config.json."""
     file = source.folder / "config.json"
     return weights.read_object(file).get("type") if file.is_file() else None
 
