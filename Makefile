@@ -53,8 +53,9 @@ typecheck: $(STAMP)  ## check types
 pytest: $(STAMP)  ## run the tests alone; options go into ARGS="-k flow"
 	$(PYTEST) -m "not exhaustive" $(ARGS)
 
-bench: $(STAMP)  ## measure one update
+bench: $(STAMP)  ## measure one update, of POCO in detail and of every algorithm
 	$(PYTHON) tests/benchmarks/bench_update.py $(ARGS)
+	$(PYTHON) tests/benchmarks/bench_algorithms.py
 
 benchpi: $(STAMP)  ## measure pi0.5 against LeRobot's own code (minutes); options go into ARGS="--device cuda"
 	$(PYTHON) tests/benchmarks/bench_pi05.py $(ARGS)

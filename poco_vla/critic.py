@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poco_vla.dense import batched_linear, suits_onednn
+from poco_vla.dense import batched_linear, row_blocks, suits_onednn
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -91,10 +91,16 @@ class ChunkCritic(nn.Module):
         dtype = self.weights[0].dtype
         features, actions = features.to(dtype), chunk[..., : self.action_dim].flatten(2).to(dtype)
         with torch.autocast(features.device.type, enabled=False):
-            if suits_onednn(actions):  # one after another, so that nothing is stacked but the values
-                each = range(self.weights[0].shape[0]) if members is None else members.tolist()
-                return torch.cat([self._values(features, actions, slice(e, e + 1)) for e in each])
-            return self._values(features, actions, slice(None) if members is None else members)
+            parts = [self._of_members(features[rows], actions[rows], members) for rows in row_blocks(actions)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _of_members(
+        self, features: Float[Tensor, "B D"], actions: Float[Tensor, "B N HA"], members: Int[Tensor, " M"] | None
+    ) -> Float[Tensor, "E B N"]:
+        if suits_onednn(actions):  # one after another, so that nothing is stacked but the values
+            each = range(self.weights[0].shape[0]) if members is None else members.tolist()
+            return torch.cat([self._values(features, actions, slice(e, e + 1)) for e in each])
+        return self._values(features, actions, slice(None) if members is None else members)
 
     def _values(
         self, features: Float[Tensor, "B D"], actions: Float[Tensor, "B N HA"], of: slice | Tensor

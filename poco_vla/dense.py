@@ -19,6 +19,10 @@ from torch.nn import functional as F
 
 FEWEST_ROWS = 64
 """Below this, a call costs more than the product."""
+CPU_ROWS = 2048
+"""Chunks, candidates and data, that a CPU takes through a network at once: with 4 x 512 their activations stay in its
+caches; in one go of 8,448 an update takes a quarter longer (tests/benchmarks/bench_update.py), and a critic's values
+without gradients three quarters."""
 
 
 def linear(
@@ -48,6 +52,16 @@ def batched_linear(
         biases = [None] * len(x) if bias is None else bias[:, 0]
         return torch.stack([_OneDnn.apply(*one) for one in zip(x, weight.mT, biases, strict=True)])
     return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+
+
+def row_blocks(x: Float[Tensor, "B N ..."]) -> list[slice]:
+    """Return slices of the first axis in which a network without gradients is to be computed: on a CPU at most
+    `CPU_ROWS` rows at once, elsewhere all."""
+    batch, each = x.shape[0], x.shape[1]
+    if x.device.type != "cpu" or torch.is_grad_enabled() or batch * each <= CPU_ROWS:
+        return [slice(0, batch)]
+    rows = max(1, CPU_ROWS // each)
+    return [slice(start, min(start + rows, batch)) for start in range(0, batch, rows)]
 
 
 def suits_onednn(x: Float[Tensor, "*batch I"]) -> bool:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from poco_vla.dense import row_blocks
 from poco_vla.errors import NotWrittenError
 from poco_vla.flow import integrate, uniform_time
 from poco_vla.raw import raw_batch
@@ -269,7 +270,11 @@ def propose(
     """
     if noise is None:
         noise = initial_noise(policy, prefix, n, generator)
-    return policy.spec.limit(integrate(policy, prefix, noise, steps or policy.spec.flow_steps))
+    steps, blocks = steps or policy.spec.flow_steps, row_blocks(noise)
+    if len(blocks) == 1:
+        return policy.spec.limit(integrate(policy, prefix, noise, steps))
+    parts = [integrate(policy, prefix.select(rows), noise[rows], steps) for rows in blocks]
+    return policy.spec.limit(torch.cat(parts))
 
 
 def initial_noise(

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from poco_vla import ChunkCritic, dense, linear
-from poco_vla.dense import batched_linear
+from poco_vla.dense import CPU_ROWS, batched_linear, row_blocks
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
@@ -102,3 +102,22 @@ def test_autocast_is_torchs(monkeypatch):
     x, w = normal(100, 8), normal(4, 8, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, w).dtype == torch.bfloat16
+
+
+def test_many_rows_are_taken_in_blocks_without_gradients_only():
+    x = torch.zeros(100, 32, 2)
+    assert row_blocks(x) == [slice(0, 100)]  # a gradient wants all of it
+    with torch.no_grad():
+        blocks = row_blocks(x)
+        assert [x[rows].shape[0] for rows in blocks] == [64, 36]
+        assert row_blocks(torch.zeros(2, CPU_ROWS + 1, 2)) == [slice(0, 1), slice(1, 2)]
+        assert row_blocks(torch.zeros(100, 32, 2, device="meta")) == [slice(0, 100)]
+
+
+def test_a_critics_values_are_the_same_in_blocks():
+    critic = ChunkCritic(6, 2, 3, hidden=(16, 16), members=3)
+    features, chunk = normal(100, 6), normal(100, 32, 2, 3, seed=1)
+    whole = critic(features, chunk)
+    with torch.no_grad():
+        close(critic(features, chunk), whole, 16)
+        torch.testing.assert_close(critic(features, chunk, torch.tensor([2, 0])), critic(features, chunk)[[2, 0]])

@@ -32,7 +32,7 @@ DOORS = {
     "dual": set(),
     "gae": {"types"},
     "mlp": {"critic", "dense"},
-    "policy": {"errors", "flow", "raw", "types"},
+    "policy": {"dense", "errors", "flow", "raw", "types"},
     "distill": {"flow", "types"},
     "roles": set(),
     "hints": set(),
@@ -62,7 +62,7 @@ DOORS = {
     "robots": {"data", "errors", "files", "joint_names", "recording", "serving", "simulators", "terminal"},
     "evaluation": {"algorithms", "config", "data", "errors", "policy", "rollout"},
     "report": {"config", "errors", "evaluation", "files", "roles"},
-    "learner": {"algorithms", "bugs", "config", "data", "errors", "files", "locks", "noise", "types"},
+    "learner": {"algorithms", "bugs", "config", "data", "dense", "errors", "files", "locks", "noise", "types"},
     "checkpointing": {
         "adapting",
         "algorithms",

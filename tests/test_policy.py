@@ -30,6 +30,20 @@ def test_proposals_are_the_flows_end_clipped_and_without_padding(policy, prefix)
     assert not x[..., 2].any()
 
 
+def test_many_proposals_are_sampled_in_blocks_and_are_the_same(policy, monkeypatch):
+    prefix, noise, shapes = ToyPrefix(torch.randn(100, 2)), torch.randn(100, 32, 2, 3), []
+    velocity = policy.velocity
+
+    def seen(prefix, x, t):
+        shapes.append(tuple(x.shape[:2]))
+        return velocity(prefix, x, t)
+
+    monkeypatch.setattr(policy, "velocity", seen)
+    x = propose(policy, prefix, 32, noise=noise, steps=1)
+    assert shapes == [(64, 32), (36, 32)]
+    torch.testing.assert_close(x[..., :2], integrate(policy, prefix, noise, 1)[..., :2].clamp(-1, 1))
+
+
 def test_no_clip_leaves_the_flows_end(policy, prefix):
     policy.spec = ActionSpec(2, 3, 2, 4, clip=None)
     noise = torch.randn(4, 6, 2, 3)

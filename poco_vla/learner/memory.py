@@ -9,13 +9,11 @@ from torch import Tensor
 
 from poco_vla.algorithms import Algorithm, Phase
 from poco_vla.config import TrainConfig, num_bytes
+from poco_vla.dense import CPU_ROWS
 from poco_vla.errors import ConfigError
 from poco_vla.noise import UpdateNoise
 from poco_vla.types import ChunkBatch
 
-CPU_ROWS = 2048
-"""Chunks, candidates and data, that a CPU takes through a network at once: with 4 x 512 their activations stay in its
-caches; in one go of 8,448 an update takes a quarter longer (tests/benchmarks/bench_update.py)."""
 MARGIN = 0.95
 """Share of the memory that is planned with; an allocator's rounding and a matrix library's scratch take the rest."""
 

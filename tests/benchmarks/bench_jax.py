@@ -20,7 +20,7 @@ from measure import HERE, Rows, Size, Way, best_seconds, device_name, keep_in, m
 from rich.console import Console
 
 from poco_vla import GlobalBatchRNG, Poco, PocoConfig
-from poco_vla.learner.memory import CPU_ROWS
+from poco_vla.dense import CPU_ROWS
 
 try:
     import jax

@@ -26,8 +26,7 @@ from rich.table import Table
 from poco_vla import ChunkBatch, GlobalBatchRNG, Poco, PocoConfig
 from poco_vla.config import DemonstrationConfig, ReplayConfig, TrainConfig
 from poco_vla.data import Episode, Replay, chunk_batch
-from poco_vla.dense import _product
-from poco_vla.learner.memory import CPU_ROWS
+from poco_vla.dense import CPU_ROWS, _product
 from poco_vla.noise import micro_batches
 from poco_vla.rollout import EnvPool
 from poco_vla.training import Trainer

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from poco_vla import Poco, PocoConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
+import bench_algorithms
 import bench_groot
 import bench_pi05
 import bench_prefixes
@@ -54,6 +55,20 @@ def test_flops_are_those_that_torch_counts(stage):
         poco(batch, stage)[0].backward()
     assert TINY.flops(stage) == pytest.approx(counter.get_total_flops(), rel=0.15)
     assert TINY.flops(stage) >= counter.get_total_flops()
+
+
+def test_an_algorithms_count_is_that_of_its_products():
+    """POCO's, by the count of its own benchmark; oneDNN's products count like torch's."""
+    made = bench_algorithms.Measured("bc", TINY, "cpu")
+    flops, moved = made.count()
+    assert 0.85 * TINY.flops("sft") <= flops <= TINY.flops("sft")
+    assert moved == pytest.approx(TINY.bytes("sft"), rel=0.15)
+
+
+def test_every_algorithm_is_measured():
+    rows = bench_algorithms.main(["--quick", "bc", "fql", "rlpd", "vmpo"])
+    assert [row["algorithm"] for row in rows] == ["bc", "fql", "rlpd", "vmpo"]
+    assert all(math.isfinite(v) and v > 0 for row in rows for v in row.values() if not isinstance(v, str))
 
 
 def test_the_papers_size_costs_what_it_is_known_to_cost():

@@ -9,9 +9,10 @@ from pointmass_run import small
 
 from poco_vla.config import DatasetConfig, OptimConfig, PocoConfig, PrefixConfig, num_bytes
 from poco_vla.demonstrations.scripted import ensure_demonstrations
+from poco_vla.dense import CPU_ROWS
 from poco_vla.errors import ConfigError, NonFiniteError
 from poco_vla.learner.finite_check import FiniteWatch
-from poco_vla.learner.memory import CPU_ROWS, Budget
+from poco_vla.learner.memory import Budget
 from poco_vla.noise import UpdateNoise
 from poco_vla.training import Trainer
 from poco_vla.types import ChunkBatch
