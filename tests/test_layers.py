@@ -95,14 +95,17 @@ DOORS = {
         },
         "roles",
     },
+    "comparison": {"checkpointing", "errors", "files", "learner", "terminal"},
     "lerobot_rl": {"algorithms", "checkpointing", "config", "data", "errors", "noise", "policy", "types"},
     "cli": {
-        *{"algorithms", "bugs", "checkpointing", "config", "demonstrations", "devices", "errors", "evaluation"},
+        *{"algorithms", "bugs", "checkpointing", "comparison", "config", "demonstrations", "devices", "errors"},
         *{
+            "evaluation",
             "files",
             "hints",
             "hub",
             "lazy",
+            "locks",
             "pretrained",
             "progress",
             "recording",
@@ -150,6 +153,7 @@ THIRD_PARTY = {
     "report": {"numpy", "pandas", "matplotlib", "jinja2", "rich"},
     "learner": NUMBERS | {"accelerate", "deepspeed"},
     "training": NUMBERS | {"accelerate"},
+    "comparison": {"rich"},
     "hub": PURE | {"safetensors", "huggingface_hub", "httpx", "peft"},
     "lerobot_rl": NUMBERS | {"lerobot"},
     "cli": {"tyro", "rich", "docstring_parser", "transformers"},  # --tiny makes an image encoder

@@ -67,6 +67,15 @@ class Algorithm(nn.Module):
     """True if `act` chooses the best of n > 1 candidates."""
     tiny_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Options with which a run takes seconds on a CPU: small networks, few candidates."""
+    sft_trains_policy: ClassVar[bool] = True
+    """True if SFT trains the policy alone, so that a policy from another algorithm's SFT serves as well."""
+    horizon: ClassVar[int | None] = None
+    """Control steps of a chunk, where the algorithm works with no other number; None works with any."""
+    own_options: ClassVar[frozenset[str]] = frozenset()
+    """Options that keep their defaults where a recipe gives POCO's of the same name another value
+    (:mod:`poco_vla.algorithms.scaling`)."""
+    learning_rates: ClassVar[tuple[float, float] | None] = None
+    """Learning rates of policy and value that its authors give, at POCO's own 3e-4; None takes POCO's."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

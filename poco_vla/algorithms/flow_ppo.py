@@ -219,6 +219,7 @@ class ReinFlow(FlowPpo):
 
     title = "ReinFlow"
     config_class = ReinFlowConfig
+    learning_rates = (4.5e-5, 6.5e-4)
     config: ReinFlowConfig
 
     def __init__(
@@ -375,6 +376,7 @@ class Dppo(FlowPpo):
 
     title = "DPPO (flow)"
     config_class = DppoConfig
+    learning_rates = (1e-4, 1e-3)
     clips_chain = False
     config: DppoConfig
 

@@ -81,6 +81,7 @@ class Imitation(Algorithm):
     title = "BC"
     config_class = ImitationConfig
     has_warmup = False
+    own_options = frozenset({"anchor"})  # with own successes it is self-imitation, which is asked for by name
     config: ImitationConfig
 
     def __init__(

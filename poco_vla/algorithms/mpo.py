@@ -130,6 +130,8 @@ class Mpo(Algorithm):
     # Deviation 13: over chunks, whose samples act in evaluations too; acme acts by the mean there.
     title = "MPO"
     config_class = MpoConfig
+    sft_trains_policy = False
+    own_options = frozenset({"tau"})  # of a step at every `target_period`-th update
     tiny_options = MappingProxyType({"hidden": [32, 32], "critic_hidden": [32, 32], "num_candidates": 4})
     config: MpoConfig
     updates: Tensor

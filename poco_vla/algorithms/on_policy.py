@@ -19,6 +19,9 @@ from poco_vla.noise import GlobalBatchRNG
 from poco_vla.policy import FlowPolicy, Prefix
 from poco_vla.types import ChunkBatch, Metrics, RolloutBatch
 
+FEWEST_ITERATIONS = 10
+"""Iterations of rollout and learning in a run, where `rollout_steps` is left to it."""
+
 
 @dataclass(frozen=True)
 class OnPolicyConfig:
@@ -26,7 +29,8 @@ class OnPolicyConfig:
     from these for some epochs."""
 
     rollout_steps: int = 100
-    """S, chunks of each environment in an iteration (ReinFlow: 400, DPPO: 300 to 400, of 50 environments)."""
+    """S, chunks of each environment in an iteration (ReinFlow: 400, DPPO: 300 to 400, of 50 environments). Where nobody
+    gives it, a run that is too short for ten iterations has shorter ones."""
     epochs: int = 5
     """Times that an iteration's chunks are learned from (ReinFlow: 5, DPPO: 10)."""
     minibatch: int = 512
@@ -184,7 +188,7 @@ class OnPolicy(Algorithm):
 
     @classmethod
     def fit(cls, config: TrainConfig) -> TrainConfig:
-        """Return the run with as many warm-up updates as `warmup_rollouts` has.
+        """Return the run with as many warm-up updates as `warmup_rollouts` has, and with ten iterations at least.
 
         Raises:
             ConfigError: it does not act in step with learning, or in no simulated environments.
@@ -200,6 +204,12 @@ class OnPolicy(Algorithm):
                 + (f'and interaction.mode is "{mode}"' if mode != "synchronous" else "and env is None")
             )
         options: OnPolicyConfig = options_of(config)
+        if "rollout_steps" not in config.algorithm_options:
+            tenth = config.online_steps // (FEWEST_ITERATIONS * config.env.num_envs * config.horizon)
+            if tenth < options.rollout_steps:
+                shorter = {"rollout_steps": max(2, tenth)}
+                config = replace(config, algorithm_options={**config.algorithm_options, **shorter})
+                options = options_of(config)
         chunks = options.rollout_steps * config.env.num_envs
         updates = options.epochs * -(-chunks // options.minibatch)
         return replace(config, warmup_steps=options.warmup_rollouts * updates)

@@ -173,6 +173,7 @@ class Fql(QcFql):
     """
 
     title = "FQL"
+    horizon = 1
 
     @classmethod
     def fit(cls, config: TrainConfig) -> TrainConfig:
@@ -181,7 +182,7 @@ class Fql(QcFql):
         Raises:
             ConfigError: its chunks are longer than one step.
         """
-        if config.horizon != 1:
+        if config.horizon != cls.horizon:
             raise ConfigError(
                 f'algorithm "{config.algorithm}" acts one step at a time, and horizon is {config.horizon}: give '
                 '--horizon 1, or take "qc_fql", the same over chunks'

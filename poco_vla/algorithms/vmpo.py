@@ -84,6 +84,7 @@ class Vmpo(OnPolicy):
 
     title = "V-MPO"
     config_class = VmpoConfig
+    sft_trains_policy = False
     tiny_options = MappingProxyType(
         {"rollout_steps": 10, "minibatch": 8, "epochs": 2, "warmup_rollouts": 1, "value_hidden": [32], "hidden": [32]}
     )

@@ -24,6 +24,7 @@ class Progress:
         evaluations: figures of each.
         best: those of the best one.
         seconds: wall time until `stamp`.
+        update_seconds: wall time of the updates of the online stage.
         version_offset: versions of the weights that a kill took back: their numbers are not given again.
     """
 
@@ -39,6 +40,7 @@ class Progress:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
     seconds: float = 0.0
+    update_seconds: float = 0.0
     version_offset: int = 0
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from poco_vla.cli.option_values import read_options
@@ -32,6 +33,7 @@ def parse_config(
     tiny: bool = False,
     smoke: bool = False,
     prog: str | None = None,
+    authors: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> TrainConfig:
     """Return a configuration with the words of a command line in it. `--help` and `--help-all` end the program.
 
@@ -46,6 +48,7 @@ def parse_config(
         tiny: offer `--tiny` (:func:`poco_vla.cli.smoke.tiny_pick_task`).
         smoke: offer `--smoke` (:func:`poco_vla.cli.smoke.smoke_run`).
         prog: name of the program; that of the script when None.
+        authors: values of an algorithm's authors for the recipe's task, by the algorithm's name.
 
     Raises:
         ConfigError: an option does not exist, or a value cannot work.
@@ -64,7 +67,9 @@ def parse_config(
     if chosen.adapter not in (None, config.adapter):  # before --tiny, which makes a base of it
         config = replace(config, adapter=chosen.adapter, policy_options={})
     if chosen.algorithm not in (None, config.algorithm):
-        config = replace(config, algorithm=chosen.algorithm, algorithm_options={})
+        from poco_vla.algorithms import with_algorithm  # loads torch, as the options of an algorithm do
+
+        config = with_algorithm(config, chosen.algorithm, authors.get(chosen.algorithm, {}))
     for name, shrink in smaller.items():
         config = shrink(config) if getattr(chosen, name) else config
     config, rest = _with_choices(config, chosen, rest)

@@ -50,7 +50,7 @@ def read_options(
         ConfigError: a value is missing, or of another kind than the option's.
     """
     found, rest = _copied(values), []
-    groups = [(_path(group[0], prefix), group) for group in _groups(args)]
+    groups = [(_path(group[0], prefix), group) for group in groups_of(args)]
     declared = offered() if any(path is not None for path, _ in groups) else None
     for path, group in groups:
         if path is None:
@@ -70,8 +70,8 @@ def read_options(
     return found, rest
 
 
-def _groups(args: Sequence[str]) -> Iterator[list[str]]:
-    """Yield each flag of a command line with the words that follow it."""
+def groups_of(args: Sequence[str]) -> Iterator[list[str]]:
+    """Yield each flag of a command line with the words that follow it; words before the first flag come first."""
     begin = 0
     for end in range(1, len(args) + 1):
         if end == len(args) or re.match(r"--?[A-Za-z]", args[end]):

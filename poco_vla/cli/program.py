@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from poco_vla.cli.compare import Compare, split_compare
 from poco_vla.cli.configuration import parse_config, parse_env
 from poco_vla.cli.data import ConsolidateData, Data, MakeData, OGBenchData, RobomimicData
 from poco_vla.cli.errors import guarded
@@ -19,7 +20,7 @@ from poco_vla.config import EnvSpec, TrainConfig
 from poco_vla.errors import UnknownNameError
 from poco_vla.terminal import SafeConsole
 
-type Command = Train | Eval | Serve | Robot | Data | Report | Push | Export | Adapters | Algorithms
+type Command = Train | Compare | Eval | Serve | Robot | Data | Report | Push | Export | Adapters | Algorithms
 
 
 @dataclass
@@ -61,8 +62,8 @@ class Algorithms:
 
 
 VERBS: dict[str, Any] = {
-    **{"train": Train, "eval": Eval, "serve": Serve, "robot": Robot, "data": Data, "report": Report, "push": Push},
-    **{"export": Export, "adapters": Adapters, "algorithms": Algorithms},
+    **{"train": Train, "compare": Compare, "eval": Eval, "serve": Serve, "robot": Robot, "data": Data},
+    **{"report": Report, "push": Push, "export": Export, "adapters": Adapters, "algorithms": Algorithms},
 }
 DATA_VERBS: dict[str, Any] = {
     **{"make": MakeData, "ogbench": OGBenchData, "robomimic": RobomimicData, "consolidate": ConsolidateData}
@@ -87,6 +88,9 @@ def _command(args: Sequence[str]) -> Command:
         return Data(parse_env(MakeData(), args[2:], f"{prog} make"))
     if verb == "data" and data_verb in DATA_VERBS:
         return Data(parse(DATA_VERBS[data_verb], args[2:], prog=f"{prog} {data_verb}"))
+    if verb == "compare":
+        own, words = split_compare(args[1:])
+        return replace(parse(Compare, own, prog=prog), options=tuple(words))
     if verb == "robot":
         rest, devices = split_devices(args[1:])
         return replace(parse(Robot, rest, prog=prog), devices=tuple(devices))

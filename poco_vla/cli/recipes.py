@@ -5,16 +5,18 @@ import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from poco_vla.cli.choices import Choices, choose, described
 from poco_vla.cli.configuration import parse_config
 from poco_vla.cli.errors import guarded
 from poco_vla.cli.parser import Parser
+from poco_vla.comparison.member import is_done
 from poco_vla.config import TrainConfig, differences, from_json
-from poco_vla.errors import ConfigError, PocoError, UnknownNameError
+from poco_vla.errors import ConfigError, UnknownNameError
 from poco_vla.files import read_json
 from poco_vla.roles import role_of
 from poco_vla.terminal import SafeConsole
@@ -27,6 +29,7 @@ def run_recipe(
     tiny: bool = False,
     smoke: bool = False,
     choices: Choices = MappingProxyType({}),
+    authors: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> None:
     """Run a recipe: its configuration as defaults, every value overridable on the command line.
 
@@ -38,6 +41,7 @@ def run_recipe(
         tiny: offer `--tiny` (:func:`poco_vla.cli.smoke.tiny_pick_task`); the command line overrides its values, too.
         smoke: offer `--smoke` (:func:`poco_vla.cli.smoke.smoke_run`), likewise.
         choices: parameters of `config` and the values that each takes, offered as options such as `--task square`.
+        authors: values of an algorithm's authors for the recipe's task, by the algorithm's name.
     """
 
     def run() -> None:
@@ -45,8 +49,9 @@ def run_recipe(
         about = f"{described(config, choices)}--seeds 0 1 2 runs once for each. "
         given, seeds, _ = _split_runs(words)
         # The words are read for every seed before the first run: a bad one is told at once.
-        runs = [parse_config(chosen, [*given, "--seed", str(seed)], about, tiny=tiny, smoke=smoke) for seed in seeds]
-        for one in runs or [parse_config(chosen, given, about, tiny=tiny, smoke=smoke)]:
+        read = partial(parse_config, chosen, about=about, tiny=tiny, smoke=smoke, authors=authors)
+        runs = [read([*given, "--seed", str(seed)]) for seed in seeds]
+        for one in runs or [read(given)]:
             if not (seeds and one.resume):
                 _train(one)
             elif (state := _state_of(one)) != "done":
@@ -84,17 +89,9 @@ def _state_of(config: TrainConfig) -> Literal["done", "resumable", "new"]:
     from poco_vla.training import runs_of
 
     runs = runs_of(config)
-    if runs and _is_done(runs[-1]):
+    if runs and is_done(runs[-1]):
         return "done"
     return "resumable" if runs and can_resume(runs[-1]) else "new"
-
-
-def _is_done(folder: Path) -> bool:
-    """True if a run has ended well. One whose result a loss of power has emptied writes it again, by its checkpoint."""
-    try:
-        return isinstance(read_json(folder / "result.json"), dict)
-    except PocoError:
-        return False
 
 
 def run_sweep(
@@ -150,7 +147,7 @@ def _run_variant(config: TrainConfig) -> None:
             raise ConfigError(
                 f"{folder} holds a run of another configuration ({'; '.join(changed)}): delete or move it"
             )
-    if _is_done(folder):
+    if is_done(folder):
         return
     if config.policy and Path(config.policy).parts[0] == "runs" and not Path(config.policy).is_dir():
         raise ConfigError(f"{folder} starts from {config.policy}, which is not there: run that variant first")

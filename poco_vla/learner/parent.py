@@ -13,6 +13,8 @@ from poco_vla.locks import started
 
 MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 """Environment variables that `accelerate launch` and `torchrun` set for the processes they start."""
+STARTED_BY = "POCO_VLA_STARTED_BY"
+"""Environment variable by which a program of this library tells the runs that it starts the number of its process."""
 
 
 class ParentWatch:
@@ -55,6 +57,8 @@ class ParentWatch:
 
 def launcher_of_this_process() -> int | None:
     """Return the number of the launcher's process; None where none started this one."""
+    if os.environ.get(STARTED_BY, "").isdigit():
+        return int(os.environ[STARTED_BY])
     if not any(name in os.environ for name in MARKS):
         return None
     found = find_launcher()

@@ -1,5 +1,6 @@
 """Pictures, tables and one HTML page of runs, from the files that a run writes."""
 
+from poco_vla.report.comparison_page import write_comparison
 from poco_vla.report.console import finish, result_table
 from poco_vla.report.curves import WINDOW, Curve, curve_of, read_curve
 from poco_vla.report.page import write_page
@@ -23,5 +24,6 @@ __all__ = [
     "read_result",
     "read_run",
     "result_table",
+    "write_comparison",
     "write_page",
 ]

@@ -112,7 +112,7 @@ def metric_svg(group: Group, name: str, *, width: int = 300, height: int = 170) 
     axes = figure.subplots()
     for line in lines:
         axes.plot(*line.T, color=COLOURS["poco"], linewidth=1.2, alpha=0.85 if len(lines) == 1 else 0.5)
-    _plain(axes)
+    plain_axes(axes)
     _shade(axes, group)
     axes.set_xlim(0, max(float(line[-1, 0]) for line in lines) or 1)
     axes.xaxis.set_major_locator(MaxNLocator(3))
@@ -146,13 +146,13 @@ def draw_group(axes: Axes, group: Group, others: Mapping[str, Curve]) -> None:
     axes.set_xlabel("environment steps", color=COLOURS["muted"], fontsize=11)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    _plain(axes)
+    plain_axes(axes)
     _shade(axes, group)
-    _write_labels(axes, labels)
+    write_labels(axes, [(height, words, COLOURS[name]) for height, words, name in labels])
 
 
 Label = tuple[float, str, str]
-"""Height at the right edge (success in 0..1), words, colour's name."""
+"""Height at the right edge (success in 0..1), words, and a colour or its name."""
 
 
 def _draw_published(axes: Axes, others: Mapping[str, Curve], end: int) -> list[Label]:
@@ -202,16 +202,21 @@ def _draw_mean(axes: Axes, curve: Curve, title: str) -> Label:
     return float(curve.mean[-1]), f"{title} {100 * curve.mean[-1]:.0f} %", "poco"
 
 
-def _write_labels(axes: Axes, labels: Sequence[Label]) -> None:
-    """Write names at the right edge, each at its line's end or as near as the others allow."""
+def write_labels(axes: Axes, labels: Sequence[Label], *, gap: float = 0.068, size: float = 12) -> None:
+    """Write names at the right edge, each at its line's end or as near as the others allow.
+
+    Args:
+        axes: the panel.
+        labels: of the lines, each with the colour itself; POCO's is bold.
+        gap: least distance of two names, in success.
+        size: of the letters, in points.
+    """
     beside = blended_transform_factory(axes.transAxes, axes.transData)
     ordered = sorted(labels)
-    heights = spread([label[0] for label in ordered], 0.068)
+    heights = spread([label[0] for label in ordered], gap)
     for height, (_, words, colour) in zip(heights, ordered, strict=True):
-        weight = "bold" if colour == "poco" else "normal"
-        axes.text(
-            1.015, height, words, transform=beside, color=COLOURS[colour], fontsize=12, va="center", fontweight=weight
-        )
+        weight = "bold" if colour == COLOURS["poco"] else "normal"
+        axes.text(1.015, height, words, transform=beside, color=colour, fontsize=size, va="center", fontweight=weight)
 
 
 def spread(heights: Sequence[float], gap: float, top: float = 1.0) -> list[float]:
@@ -231,7 +236,8 @@ def _shade(axes: Axes, group: Group) -> None:
         axes.axvspan(0, group.warmup_steps, color=COLOURS["shade"], linewidth=0, zorder=0)
 
 
-def _plain(axes: Axes) -> None:
+def plain_axes(axes: Axes) -> None:
+    """Take frame, tick marks and vertical grid lines away from a panel."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(COLOURS["grid"])
     axes.grid(axis="y", color=COLOURS["grid"], linewidth=0.8)

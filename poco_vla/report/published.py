@@ -56,3 +56,13 @@ def published(task: str) -> dict[str, Curve]:
 def _curve(figures: dict[str, list[float]], label: str) -> Curve:
     mean, low, high = (np.array(figures[end], dtype=float) for end in ("mean", "low", "high"))
     return Curve(np.array(_file()["steps"], dtype=float), mean, low, high, label)
+
+
+def published_by_source(task: str) -> dict[str, dict[str, Curve]]:
+    """Return the published curves of a task by their source, and by method with the source's name.
+
+    Args:
+        task: as :func:`published` takes it.
+    """
+    curves = published(task)
+    return {"QC": {f"{method} (QC paper)": curve for method, curve in curves.items()}} if curves else {}

@@ -80,6 +80,7 @@ def figures(run: TrainingRun) -> dict[str, Any]:
         "restored_heads": run.recovery.guard.restores,
         "stopped_early": now.stopped,
         "seconds": round(now.elapsed(), 1),
+        "update_seconds": round(now.update_seconds, 3),
         "adapter": config.adapter,
         **run.evaluations.about,
         "sizes": {

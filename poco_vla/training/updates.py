@@ -1,6 +1,7 @@
 """Updates: a batch, its loss and gradients in micro-batches, the optimizer's step and the target critic."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -105,7 +106,7 @@ class Updater:
             NonFiniteError: the loss or a gradient is not finite; no weight has changed.
             ConfigError: it does not fit the device's memory.
         """
-        number = self.progress.stage_update
+        began, number = time.perf_counter(), self.progress.stage_update
         phases = self.algorithm.phases(stage, number)
         if batch is None:
             batch = self.batches.draw(bootstrap=any(map(self.algorithm.reads_next, phases)))
@@ -124,6 +125,7 @@ class Updater:
                     self.learner.step(phase)
             metrics |= found
         self.progress.stage_update += 1
+        self.progress.update_seconds += time.perf_counter() - began if stage == "online" else 0.0
         self.logbook.updated(stage, metrics, bar)
         return metrics
 
