@@ -204,12 +204,12 @@ class OnPolicy(Algorithm):
                 + (f'and interaction.mode is "{mode}"' if mode != "synchronous" else "and env is None")
             )
         options: OnPolicyConfig = options_of(config)
+        num_envs = config.env.num_envs
         if "rollout_steps" not in config.algorithm_options:
-            tenth = config.online_steps // (FEWEST_ITERATIONS * config.env.num_envs * config.horizon)
+            tenth = config.online_steps // (FEWEST_ITERATIONS * num_envs * config.horizon)
             if tenth < options.rollout_steps:
                 shorter = {"rollout_steps": max(2, tenth)}
                 config = replace(config, algorithm_options={**config.algorithm_options, **shorter})
                 options = options_of(config)
-        chunks = options.rollout_steps * config.env.num_envs
-        updates = options.epochs * -(-chunks // options.minibatch)
+        updates = options.epochs * -(-options.rollout_steps * num_envs // options.minibatch)
         return replace(config, warmup_steps=options.warmup_rollouts * updates)

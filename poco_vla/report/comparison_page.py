@@ -1,16 +1,21 @@
 """The report of a comparison: comparison.json, picture.png, report.html, and a table for the console."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from poco_vla.files import atomic_file
+from poco_vla.report.commands import shown
 from poco_vla.report.comparison import Entry, compared, read_comparison, to_text
-from poco_vla.report.comparison_plot import draw_comparison
+from poco_vla.report.comparison_plot import comparison_svg, draw_comparison
+from poco_vla.report.page import style, template
+from poco_vla.report.plots import COLOURS
 from poco_vla.report.published import published_by_source
 
 
@@ -23,7 +28,7 @@ class WrittenComparison:
         paths: files that were written.
     """
 
-    table: Table
+    table: "ComparisonTable"
     paths: tuple[Path, ...]
 
 
@@ -43,7 +48,53 @@ def write_comparison(root: Path) -> WrittenComparison:
         partial.write_text(to_text(figures))
     others = {name: curve for curves in sources.values() for name, curve in curves.items()}
     picture = draw_comparison(entries, sft, root / "picture.png", others)
-    return WrittenComparison(comparison_table(figures), (root / "comparison.json", picture))
+    with atomic_file(root / "report.html") as partial:
+        partial.write_text(_page(entries, figures, comparison_svg(entries, sft, others)), encoding="utf-8")
+    return WrittenComparison(ComparisonTable(figures), (root / "comparison.json", picture, root / "report.html"))
+
+
+def _page(entries: Sequence[Entry], figures: Mapping[str, Any], picture: str) -> str:
+    """Return the text of the HTML page."""
+    ordered = _ordered(figures)
+    pairs = {(one["a"], one["b"]): one for one in figures["pairs"]}
+    return template("comparison.html.j2").render(
+        task=figures["task"],
+        colours=COLOURS,
+        style=style(),
+        today=f"{datetime.now(UTC):%d %B %Y}",
+        picture=picture,
+        sources=figures["published"],
+        waiting=[f"{e.title}, seed {r.result['seed']} ({r.status})" for e in entries for r in e.group.unfinished],
+        columns=COLUMNS,
+        rows=rows(figures),
+        names=[figures["algorithms"][name]["title"] for name in ordered],
+        matrix=[(figures["algorithms"][a]["title"], [_cell(pairs, a, b) for b in ordered]) for a in ordered],
+        num_pairs=len(pairs),
+        settings=[(figures["algorithms"][name]["title"], _options(figures["algorithms"][name])) for name in ordered],
+    )
+
+
+def _ordered(figures: Mapping[str, Any]) -> list[str]:
+    """Return the names of the algorithms, best final success first."""
+    return sorted(figures["algorithms"], key=lambda name: -figures["algorithms"][name]["final"])
+
+
+def _cell(pairs: Mapping[tuple[str, str], Any], a: str, b: str) -> dict[str, str] | None:
+    """Return difference, interval and p-value of a pair as text; None of an algorithm and itself."""
+    found, sign = (pairs[a, b], 1) if (a, b) in pairs else (pairs.get((b, a)), -1)
+    if found is None:
+        return None
+    gap, ends = found["difference"], found["bootstrap_95"]
+    low, high = sorted(100 * sign * end for end in ends) if None not in ends else (None, None)
+    return {
+        "difference": "-" if gap is None else f"{100 * sign * gap:+.0f}",
+        "interval": "" if low is None else f"[{low:+.0f}, {high:+.0f}]",
+        "p": "p < 0.001" if found["fisher_p"] < 0.001 else f"p = {found['fisher_p']:.3f}",
+    }
+
+
+def _options(figures: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.partition('.')[2]} {shown(value)}" for name, value in figures["options"].items())
 
 
 def shared_start(entries: list[Entry]) -> float | None:
@@ -52,25 +103,42 @@ def shared_start(entries: list[Entry]) -> float | None:
     return max(set(starts), key=starts.count) if starts else None
 
 
-def comparison_table(figures: Mapping[str, Any]) -> Table:
-    """Return the table of a comparison, best final success first."""
-    table = Table(title=f"{figures['task']}: success in % [95 % interval]", title_justify="left", box=SIMPLE_HEAD)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "algorithm" else "right", no_wrap=True)
-    for row in rows(figures):
-        table.add_row(*row)
-    return table
+@dataclass(frozen=True)
+class ComparisonTable:
+    """The table of a comparison, best final success first, with the columns that fit the terminal.
+
+    Attributes:
+        figures: those of comparison.json.
+    """
+
+    figures: Mapping[str, Any]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = [dict(zip(COLUMNS, row, strict=True)) for row in rows(self.figures)]
+        widths = {name: max(len(name), *(len(line[name]) for line in lines)) for name in COLUMNS}
+        columns, spare = list(COLUMNS), list(SPARED)
+        while spare and sum(widths[name] + 2 for name in columns) > options.max_width:
+            columns.remove(spare.pop(0))
+        title = f"{self.figures['task']}: success in % [95 % interval]"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+        for name in columns:
+            table.add_column(name, justify="left" if name == COLUMNS[0] else "right", no_wrap=True)
+        for line in lines:
+            table.add_row(*(line[name] for name in columns))
+        yield table
 
 
 COLUMNS = (
     *("algorithm", "seeds", "start", "final", "over seeds", "Wilson", "area", "drop", "collapses", "steps"),
-    *("min", "CPU min", "ms/update"),
+    *("min", "CPU min", "ms"),
 )
+SPARED = ("min", "collapses", "steps", "ms", "CPU min", "area", "seeds", "drop")
+"""Columns that a narrow terminal leaves out, the first ones first."""
 
 
 def rows(figures: Mapping[str, Any]) -> list[list[str]]:
     """Return the cells of each algorithm, best final success first."""
-    ordered = sorted(figures["algorithms"].values(), key=lambda one: -one["final"])
+    ordered = [figures["algorithms"][name] for name in _ordered(figures)]
     return [
         [
             one["title"] + ("" if one["shared_sft"] else " *") + ("" if one["horizon"] != 1 else " (H = 1)"),

@@ -57,10 +57,10 @@ def write_page(
     """
     groups = group_runs(runs)
     videos = _chosen_videos(groups, max_video_bytes)
-    text = _template().render(
+    text = template("page.html.j2").render(
         title=title or _title(groups),
         colours=COLOURS,
-        style=(Path(__file__).parent / "page.css").read_text(),
+        style=style(),
         today=f"{datetime.now(UTC):%d %B %Y}",
         sections=[_section(group, videos) for group in groups],
         credit=source() if any(published(group.task) for group in groups) else None,
@@ -71,9 +71,14 @@ def write_page(
     return output
 
 
+def style() -> str:
+    """Return the style sheet of all pages."""
+    return (Path(__file__).parent / "page.css").read_text()
+
+
 @cache
-def _template() -> Template:
-    """Return the page's template, which escapes all that it does not mark as safe."""
+def template(name: str) -> Template:
+    """Return a page's template, which escapes all that it does not mark as safe."""
     environment = Environment(
         loader=PackageLoader("poco_vla.report", "."),
         autoescape=True,
@@ -91,7 +96,7 @@ def _template() -> Template:
         # A dotted name may break after a dot or an underscore on a narrow screen.
         "breakable": lambda name: re.split(r"(?<=[._])", name),
     }
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
 
 
 def _title(groups: Sequence[Group]) -> str:

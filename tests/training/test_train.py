@@ -202,7 +202,7 @@ def everything(run):
         **{name: (last / f"{name}.safetensors").read_bytes() for name in ("weights", "optimizer", "random")},
         "metrics": metrics_of(run),
         "episodes": (run / "episodes.jsonl").read_text(),
-        "result": {name: value for name, value in result.items() if name != "seconds"},
+        "result": {name: value for name, value in result.items() if name not in ("seconds", "update_seconds")},
     }
 
 
