@@ -39,8 +39,12 @@ DOORS = {
     "config": {"errors", "hints", "roles"},
     "noise": {"types"},
     "algorithms": {
-        *{"config", "critic", "distill", "dual", "errors", "gae", "gaussian", "lazy", "mlp", "noise", "policy"},
+        *{"config", "critic", "distill", "dual", "errors", "gaussian", "lazy", "mlp", "noise", "policy"},
         *{"posterior", "types"},
+    },
+    "algorithms.on_policy": {
+        *{"algorithms", "config", "critic", "distill", "dual", "errors", "gae", "gaussian", "mlp", "noise", "policy"},
+        "types",
     },
     "devices": {"errors"},
     "files": {"errors"},
@@ -51,12 +55,25 @@ DOORS = {
     "registry": {"errors", "policy"},
     "pretrained": {"errors", "files"},
     "adapting": {"errors", "files", "joint_names", "policy", "pretrained", "types"},
-    "conformance": {"algorithms", "bugs", "distill", "errors", "flow", "noise", "policy", "types"},
+    "conformance": {
+        "algorithms",
+        "algorithms.on_policy",
+        "bugs",
+        "distill",
+        "errors",
+        "flow",
+        "noise",
+        "policy",
+        "types",
+    },
     "data": {"config", "errors", "lazy", "policy", "types"},
     "prefix_cache": {"config", "data", "policy"},
     "recording": {"config", "data", "errors", "files", "policy"},
     "simulators": {"config", "data", "errors"},
-    "rollout": {"algorithms", "bugs", "config", "data", "errors", "lazy", "policy", "recording", "simulators"},
+    "rollout": {
+        *{"algorithms", "algorithms.on_policy", "bugs", "config", "data", "errors", "lazy", "policy", "recording"},
+        "simulators",
+    },
     "demonstrations": {"config", "data", "errors", "recording", "rollout", "simulators"},
     "serving": {"bugs", "data", "errors", "policy", "recording", "rollout"},
     "robots": {"data", "errors", "files", "joint_names", "recording", "serving", "simulators", "terminal"},
@@ -64,36 +81,24 @@ DOORS = {
     "report": {"config", "errors", "evaluation", "files", "roles"},
     "learner": {"algorithms", "bugs", "config", "data", "dense", "errors", "files", "locks", "noise", "types"},
     "checkpointing": {
-        "adapting",
-        "algorithms",
-        "config",
-        "data",
-        "errors",
-        "files",
-        "locks",
-        "policy",
-        "roles",
-        "types",
+        *{"adapting", "algorithms", "config", "data", "errors", "files", "locks", "policy", "roles", "types"},
+    },
+    "run": {
+        *{"algorithms", "checkpointing", "config", "data", "errors", "evaluation", "files", "learner", "progress"},
+    },
+    "experience": {
+        *{"algorithms", "algorithms.on_policy", "checkpointing", "config", "data", "demonstrations", "errors"},
+        *{"learner", "policy", "prefix_cache", "progress", "recording", "registry", "report", "rollout", "run"},
+        *{"serving", "simulators", "types"},
     },
     "training": {
-        *{"algorithms", "checkpointing", "config", "data", "demonstrations", "errors", "evaluation", "files", "hub"},
-        *{"joint_names", "lazy", "learner", "noise", "policy", "prefix_cache", "progress", "recording", "registry"},
-        *{"report", "rollout", "serving", "simulators", "types"},
+        *{"algorithms", "checkpointing", "config", "data", "demonstrations", "errors", "evaluation", "experience"},
+        *{"hub", "joint_names", "lazy", "learner", "noise", "policy", "prefix_cache", "progress", "recording"},
+        *{"registry", "report", "rollout", "run", "types"},
     },
     "hub": {
-        *{
-            "algorithms",
-            "checkpointing",
-            "config",
-            "critic",
-            "errors",
-            "files",
-            "policy",
-            "pretrained",
-            "registry",
-            "report",
-        },
-        "roles",
+        *{"algorithms", "checkpointing", "config", "critic", "errors", "files", "policy", "pretrained"},
+        *{"registry", "report", "roles"},
     },
     "comparison": {"checkpointing", "errors", "files", "learner", "terminal"},
     "lerobot_rl": {"algorithms", "checkpointing", "config", "data", "errors", "noise", "policy", "types"},
@@ -127,7 +132,10 @@ DOORS = {
 PURE = {"torch", "jaxtyping"}
 NUMBERS = PURE | {"numpy"}
 THIRD_PARTY = {
-    **dict.fromkeys({*EQUATIONS, "algorithms", "config", "roles", "conformance", "registry", "__init__"}, PURE),
+    **dict.fromkeys(
+        {*EQUATIONS, "algorithms", "algorithms.on_policy", "config", "roles", "conformance", "registry", "__init__"},
+        PURE,
+    ),
     "lazy": set(),
     "deprecated": set(),
     "bugs": set(),
@@ -152,6 +160,8 @@ THIRD_PARTY = {
     "evaluation": NUMBERS | {"rich"},
     "report": {"numpy", "pandas", "matplotlib", "jinja2", "rich"},
     "learner": NUMBERS | {"accelerate", "deepspeed"},
+    "run": NUMBERS | {"accelerate"},
+    "experience": NUMBERS | {"accelerate"},
     "training": NUMBERS | {"accelerate"},
     "comparison": {"rich"},
     "hub": PURE | {"safetensors", "huggingface_hub", "httpx", "peft"},
@@ -193,7 +203,13 @@ def third_party(path):
 
 def room(path):
     """The room that a file of the library is in: its folder or its own name below poco_vla/."""
-    return path.relative_to(LIBRARY).with_suffix("").parts[0]
+    return room_of(".".join(path.relative_to(LIBRARY).with_suffix("").parts))
+
+
+def room_of(name):
+    """The room of a dotted name below poco_vla: the innermost that has a door of its own."""
+    parts = name.split(".")
+    return next((inner for n in (2, 1) if (inner := ".".join(parts[:n])) in DOORS), parts[0])
 
 
 def own_rooms(path):
@@ -204,7 +220,7 @@ def own_rooms(path):
         if parts[0] == "poco_vla":
             inside = parts[1] if len(parts) > 1 else ""
             known = inside and ((LIBRARY / inside).is_dir() or (LIBRARY / f"{inside}.py").is_file())
-            rooms.add(inside if known else "__init__")
+            rooms.add(room_of(".".join(parts[1:])) if known else "__init__")
     return rooms
 
 
@@ -264,7 +280,7 @@ def test_accelerate_and_lerobot_are_imported_where_they_belong_and_nowhere_else(
     users = {
         package: {room(p) for p in LIBRARY_FILES if package in third_party(p)} for package in ("lerobot", "accelerate")
     }
-    assert users["accelerate"] == {"learner", "training"}
+    assert users["accelerate"] == {"learner", "run", "experience", "training"}
     above = {
         "adapting",
         "data",

@@ -110,7 +110,7 @@ def test_the_metric_glossary_lists_what_training_writes_and_nothing_else(emitted
 
 
 def test_the_live_view_shows_metrics_by_their_names(emitted):
-    from poco_vla.training.logbook import HEADLINE
+    from poco_vla.run.logbook import HEADLINE
 
     assert set(HEADLINE) <= emitted[0]
 

@@ -11,7 +11,7 @@ from poco_vla.errors import ConfigError, UnknownNameError
 GROUP = "poco_vla.algorithms"
 BUILT_IN = {
     "bc": "poco_vla.algorithms.imitation:Imitation",
-    "dppo": "poco_vla.algorithms.flow_ppo:Dppo",
+    "dppo": "poco_vla.algorithms.on_policy.dppo:Dppo",
     "dsrl": "poco_vla.algorithms.noise_steering:Dsrl",
     "expo": "poco_vla.algorithms.edit:Expo",
     "fql": "poco_vla.algorithms.one_step:Fql",
@@ -19,10 +19,10 @@ BUILT_IN = {
     "poco": "poco_vla.algorithms.poco:Poco",
     "qc": "poco_vla.algorithms.best_of_n:BestOfN",
     "qc_fql": "poco_vla.algorithms.one_step:QcFql",
-    "reinflow": "poco_vla.algorithms.flow_ppo:ReinFlow",
+    "reinflow": "poco_vla.algorithms.on_policy.reinflow:ReinFlow",
     "rlpd": "poco_vla.algorithms.rlpd:Rlpd",
     "rlpd_ac": "poco_vla.algorithms.rlpd:RlpdAc",
-    "vmpo": "poco_vla.algorithms.vmpo:Vmpo",
+    "vmpo": "poco_vla.algorithms.on_policy.vmpo:Vmpo",
 }
 """Name -> class of the library's own, which need no entry point."""
 

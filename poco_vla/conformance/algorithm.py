@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from poco_vla.algorithms import Algorithm, Phase
-from poco_vla.algorithms.on_policy import OnPolicy
+from poco_vla.algorithms.on_policy.contract import OnPolicy
 from poco_vla.bugs import place_of
 from poco_vla.conformance.message import broken_contract
 from poco_vla.errors import AlgorithmError

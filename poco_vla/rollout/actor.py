@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from poco_vla.algorithms import Algorithm
-from poco_vla.algorithms.on_policy import OnPolicy
+from poco_vla.algorithms.on_policy.contract import OnPolicy
 from poco_vla.data import preprocess_obs
 from poco_vla.errors import NonFiniteError
 from poco_vla.policy import FlowPolicy, Prefix

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from poco_vla.checkpointing import checkpoint
 from poco_vla.checkpointing.schedule import CheckpointClock
-from poco_vla.training.context import RunContext
+from poco_vla.run.context import RunContext
 
 NEEDED = ("progress", "batches", "acting", "base_version", "guard", "logbook")
 """Parts that state.json must hold; older versions wrote no others."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from poco_vla.checkpointing import checkpoint
 from poco_vla.learner.broadcast import shared
-from poco_vla.training.context import RunContext
+from poco_vla.run.context import RunContext
 from poco_vla.training.guard import CollapseGuard
 from poco_vla.training.updates import Updater
 

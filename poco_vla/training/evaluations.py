@@ -12,8 +12,8 @@ from poco_vla.evaluation import EvalResult, EvaluationStopped, evaluate
 from poco_vla.hub.rate import note_run
 from poco_vla.rollout import EnvPool
 from poco_vla.rollout.video import write_episode_video
-from poco_vla.training.context import RunContext
-from poco_vla.training.outlook import Outlook
+from poco_vla.run.context import RunContext
+from poco_vla.run.outlook import Outlook
 
 
 class Evaluations:

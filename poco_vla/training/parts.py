@@ -16,7 +16,7 @@ from poco_vla.learner.broadcast import shared
 from poco_vla.noise import GlobalBatchRNG
 from poco_vla.policy import FlowPolicy
 from poco_vla.rollout.actor import WeightsVersion
-from poco_vla.training.context import RunContext
+from poco_vla.run.context import RunContext
 
 
 class BaseVersion:

@@ -13,6 +13,20 @@ from poco_vla.checkpointing.provenance import Provenance
 from poco_vla.checkpointing.versions import ReservedVersions
 from poco_vla.config import EnvSpec, TrainConfig, differences, to_json, to_scalars
 from poco_vla.data import BatchSource, Episode, Replay
+from poco_vla.experience.collector import Collector
+from poco_vla.experience.dataset import RunData, open_data, open_policy
+from poco_vla.experience.environments import check_demonstrations, open_environments
+from poco_vla.experience.episodes import Experience
+from poco_vla.experience.interactions import (
+    RANK_SEED,
+    Acting,
+    open_admission,
+    open_recorder,
+    picture_shapes,
+    picture_shapes_of,
+)
+from poco_vla.experience.prefixes import open_prefixes
+from poco_vla.experience.rollouts import Rollouts, open_rollouts
 from poco_vla.learner.accelerator import learner_of, open_accelerator
 from poco_vla.learner.backends import Learner
 from poco_vla.learner.broadcast import Sharing
@@ -29,27 +43,15 @@ from poco_vla.recording.recorder import EpisodeRecorder
 from poco_vla.registry import check_options, load_adapter
 from poco_vla.rollout import Actor, EnvPool
 from poco_vla.rollout.actor import WeightsVersion
+from poco_vla.run.context import RunContext
+from poco_vla.run.folder import RunFolder, choose_folder, refuse_to_overwrite
+from poco_vla.run.interruption import Interruption
+from poco_vla.run.logbook import Logbook, refuse_unknown_trackers
+from poco_vla.run.outlook import Outlook
 from poco_vla.training.checkpoints import Checkpoints, Part
 from poco_vla.training.collapse import CollapseRecovery
-from poco_vla.training.collector import Collector
-from poco_vla.training.context import RunContext
-from poco_vla.training.dataset import RunData, open_data, open_policy
-from poco_vla.training.environments import check_demonstrations, open_environments
 from poco_vla.training.evaluations import Evaluations
-from poco_vla.training.experience import Experience
-from poco_vla.training.folder import RunFolder, choose_folder, refuse_to_overwrite
 from poco_vla.training.guard import CollapseGuard
-from poco_vla.training.interactions import (
-    RANK_SEED,
-    Acting,
-    open_admission,
-    open_recorder,
-    picture_shapes,
-    picture_shapes_of,
-)
-from poco_vla.training.interruption import Interruption
-from poco_vla.training.logbook import Logbook, refuse_unknown_trackers
-from poco_vla.training.outlook import Outlook
 from poco_vla.training.parts import (
     BaseVersion,
     LearnedWeights,
@@ -59,8 +61,6 @@ from poco_vla.training.parts import (
     ResumedVersion,
     VectorNames,
 )
-from poco_vla.training.prefixes import open_prefixes
-from poco_vla.training.rollouts import Rollouts, open_rollouts
 from poco_vla.training.updates import Updater
 
 
@@ -272,7 +272,7 @@ def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> 
         prefixes=prefixes,
         admission=admission,
         provenance=provenance,
-        recovery=recovery,
+        watch=recovery.add,
     )
     evaluations = Evaluations(context, learner.algorithm, envs, data.info.fps, outlook)
     parts: dict[str, Part] = {  # in the order in which they are loaded

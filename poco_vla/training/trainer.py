@@ -4,12 +4,12 @@ import math
 from typing import NoReturn
 
 from poco_vla.config import TrainConfig
+from poco_vla.experience.rollouts import Rollouts
 from poco_vla.progress import Bar
-from poco_vla.training.folder import runs_of
-from poco_vla.training.interruption import Interrupted
+from poco_vla.run.folder import runs_of
+from poco_vla.run.interruption import Interrupted
 from poco_vla.training.main_guard import check_main_guard
 from poco_vla.training.results import TrainResult, finish
-from poco_vla.training.rollouts import Rollouts
 from poco_vla.training.run import build
 
 __all__ = ["Interrupted", "TrainResult", "Trainer", "runs_of", "train"]

@@ -25,7 +25,7 @@ from poco_vla.learner.memory import Budget
 from poco_vla.noise import GlobalBatchRNG
 from poco_vla.progress import Bar
 from poco_vla.rollout.actor import WeightsVersion
-from poco_vla.training.logbook import Logbook
+from poco_vla.run.logbook import Logbook
 from poco_vla.types import ChunkBatch, Metrics
 
 BESIDE = "algorithm."

@@ -5,8 +5,9 @@ import torch
 from toy_policies import ToyPolicy, toy_batch
 
 from poco_vla import GlobalBatchRNG
-from poco_vla.algorithms.flow_ppo import Dppo, DppoConfig, ReinFlow, ReinFlowConfig
-from poco_vla.algorithms.vmpo import Vmpo, VmpoConfig
+from poco_vla.algorithms.on_policy.dppo import Dppo, DppoConfig
+from poco_vla.algorithms.on_policy.reinflow import ReinFlow, ReinFlowConfig
+from poco_vla.algorithms.on_policy.vmpo import Vmpo, VmpoConfig
 from poco_vla.errors import ConfigError
 from poco_vla.noise import micro_batches
 from poco_vla.types import RolloutBatch

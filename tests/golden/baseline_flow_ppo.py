@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from poco_vla import ActionSpec
-from poco_vla.algorithms.flow_ppo import Dppo, DppoConfig, FlowPpo, ReinFlow, ReinFlowConfig
-from poco_vla.algorithms.on_policy import OnPolicy
+from poco_vla.algorithms.on_policy.contract import OnPolicy
+from poco_vla.algorithms.on_policy.dppo import Dppo, DppoConfig
+from poco_vla.algorithms.on_policy.flow_ppo import FlowPpo
+from poco_vla.algorithms.on_policy.reinflow import ReinFlow, ReinFlowConfig
 from poco_vla.types import RolloutBatch
 
 # -- what both sections of both files share ---------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from baseline_mpo import load_plain, plain, plain_gaussian, plain_gradients, pla
 from golden import Actor, Golden, Numbers, gradients
 
 from poco_vla import ActionSpec
-from poco_vla.algorithms.vmpo import Vmpo, VmpoConfig
+from poco_vla.algorithms.on_policy.vmpo import Vmpo, VmpoConfig
 from poco_vla.dual import top_samples_weights
 from poco_vla.gae import generalized_advantages, n_step_returns
 

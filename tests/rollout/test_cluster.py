@@ -25,12 +25,12 @@ from tiny_env import FPS, assert_same_episode, point_spec
 from poco_vla import Poco, PocoConfig, load_adapter
 from poco_vla.config import InteractionConfig, TrainConfig
 from poco_vla.errors import ConfigError, PocoError
+from poco_vla.experience.interactions import Acting
 from poco_vla.recording.recorder import EpisodeRecorder
 from poco_vla.rollout import Actor, EnvPool, cluster, cluster_worker, object_store
 from poco_vla.rollout.actor import WeightsVersion, learned_parameters
 from poco_vla.rollout.cluster import ClusterInteraction
 from poco_vla.training import Trainer
-from poco_vla.training.interactions import Acting
 
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # read at import: the loopback interface alone
 pytest.importorskip("ray")
@@ -206,7 +206,7 @@ def test_a_worker_that_dies_again_and_again_ends_in_an_error(acting, monkeypatch
 
 
 def test_without_ray_or_with_another_kind_of_address_words_say_what_to_do(monkeypatch):
-    monkeypatch.setattr("poco_vla.training.interactions.find_spec", lambda name: None)
+    monkeypatch.setattr("poco_vla.experience.interactions.find_spec", lambda name: None)
     parts = object.__new__(Acting)  # what is looked at when a run is put together
     object.__setattr__(parts, "config", TrainConfig(online_steps=0, interaction=InteractionConfig(mode="ray")))
     with pytest.raises(ConfigError, match=r'pip install "poco-vla\[ray\]"'):

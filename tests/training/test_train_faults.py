@@ -23,8 +23,8 @@ from poco_vla.data import Episode
 from poco_vla.data.dataset import describe_dataset
 from poco_vla.errors import CheckpointError, NonFiniteError, OtherProcessError, PocoError, SimulatorError
 from poco_vla.learner.failures import Failures
+from poco_vla.run.outlook import Outlook
 from poco_vla.training import Trainer
-from poco_vla.training.outlook import Outlook
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -148,7 +148,7 @@ def test_a_run_that_is_refused_leaves_neither_simulators_nor_a_folder_behind(tmp
         pools.append(pool)
         raise SimulatorError("the first rollout")
 
-    monkeypatch.setattr("poco_vla.training.environments.check_rollout", refuse)
+    monkeypatch.setattr("poco_vla.experience.environments.check_rollout", refuse)
     with pytest.raises(SimulatorError, match="the first rollout"):
         Trainer(small(tmp_path / "run", data))
     assert [pool._envs.workers for pool in pools] == [[]]
@@ -195,7 +195,7 @@ def test_other_statistics_of_the_dataset_are_told_and_the_runs_own_kept(copied, 
         action = info.stats["action"] | {"max": np.asarray(info.stats["action"]["max"]) + 1}
         return replace(info, stats={**info.stats, "action": action})
 
-    monkeypatch.setattr("poco_vla.training.dataset.describe_dataset", other)
+    monkeypatch.setattr("poco_vla.experience.dataset.describe_dataset", other)
     with opened(copied) as trainer:
         found, own = (
             trainer.parts.data.statistics.found["action"]["max"],

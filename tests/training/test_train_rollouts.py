@@ -11,8 +11,8 @@ from toy_policies import ToyPolicy
 from poco_vla.algorithms import load_algorithm
 from poco_vla.config import InteractionConfig
 from poco_vla.errors import ConfigError
+from poco_vla.experience.rollouts import open_rollouts
 from poco_vla.training import Interrupted, Trainer, train
-from poco_vla.training.rollouts import open_rollouts
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 OPTIONS = {"rollout_steps": 5, "epochs": 2, "minibatch": 8, "warmup_rollouts": 1, "value_hidden": (16,)}

@@ -11,8 +11,8 @@ from poco_vla.learner.broadcast import Sharing
 from poco_vla.policy import FlowPolicy
 from poco_vla.rollout import EnvPool
 from poco_vla.rollout.compatibility import check_env_pictures, check_pictures, check_rollout
+from poco_vla.run.context import RunContext
 from poco_vla.simulators.instructions import settle_instruction
-from poco_vla.training.context import RunContext
 
 
 def check_demonstrations(policy: FlowPolicy, demos: Sequence[Episode]) -> None:

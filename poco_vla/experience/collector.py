@@ -8,13 +8,13 @@ from torch import Tensor
 
 from poco_vla.data import Episode, Replay
 from poco_vla.errors import CheckpointError
+from poco_vla.experience.interactions import Acting
 from poco_vla.learner.broadcast import Sharing
 from poco_vla.recording.admission import Admission
 from poco_vla.recording.recorder import EpisodeRecorder
 from poco_vla.rollout.actor import UNTRAINED
 from poco_vla.rollout.interaction import Interaction, Received
-from poco_vla.training.context import RunContext
-from poco_vla.training.interactions import Acting
+from poco_vla.run.context import RunContext
 
 
 class Collector:

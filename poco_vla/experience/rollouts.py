@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from poco_vla.algorithms import Algorithm
-from poco_vla.algorithms.on_policy import OnPolicy
+from poco_vla.algorithms.on_policy.contract import OnPolicy
 from poco_vla.config import TrainConfig
 from poco_vla.data import preprocess_obs
 from poco_vla.data.episode import step_rewards

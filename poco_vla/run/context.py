@@ -7,9 +7,9 @@ from accelerate import Accelerator
 from poco_vla.checkpointing.progress import Progress
 from poco_vla.config import TrainConfig
 from poco_vla.progress import Display
-from poco_vla.training.folder import RunFolder
-from poco_vla.training.interruption import Interruption
-from poco_vla.training.logbook import Logbook
+from poco_vla.run.folder import RunFolder
+from poco_vla.run.interruption import Interruption
+from poco_vla.run.logbook import Logbook
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from poco_vla.algorithms.contract import Loss, ParameterGroup, Phase
-from poco_vla.algorithms.on_policy import OnPolicy, OnPolicyConfig
+from poco_vla.algorithms.on_policy.contract import OnPolicy, OnPolicyConfig
 from poco_vla.critic import polyak_update
 from poco_vla.dual import Duals, gaussian_kl, top_samples_weights, trust_region_loss
 from poco_vla.errors import ConfigError

@@ -1,7 +1,7 @@
 """Episodes that a run learns from: taken into the replay buffer, noted, and read back from disk at a resume."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,12 +11,11 @@ from poco_vla.config import DatasetConfig
 from poco_vla.data import Episode, Replay, open_dataset, read_episodes
 from poco_vla.data.folder import read_info
 from poco_vla.errors import CheckpointError, DataError
+from poco_vla.experience.dataset import RunData
 from poco_vla.policy import FlowPolicy
 from poco_vla.prefix_cache.source import PrefixSource
 from poco_vla.recording.admission import Admission
-from poco_vla.training.collapse import CollapseRecovery
-from poco_vla.training.context import RunContext
-from poco_vla.training.dataset import RunData
+from poco_vla.run.context import RunContext
 
 EPISODES_AT_ONCE = 50
 """Episodes with pictures that are read together."""
@@ -33,7 +32,7 @@ class Experience:
         prefixes: gets what acting has encoded.
         admission: decides which episodes are learned from.
         provenance: digests of the data.
-        recovery: sees every episode.
+        watch: is told of every episode whether it succeeded.
     """
 
     def __init__(
@@ -46,12 +45,12 @@ class Experience:
         prefixes: PrefixSource | None,
         admission: Admission,
         provenance: Provenance,
-        recovery: CollapseRecovery,
+        watch: Callable[[bool], None],
     ) -> None:
         self.config, self.accelerator, self.progress = context.config, context.accelerator, context.progress
         self.folder, self.display, self.logbook = context.folder, context.display, context.logbook
         self.data, self.policy, self.replay = data, policy, replay
-        self.prefixes, self.admission, self.provenance, self.recovery = prefixes, admission, provenance, recovery
+        self.prefixes, self.admission, self.provenance, self.watch = prefixes, admission, provenance, watch
 
     def count(self, steps: int) -> None:
         """Count environment steps, and the updates that they allow."""
@@ -67,7 +66,7 @@ class Experience:
             now.episodes += 1
             now.recent = [*now.recent, episode.succeeded][-report.WINDOW :]
             self.logbook.episode(len(episode), episode.succeeded)
-            self.recovery.add(episode.succeeded)
+            self.watch(episode.succeeded)
 
     def state(self) -> dict[str, Any]:
         """Return digests of all that was learned from; the episodes themselves are on disk already."""
