@@ -129,9 +129,18 @@ def values_for_actor(
     return torch.func.functional_call(critic, frozen, (features, chunk))
 
 
-def aggregate(q: Float[Tensor, "E B N"], how: Literal["mean", "min"] = "mean") -> Float[Tensor, "B N"]:
-    """One value per chunk out of the ensemble's E: the mean (paper), or the pessimistic minimum."""
-    return q.mean(dim=0) if how == "mean" else q.amin(dim=0)
+type Aggregation = Literal["mean", "min", "mean_minus_std"]
+AGGREGATIONS: tuple[Aggregation, ...] = ("mean", "min", "mean_minus_std")
+"""Ways in which an ensemble's values become one."""
+
+
+def aggregate(q: Float[Tensor, "E B N"], how: Aggregation = "mean", std_weight: float = 1.0) -> Float[Tensor, "B N"]:
+    """Return one value per chunk out of the ensemble's E: their mean (paper), the pessimistic minimum, or the mean less
+    `std_weight` of their standard deviations (that of the E values, not of a population that they are drawn from)."""
+    if how == "min":
+        return q.amin(dim=0)
+    mean = q.mean(dim=0)
+    return mean if how == "mean" else mean - std_weight * q.std(dim=0, correction=0)
 
 
 def td_target(

@@ -35,6 +35,7 @@ def test_defaults_are_the_papers():
         ("tau", 1.5),
         ("flow_steps", 0),
         ("critic_members", 0),
+        ("std_weight", -0.5),
         ("critic_hidden", ()),
         ("critic_hidden", (64, 0)),
         ("eta", float("nan")),

@@ -105,6 +105,7 @@ def test_aggregation_by_hand():
     q = torch.tensor([[[1.0, 5.0]], [[3.0, -1.0]]])
     assert aggregate(q, "mean").tolist() == [[2.0, 2.0]]
     assert aggregate(q, "min").tolist() == [[1.0, -1.0]]
+    assert aggregate(q, "mean_minus_std", 2.0).tolist() == [[0.0, -4.0]]  # standard deviations 1 and 3
 
 
 def test_td_target_by_hand():

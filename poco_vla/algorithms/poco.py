@@ -6,17 +6,18 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from poco_vla.algorithms.contract import Algorithm, Loss, ParameterGroup, Phase
 from poco_vla.config import PocoConfig
 from poco_vla.critic import ChunkCritic, aggregate, polyak_update, td_target
 from poco_vla.distill import anchor_rows, clipped_distillation, flow_errors
+from poco_vla.dual import dual_of, parameter_of, temperature_loss
 from poco_vla.errors import ConfigError
 from poco_vla.noise import GlobalBatchRNG, UpdateNoise, crossing_weights, row_weights
 from poco_vla.policy import FlowPolicy, Prefix, propose, sampling_precision
 from poco_vla.posterior import effective_sample_size, posterior_weights
-from poco_vla.types import ChunkBatch
+from poco_vla.types import ChunkBatch, Metrics
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Poco(Algorithm):
         self.register_buffer("zeta", torch.tensor(zeta, dtype=torch.float32))
         self.register_buffer("beta", torch.tensor(config.beta, dtype=torch.float32))
         self._uncalibrated = config.zeta == "auto"
+        if config.eta_bound is not None:
+            self.eta_parameter = nn.Parameter(torch.tensor([parameter_of(config.eta)]))  # [1]: FSDP2 cuts no scalars
 
     # -- the losses of Algorithm 1 --------------------------------------------------------------------------------
 
@@ -110,16 +113,16 @@ class Poco(Algorithm):
         with sampling_precision(cfg.sampling_dtype, batch.actions.device):
             x = self._propose(prefix, noise.candidate_noise)
         with torch.no_grad():
-            q = aggregate(self.target_critic(prefix.features, x), cfg.aggregation)
-        w = posterior_weights(q, eta=cfg.eta)
+            q = self._aggregate(self.target_critic(prefix.features, x))
+        w, eta_loss, eta_metrics = self._posterior(q)
 
         # M-step (Eq. 23): clipped distillation of the candidates, beside the anchor on data
         errors = self._flow_errors(prefix, batch, torch.cat([batch.actions[:, None], x], dim=1), noise)
         bc_loss, bc_metrics = self._bc_loss(errors[:, 0], noise)
         posterior_loss, posterior_metrics = clipped_distillation(errors[:, 1:], w, zeta=self._calibrated_zeta())
 
-        loss = critic_loss + bc_loss + self.beta * posterior_loss
-        metrics |= bc_metrics | posterior_metrics
+        loss = critic_loss + bc_loss + self.beta * posterior_loss + eta_loss
+        metrics |= bc_metrics | posterior_metrics | eta_metrics
         metrics |= {
             "candidate_q": q.mean(),
             "candidate_q_std": q.std(dim=-1).mean() if q.shape[-1] > 1 else torch.zeros_like(q.mean()),
@@ -131,11 +134,11 @@ class Poco(Algorithm):
     def critic_loss(self, prefix: Prefix, batch: ChunkBatch, noise: PocoNoise | None = None) -> Loss:
         """Return the mean over critics and batch of (Q_e - y)^2, y from one plain sample at the bootstrap state
         (Eq. 14)."""
-        cfg, noise = self.config, noise or self.draw_noise(batch, "warmup")
+        noise = noise or self.draw_noise(batch, "warmup")
         next_prefix = self.encode_next(batch)
         next_chunk = self._propose(next_prefix, noise.next_noise)
         with torch.no_grad():
-            next_q = aggregate(self.target_critic(next_prefix.features, next_chunk), cfg.aggregation)[:, 0]
+            next_q = self._aggregate(self.target_critic(next_prefix.features, next_chunk))[:, 0]
         y = td_target(batch.returns, batch.discount, next_q)
         q = self.critic(prefix.features, batch.actions[:, None])[..., 0]
         loss = ((q - y).square().mean(dim=0) * noise.critic_weights).mean()
@@ -155,7 +158,7 @@ class Poco(Algorithm):
         """Return a plain sample for each state (the paper), or the target critic's favourite of `n`."""
         x = propose(self.policy, prefix, n, generator=generator)
         if n > 1:
-            q = aggregate(self.target_critic(prefix.features, x), self.config.aggregation)
+            q = self._aggregate(self.target_critic(prefix.features, x))
             x = x[torch.arange(len(x), device=x.device), q.argmax(dim=1)][:, None]
         return x[:, 0]
 
@@ -183,6 +186,18 @@ class Poco(Algorithm):
         """Return the BC term of Eq. 23 on the chunks that `anchor` selects (paper: all of D)."""
         loss = (errors * noise.bc_weights).mean()
         return loss, {"bc_loss": loss.detach()}
+
+    def _aggregate(self, q: Float[Tensor, "E B N"]) -> Float[Tensor, "B N"]:
+        return aggregate(q, self.config.aggregation, self.config.std_weight)
+
+    def _posterior(self, q: Float[Tensor, "B N"]) -> tuple[Float[Tensor, "B N"], Float[Tensor, ""] | float, Metrics]:
+        """Return the candidates' weights, and the loss of the temperature where it is learned (`eta_bound`)."""
+        bound = self.config.eta_bound
+        if bound is None:
+            return posterior_weights(q, eta=self.config.eta), 0.0, {}
+        eta = dual_of(self.eta_parameter)[0]
+        loss = temperature_loss(q, eta, epsilon=bound).mean()
+        return posterior_weights(q / eta.detach(), eta=1.0), loss, {"eta": eta.detach(), "eta_loss": loss.detach()}
 
     def _propose(self, prefix: Prefix, noise: Tensor | None) -> Float[Tensor, "B N H A"]:
         assert noise is not None, "the noise is of another phase"
@@ -245,11 +260,18 @@ class Poco(Algorithm):
 
     def parameter_groups(self, actor_lr: float = 3e-4, critic_lr: float = 3e-4) -> list[ParameterGroup]:
         critic: ParameterGroup = {"name": "critic", "params": list(self.critic.parameters()), "lr": critic_lr}
-        return [*super().parameter_groups(actor_lr), critic]
+        groups = [*super().parameter_groups(actor_lr), critic]
+        if self.config.eta_bound is not None:
+            groups.append({"name": "temperature", "params": [self.eta_parameter], "lr": critic_lr})
+        return groups
 
     def trained_groups(self, phase: Phase) -> frozenset[str]:
-        actor = phase != "warmup" or self.config.warmup_bc
-        return frozenset({"actor"} if actor else ()) | frozenset({"critic"} if phase != "sft" else ())
+        trained = {
+            "actor": phase != "warmup" or self.config.warmup_bc,
+            "critic": phase != "sft",
+            "temperature": phase == "online" and self.config.eta_bound is not None,
+        }
+        return frozenset(name for name, does in trained.items() if does)
 
     def acts_with(self, n: int) -> tuple[str, ...]:
         return ("target_critic",) if n > 1 else ()

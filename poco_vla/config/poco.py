@@ -1,5 +1,6 @@
 """Options of POCO. They load no torch, so that `--help` does not."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,9 @@ class PocoConfig:
     """N, candidate chunks per state in the E-step (paper: 32 for an MLP, 16 for a VLA)."""
     eta: float = 0.1
     """E-step temperature, in units of discounted reward (paper: 0.1 OGBench, 0.001 RoboMimic and robots)."""
+    eta_bound: float | None = None
+    """Learn eta, by MPO's dual (MPO Eq. 8) from `eta` on, with the critic's learning rate: the bound, in nats, of the
+    divergence of the candidates' weights from equal ones (acme: 0.1). None keeps eta."""
     beta: float = 1.0
     """Weight of the posterior loss beside the anchor (paper: 1)."""
     zeta: float | Literal["auto"] = 0.3
@@ -25,8 +29,11 @@ class PocoConfig:
     """Discount per control step (paper)."""
     tau: float = 0.005
     """Share of the critic mixed into its target at every update (paper)."""
-    aggregation: Literal["mean", "min"] = "mean"
-    """How the critics' values become one, in the target and in the E-step (authors' code: mean)."""
+    aggregation: Literal["mean", "min", "mean_minus_std"] = "mean"
+    """How the critics' values become one, in the target and in the E-step (authors' code: mean). "mean_minus_std" is
+    for ensembles, such as critic_members 10."""
+    std_weight: float = 1.0
+    """c, standard deviations of the critics' values that "mean_minus_std" takes off their mean."""
     anchor: Literal["all", "demos", "demos_and_successes"] = "all"
     """What the BC term of Eq. 23 imitates: all of D (paper), the demonstrations, or those and own successes."""
     flow_steps: int | None = None
@@ -53,6 +60,13 @@ class PocoConfig:
     def __post_init__(self) -> None:
         require(self.num_candidates >= 1, f"num_candidates (N) is {self.num_candidates}; it must be at least 1")
         require(self.eta > 0, f"eta is {self.eta}; the E-step temperature must be above 0 (0.001 is nearly greedy)")
+        bound, most = self.eta_bound, math.log(self.num_candidates)
+        require(
+            bound is None or 0 < bound < most,
+            f"eta_bound is {bound}; it must lie between 0 and log num_candidates ({most:.3g}), the divergence of all "
+            "weight on one candidate",
+        )
+        require(self.std_weight >= 0, f"std_weight is {self.std_weight}; it must not be negative")
         require(self.beta >= 0, f"beta is {self.beta}; it must not be negative (0 is pure imitation)")
         require(
             self.zeta == "auto" or (isinstance(self.zeta, int | float) and self.zeta > 0),

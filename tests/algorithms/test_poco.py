@@ -458,3 +458,65 @@ def test_the_actor_stays_in_eval_mode():
     policy = load_adapter("flow_mlp").tiny()
     policy.train()
     assert not Poco(policy, PocoConfig(critic_hidden=(8,))).policy.training
+
+
+# -- options that other methods teach ---------------------------------------------------------------------------------
+
+
+def test_a_learned_temperature_keeps_its_bound_and_touches_nothing_else():
+    """Gradient descent on the dual alone ends at the temperature whose weights diverge from equal ones by the bound;
+    policy and critic have the gradients of that temperature held fixed."""
+    poco = build(eta_bound=0.3, eta=5.0)
+    batch = batch_of(poco)
+    plan = poco.draw_noise(batch, "online")
+    optimizer = torch.optim.Adam([poco.eta_parameter], lr=0.05)
+    for _ in range(400):
+        loss, metrics = poco(batch, "online", plan)
+        optimizer.zero_grad()
+        poco.eta_parameter.grad = torch.autograd.grad(loss, poco.eta_parameter)[0]
+        optimizer.step()
+    q = poco.target_critic(
+        poco.encode(batch).features, propose(poco.policy, poco.encode(batch), 4, noise=plan.candidate_noise)
+    )
+    w = torch.softmax(q.mean(dim=0) / metrics["eta"], dim=-1)
+    divergence = (w * (w * 4).log()).sum(dim=-1).mean().item()
+    assert divergence == pytest.approx(0.3, abs=0.01)
+    fixed = build(eta=metrics["eta"].item())
+    loss, _ = poco(batch, "online", plan)
+    expected, _ = fixed(batch, "online", plan)
+    for name in ("policy", "critic"):
+        torch.testing.assert_close(grads(loss, getattr(poco, name)), grads(expected, getattr(fixed, name)))
+
+
+def test_a_learned_temperature_is_a_group_of_its_own_and_comes_back():
+    poco, other = build(eta_bound=0.3, eta=0.5), build(eta_bound=0.3, eta=0.1)
+    groups = {group["name"]: group for group in poco.parameter_groups(1e-3, 2e-3)}
+    assert groups["temperature"]["lr"] == 2e-3
+    assert [poco.trained_groups(stage) for stage in STAGES] == [
+        {"actor"},
+        {"critic"},
+        {"actor", "critic", "temperature"},
+    ]
+    other.load_state_dict(poco.state_dict())
+    assert other(batch_of(other), "online")[1]["eta"].item() == pytest.approx(0.5)
+    assert "temperature" not in {group["name"] for group in build().parameter_groups()}
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, math.log(4), math.nan])
+def test_a_bound_that_no_weights_can_reach_is_refused(bound):
+    with pytest.raises(ConfigError, match="eta_bound"):
+        PocoConfig(num_candidates=4, eta_bound=bound)
+
+
+def test_an_ensemble_of_ten_less_its_spread_makes_target_and_weights():
+    poco = build(critic_members=10, aggregation="mean_minus_std", std_weight=0.5)
+    batch = batch_of(poco)
+    plan = poco.draw_noise(batch, "online")
+    _, metrics = poco(batch, "online", plan)
+    x = propose(poco.policy, poco.encode(batch), 4, noise=plan.candidate_noise)
+    q = poco.target_critic(poco.encode(batch).features, x)
+    torch.testing.assert_close(metrics["candidate_q"], (q.mean(0) - 0.5 * q.std(0, correction=0)).mean())
+    following = propose(poco.policy, poco.encode_next(batch), 1, noise=plan.next_noise)
+    q = poco.target_critic(poco.encode_next(batch).features, following)[..., 0]
+    expected = batch.returns + batch.discount * (q.mean(0) - 0.5 * q.std(0, correction=0))
+    torch.testing.assert_close(metrics["target"], expected.mean())

@@ -26,6 +26,10 @@ def test_every_algorithm_keeps_the_contract(name):
 def test_other_options_keep_it_too():
     policy = load_adapter("flow_mlp").tiny()
     check_algorithm(Poco, PocoConfig(num_candidates=2, critic_hidden=(8,), warmup_bc=True, zeta="auto"), policy)
+    learned = PocoConfig(
+        num_candidates=4, critic_hidden=(8,), critic_members=3, eta_bound=0.1, aggregation="mean_minus_std"
+    )
+    check_algorithm(Poco, learned, policy)
     check_algorithm(Imitation, ImitationConfig(anchor="demos_and_successes"), policy)
 
 
