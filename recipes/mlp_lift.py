@@ -20,6 +20,9 @@ from poco_vla import (
 )
 from poco_vla.cli import run_recipe
 
+# Those of QC, for RoboMimic; N is divided as POCO's is.
+AUTHORS = {"qc": {"num_candidates": 16}, "qc_fql": {"alpha": 10_000.0}, "fql": {"alpha": 10_000.0}}
+
 
 def config() -> TrainConfig:
     return TrainConfig(
@@ -55,4 +58,4 @@ def config() -> TrainConfig:
 
 
 if __name__ == "__main__":
-    run_recipe(config(), smoke=True)
+    run_recipe(config(), smoke=True, authors=AUTHORS)

@@ -84,5 +84,7 @@ def config(task: str = "scene", setting: str = "online") -> TrainConfig:
     )
 
 
+CHOICES = {"task": TASKS, "setting": SETTINGS}
+
 if __name__ == "__main__":
-    run_recipe(config, smoke=True, choices={"task": TASKS, "setting": SETTINGS})
+    run_recipe(config, smoke=True, choices=CHOICES)

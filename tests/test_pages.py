@@ -10,7 +10,7 @@ import runpy
 import shlex
 import sys
 import tomllib
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -278,9 +278,12 @@ def understood(words, trained, monkeypatch):
     elif program == "python":
         script_is_understood(rest[0], rest[1:], trained, monkeypatch)
     elif program == "poco-vla":
+        from poco_vla.cli.compare import Compare, Plan
         from poco_vla.cli.program import _command
 
-        _command(rest)
+        command = _command(rest)
+        if isinstance(command, Compare) and not str(command.recipe).startswith("runs/"):
+            Plan(replace(command, recipe=ROOT / command.recipe), Path("runs/compare"))
     elif program == "make":
         verbs = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
         assert {word for word in rest if "=" not in word} <= verbs

@@ -108,7 +108,8 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Import a recipe.
+    """Import a recipe: its function `config`, and where it has them the parameters of that (`CHOICES`) and values of
+    algorithms' authors for its task (`AUTHORS`).
 
     Raises:
         ConfigError: it is no Python file, or has no function `config`.
@@ -125,7 +126,7 @@ def read_recipe(path: Path) -> Recipe:
     if not callable(config):
         raise ConfigError(f"{path} has no function config() that returns a TrainConfig, as recipes/mlp_cube.py has")
     choices = found.get("CHOICES", {})
-    return Recipe(config if choices else config(), choices, found.get("ALGORITHMS", {}))
+    return Recipe(config if choices else config(), choices, found.get("AUTHORS", {}))
 
 
 class Plan:

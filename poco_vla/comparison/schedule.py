@@ -20,6 +20,9 @@ type State = Literal["waits", "runs", "is done", "failed", "is left out", "stopp
 ATTEMPTS = "attempts.jsonl"
 """File in a comparison's folder with what each process took."""
 
+REMIND = 10.0
+"""Seconds after which a run that is to stop is told so again."""
+
 
 @dataclass
 class _Process:
@@ -144,15 +147,19 @@ class Schedule:
     def _stop(self, show: Callable[[], None]) -> None:
         """Let every run save and end; a second Ctrl-C ends them at once."""
         self._say("stopping: each run saves first; press Ctrl-C again to stop at once")
+        told = float("-inf")
         for one in self._running:
             self.states[one.member] = "stopped"
-            os.kill(one.process.pid, signal.SIGINT)
         try:
             while self._running:
-                for one in list(self._running):
-                    self._collect(one)
+                if time.monotonic() - told > REMIND:
+                    told = time.monotonic()
+                    for one in self._running:  # it may not have listened yet; a run takes SIGTERM once
+                        os.kill(one.process.pid, signal.SIGTERM)
                 show()
                 time.sleep(0.2)
+                for one in list(self._running):
+                    self._collect(one)
         except KeyboardInterrupt:
             for one in self._running:
                 os.killpg(one.process.pid, signal.SIGKILL)

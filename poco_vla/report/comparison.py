@@ -184,7 +184,7 @@ def _has_begun(path: Path) -> bool:
     return any((path / name).is_file() for name in ("result.json", "evaluations.jsonl", "metrics.jsonl"))
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _mean(values: Sequence[float | int]) -> float | None:
     return float(np.mean(values)) if values else None
 
 

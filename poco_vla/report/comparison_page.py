@@ -14,9 +14,10 @@ from poco_vla.files import atomic_file
 from poco_vla.report.commands import shown
 from poco_vla.report.comparison import Entry, compared, read_comparison, to_text
 from poco_vla.report.comparison_plot import comparison_svg, draw_comparison
+from poco_vla.report.curves import Curve
 from poco_vla.report.page import style, template
 from poco_vla.report.plots import COLOURS
-from poco_vla.report.published import published_by_source
+from poco_vla.report.published import credit_of, published_by_source
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,19 @@ def write_comparison(root: Path) -> WrittenComparison:
     figures = compared(entries)
     sft = shared_start(entries)
     figures["sft"] = sft
-    sources = published_by_source(entries[0].group.task)
-    figures["published"] = {source: sorted(curves) for source, curves in sources.items()}
+    published = published_by_source(entries[0].group.task)
+    end = max((one["curve"]["steps"][-1] for one in figures["algorithms"].values()), default=0.0)
+    figures["published"] = [
+        {"whose": who, "method": method, "start": _at(curve, 0), "there": _at(curve, end)}
+        | {"last": float(curve.mean[-1]), "steps": float(curve.steps[-1])}
+        for who, curves in published.items()
+        for method, curve in curves.items()
+    ]
     with atomic_file(root / "comparison.json") as partial:
         partial.write_text(to_text(figures))
-    others = {name: curve for curves in sources.values() for name, curve in curves.items()}
-    picture = draw_comparison(entries, sft, root / "picture.png", others)
+    picture = draw_comparison(entries, sft, root / "picture.png", published)
     with atomic_file(root / "report.html") as partial:
-        partial.write_text(_page(entries, figures, comparison_svg(entries, sft, others)), encoding="utf-8")
+        partial.write_text(_page(entries, figures, comparison_svg(entries, sft, published)), encoding="utf-8")
     return WrittenComparison(ComparisonTable(figures), (root / "comparison.json", picture, root / "report.html"))
 
 
@@ -63,7 +69,8 @@ def _page(entries: Sequence[Entry], figures: Mapping[str, Any], picture: str) ->
         style=style(),
         today=f"{datetime.now(UTC):%d %B %Y}",
         picture=picture,
-        sources=figures["published"],
+        published=figures["published"],
+        credits=[credit_of(who) for who in dict.fromkeys(one["whose"] for one in figures["published"])],
         waiting=[f"{e.title}, seed {r.result['seed']} ({r.status})" for e in entries for r in e.group.unfinished],
         columns=COLUMNS,
         rows=rows(figures),
@@ -91,6 +98,11 @@ def _cell(pairs: Mapping[tuple[str, str], Any], a: str, b: str) -> dict[str, str
         "interval": "" if low is None else f"[{low:+.0f}, {high:+.0f}]",
         "p": "p < 0.001" if found["fisher_p"] < 0.001 else f"p = {found['fisher_p']:.3f}",
     }
+
+
+def _at(curve: Curve, step: float | int) -> float | None:
+    """Return the success rate of a published curve at a step; None before its first point."""
+    return None if step < curve.steps[0] else curve.at(step)
 
 
 def _options(figures: Mapping[str, Any]) -> str:

@@ -28,6 +28,14 @@ PALETTE = {
     "vmpo": "#3f4fa8",
 }
 """Algorithm -> colour, the same in every picture; related ones have related colours."""
+PUBLISHED = {
+    "QC": {"QC": "qc", "QC-FQL": "qc_fql", "FQL": "fql", "RLPD": "rlpd", "RLPD-AC": "rlpd_ac"},
+    "QAM": {"DSRL": "dsrl", "FEdit": "expo", "FQL": "qc_fql", "RLPD": "rlpd_ac"},
+}
+"""Whose runs -> method there -> algorithm here. The chunks of QAM's runs have five steps, those of its FQL and RLPD
+too; its FEdit is like EXPO."""
+type Published = Mapping[str, Mapping[str, Curve]]
+"""Whose runs -> method there -> its curve."""
 OTHERS = ("#444444", "#777777", "#aaaaaa")
 """Colours of algorithms that are not the library's own."""
 MARKERS = "osD^vPX<>hd*p"
@@ -35,36 +43,43 @@ SIZE = (9.6, 5.2)
 """Width and height in inches."""
 
 
-def draw_comparison(entries: Sequence[Entry], sft: float | None, path: Path, others: Mapping[str, Curve]) -> Path:
+def draw_comparison(entries: Sequence[Entry], sft: float | None, path: Path, published: Published) -> Path:
     """Draw success against environment steps, a curve for each algorithm.
 
     Args:
         entries: the algorithms.
         sft: success of the SFT policy that they share; None if there is none.
         path: picture to write; its suffix says the format.
-        others: published curves by name.
+        published: published curves by whose they are, and by method; drawn of algorithms that are compared.
     """
-    figure = comparison_figure(entries, sft, others)
+    figure = comparison_figure(entries, sft, published)
     with atomic_file(path) as partial:
         figure.savefig(partial, dpi=150, format=path.suffix.removeprefix(".").lower())
     return path
 
 
-def comparison_svg(entries: Sequence[Entry], sft: float | None, others: Mapping[str, Curve]) -> str:
+def comparison_svg(entries: Sequence[Entry], sft: float | None, published: Published) -> str:
     """Draw the same as SVG for a page."""
-    return to_svg(comparison_figure(entries, sft, others), "comparison")
+    return to_svg(comparison_figure(entries, sft, published), "comparison")
 
 
-def comparison_figure(entries: Sequence[Entry], sft: float | None, others: Mapping[str, Curve]) -> Figure:
+def comparison_figure(entries: Sequence[Entry], sft: float | None, published: Published) -> Figure:
     """Return the figure, to be written or shown."""
     figure = Figure(figsize=SIZE)
     axes = figure.subplots()
     drawn = [entry for entry in entries if entry.curve is not None]
     end = max((entry.curve.steps[-1] for entry in drawn if entry.curve is not None), default=1.0)
     labels = [label for i, entry in enumerate(drawn) for label in _draw(axes, entry, i)]
-    for name, curve in others.items():
-        axes.plot(curve.steps, curve.mean, color=COLOURS["rest"], linewidth=1.1, linestyle=(0, (5, 3)), zorder=2)
-        labels.append((curve.at(end), f"{name} {100 * curve.at(end):.0f} %", COLOURS["muted"]))
+    names = {entry.name for entry in drawn}
+    dashed = [
+        (PUBLISHED[who][method], f"{method} ({who})", curve)
+        for who, curves in published.items()
+        for method, curve in curves.items()
+        if PUBLISHED.get(who, {}).get(method) in names and curve.steps[0] < end
+    ]
+    for name, words, curve in dashed:
+        axes.plot(curve.steps, curve.mean, color=colour_of(name), linewidth=1.1, linestyle=(0, (5, 3)), zorder=2)
+        labels.append((curve.at(end), f"{words} {100 * curve.at(end):.0f} %", colour_of(name)))
     if sft is not None:
         axes.axhline(sft, color=COLOURS["ink"], linewidth=1.0, linestyle=(0, (1, 2)), zorder=2)
         labels.append((sft, f"SFT {100 * sft:.0f} %", COLOURS["ink"]))
@@ -77,9 +92,9 @@ def comparison_figure(entries: Sequence[Entry], sft: float | None, others: Mappi
     figure.subplots_adjust(left=0.065, right=0.83, bottom=0.105, top=0.9)
     seeds = sorted({len(entry.seeds) for entry in drawn})
     band = f"band: 95 % bootstrap over {'/'.join(map(str, seeds))} seeds" if seeds and seeds[-1] > 1 else "one seed"
-    dashed = "; dashed: published, other settings" if others else ""
+    others = f"; dashed: published by the authors of {' and '.join(published)}, other settings" if dashed else ""
     task = entries[0].group.task
-    axes.set_title(f"{task}\nsuccess of evaluations; {band}{dashed}", loc="left", fontsize=9.5, color=COLOURS["ink"])
+    axes.set_title(f"{task}\nsuccess of evaluations; {band}{others}", loc="left", fontsize=9.5, color=COLOURS["ink"])
     return figure
 
 

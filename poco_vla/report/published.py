@@ -21,8 +21,8 @@ ROBOMIMIC = {"lift": "lift", "can": "can", "pickplacecan": "can", "square": "squ
 
 
 @cache
-def _file() -> dict[str, Any]:
-    return json.loads((Path(__file__).parent / "published_curves.json").read_text())
+def _file(name: str = "published_curves.json") -> dict[str, Any]:
+    return json.loads((Path(__file__).parent / name).read_text())
 
 
 def source() -> str:
@@ -53,16 +53,36 @@ def published(task: str) -> dict[str, Curve]:
     return {method: _curve(figures, label) for method, figures in _file()["tasks"][name].items()}
 
 
-def _curve(figures: dict[str, list[float]], label: str) -> Curve:
-    mean, low, high = (np.array(figures[end], dtype=float) for end in ("mean", "low", "high"))
-    return Curve(np.array(_file()["steps"], dtype=float), mean, low, high, label)
+def _curve(figures: dict[str, list[float | None]], label: str, file: str = "published_curves.json") -> Curve:
+    steps, mean, low, high = (
+        np.array(numbers, dtype=float)
+        for numbers in (_file(file)["steps"], *(figures[end] for end in ("mean", "low", "high")))
+    )
+    here = np.isfinite(mean)  # what had no offline stage has no point at 0
+    return Curve(steps[here], mean[here], low[here], high[here], label)
+
+
+QAM = "published_curves_qam.json"
+"""Runs of twelve seeds that the authors of QAM publish: Li and Levine, arXiv 2601.14234."""
+SOURCES = {"QC": "published_curves.json", "QAM": QAM}
+"""Whose runs, and the file of their curves."""
 
 
 def published_by_source(task: str) -> dict[str, dict[str, Curve]]:
-    """Return the published curves of a task by their source, and by method with the source's name.
+    """Return the published curves of a task by whose runs they are, and by method.
 
     Args:
         task: as :func:`published` takes it.
     """
-    curves = published(task)
-    return {"QC": {f"{method} (QC paper)": curve for method, curve in curves.items()}} if curves else {}
+    name = published_name(task)
+    found = {who: _file(file)["tasks"].get(name, {}) for who, file in SOURCES.items()}
+    return {
+        who: {method: _curve(figures, str(name), SOURCES[who]) for method, figures in methods.items()}
+        for who, methods in found.items()
+        if methods
+    }
+
+
+def credit_of(who: str) -> str:
+    """Return the source of somebody's curves and its authors."""
+    return f"{_file(SOURCES[who])['source']}. {_file(SOURCES[who])['credit']}"
