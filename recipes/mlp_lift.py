@@ -20,8 +20,7 @@ from poco_vla import (
 )
 from poco_vla.cli import run_recipe
 
-# Those of QC, for RoboMimic; N is divided as POCO's is.
-AUTHORS = {"qc": {"num_candidates": 16}, "qc_fql": {"alpha": 10_000.0}, "fql": {"alpha": 10_000.0}}
+AUTHORS = {"qc": {"num_candidates": 16}, "qc_fql": {"alpha": 10_000.0}, "fql": {"alpha": 10_000.0}}  # QC, RoboMimic
 
 
 def config() -> TrainConfig:

@@ -6,7 +6,7 @@ every algorithm, field by field; a recipe that keeps the paper's value of a fiel
     critic_hidden           width and depth of every network that the algorithm adds
     num_candidates          N is divided as POCO's is
     gamma, tau, anchor      the recipe's value
-    aggregation             the recipe's value, where a target reads a pair of critics
+    aggregation             "min" where the recipe has it and a target reads a pair of critics
     optim.batch_size        chunks in a minibatch of those that learn from rollouts
     optim.actor_lr          learning rates that authors give for those are multiplied as POCO's are
 
@@ -59,7 +59,7 @@ def scaled_options(
     usual, own = PocoConfig(), _defaults(kind) | dict(authors)
     shrunk, out = poco.critic_hidden != usual.critic_hidden, dict(authors)
     pair = (own.get("target_members") or own.get("critic_members")) == usual.critic_members
-    shared = [*SHARED, "aggregation"] if pair else SHARED
+    shared = [*SHARED, "aggregation"] if pair and poco.aggregation == "min" else SHARED
     for option in own.keys() - kind.own_options:
         if option.split("_")[-1] == "hidden" and shrunk:
             out[option] = list(poco.critic_hidden)

@@ -147,7 +147,7 @@ def test_a_comparison_that_is_killed_goes_on_and_another_algorithm_runs_alone(tm
 
 def test_runs_start_from_one_sft_run_of_their_horizon_and_have_their_own_options(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["--qc.num-candidates", "3", "--sft-steps", "30", "--fql.alpha=9"]
+    words = ["--qc.num-candidates", "3", "--sft-steps", "30", "--fql.alpha=9.5"]
     own, rest = split_compare([str(recipe(tmp_path)), "--algorithms", "qc", "fql", "rlpd_ac", "mpo", *words])
     plan = Plan(replace(parse(Compare, own), options=tuple(rest)), Path("compared"))
     members = {(member.name, member.folder.name): member for member in plan.members if member.seed == 0}
@@ -159,7 +159,7 @@ def test_runs_start_from_one_sft_run_of_their_horizon_and_have_their_own_options
     assert needs == {"qc": "h5-seed0", "fql": "h1-seed0", "rlpd_ac": None, "mpo": None}
     lines = {key: " ".join(member.command) for key, member in members.items()}
     assert [key for key, line in lines.items() if "--qc.num-candidates 3" in line] == [("qc", "seed0")]
-    assert [key for key, line in lines.items() if "--fql.alpha=9" in line] == [("fql", "seed0")]
+    assert [key for key, line in lines.items() if "--fql.alpha=9.5" in line] == [("fql", "seed0")]
     assert [key for key, line in lines.items() if "--sft-steps 30" in line] == [
         *((SFT, "h5-seed0"), (SFT, "h1-seed0"), ("rlpd_ac", "seed0"), ("mpo", "seed0")),
     ]
