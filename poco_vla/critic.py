@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from poco_vla.dense import batched_linear, row_blocks, suits_onednn
+from poco_vla.types import Metrics
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -155,6 +156,32 @@ def td_target(
     """
     # where, not a product: a non-finite placeholder value behind a terminal must not leak through 0 * inf.
     return returns + torch.where(discount > 0, discount * next_q.detach(), 0)
+
+
+def td_loss(
+    critic: nn.Module,
+    features: Float[Tensor, "B D"],
+    actions: Float[Tensor, "B H A"],
+    target: Float[Tensor, " B"],
+    weights: Float[Tensor, " B"],
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """Return the mean over critics and batch of (Q_e(s, a) - y)^2 (Eq. 14), and ``critic_loss``, ``q``, ``target``.
+
+    Args:
+        critic: Q_e.
+        features: of the states.
+        actions: chunks that were executed.
+        target: y, constants.
+        weights: of each transition; their mean is 1.
+    """
+    q = critic(features, actions[:, None])[..., 0]
+    loss = ((q - target).square().mean(dim=0) * weights).mean()
+    return loss, {"critic_loss": loss.detach(), "q": q.detach().mean(), "target": target.mean()}
+
+
+def best_of(x: Float[Tensor, "B N H A"], q: Float[Tensor, "B N"]) -> Float[Tensor, "B H A"]:
+    """Return of N chunks of each state the one of the largest value."""
+    return x[torch.arange(len(x), device=x.device), q.argmax(dim=1)]
 
 
 @torch.no_grad()

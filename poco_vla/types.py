@@ -50,6 +50,10 @@ class ActionSpec:
         padding = self.width - self.action_dim
         return F.pad(chunk[..., :-padding], (0, padding)) if padding else chunk
 
+    def pad(self, chunk: Float[Tensor, "*batch H R"]) -> Float[Tensor, "*batch H A"]:
+        """Return chunks of the real action dimensions in the network's width, with zeros for padding."""
+        return F.pad(chunk, (0, self.width - self.action_dim))
+
 
 @dataclass(frozen=True)
 class ChunkBatch:

@@ -27,7 +27,7 @@ DOORS = {
     "flow": set(),
     "posterior": set(),
     "dense": set(),
-    "critic": {"dense"},
+    "critic": {"dense", "types"},
     "gaussian": {"critic", "dense"},
     "dual": set(),
     "gae": {"types"},
@@ -43,8 +43,7 @@ DOORS = {
         *{"posterior", "types"},
     },
     "algorithms.on_policy": {
-        *{"algorithms", "config", "critic", "distill", "dual", "errors", "gae", "gaussian", "mlp", "noise", "policy"},
-        "types",
+        *{"algorithms", "config", "critic", "dual", "errors", "gae", "mlp", "noise", "policy", "types"},
     },
     "devices": {"errors"},
     "files": {"errors"},

@@ -9,66 +9,33 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from poco_vla.algorithms.contract import Algorithm, Loss, ParameterGroup, Phase
+from poco_vla.algorithms.contract import Algorithm, Loss, ParameterGroup, Phase, group
+from poco_vla.algorithms.critics import CriticOptions, chunk_critic
 from poco_vla.algorithms.imitation import ImitationNoise, imitation_loss, imitation_noise
-from poco_vla.critic import Activation, ChunkCritic, TargetNetwork, aggregate, td_target
+from poco_vla.config.checks import check_choices, check_counts
+from poco_vla.critic import TargetNetwork, aggregate, best_of, td_loss, td_target
 from poco_vla.distill import ANCHORS, Anchor
-from poco_vla.errors import ConfigError, UnknownNameError
 from poco_vla.noise import GlobalBatchRNG, crossing_weights
 from poco_vla.policy import FlowPolicy, Prefix, propose
 from poco_vla.types import ChunkBatch
 
 
 @dataclass(frozen=True)
-class QChunkingConfig:
+class QChunkingConfig(CriticOptions):
     """Options that QC and QC-FQL share ("authors": ColinQiyangLi/qc)."""
 
-    gamma: float = 0.99
-    """Discount per control step (authors)."""
-    tau: float = 0.005
-    """Share of the critics mixed into their targets at every update (authors)."""
     aggregation: Literal["mean", "min"] = "mean"
     """How the critics' values become one (authors: mean)."""
     anchor: Anchor = "all"
     """Data that the flow policy imitates: all (authors), the demonstrations, or those and own successes."""
     flow_steps: int | None = None
     """Euler steps when sampling the flow; None is the model's own number (authors: 10)."""
-    drop_crossing: bool = False
-    """Leave chunks whose episode ended before their last step out of the critic loss (authors). False keeps them with
-    their exact n-step return."""
-    error_mean: Literal["valid", "all"] = "valid"
-    """Denominator of masked means: entries that count, or all of them (authors)."""
-    target_mixes: Literal["after", "before"] = "after"
-    """Critic parameters that are mixed into the target: those from after the optimizer step, or before it (authors)."""
-    critic_hidden: tuple[int, ...] = (512, 512, 512, 512)
-    """Hidden widths of each critic (authors)."""
-    critic_members: int = 2
-    """E, critics in the ensemble (authors)."""
-    critic_activation: Activation = "gelu"
-    """Critic activation (authors: tanh-approximated gelu)."""
-    critic_layer_norm_eps: float = 1e-6
-    """Epsilon of the critics' LayerNorms (authors)."""
 
     def __post_init__(self) -> None:
-        for name, known in (("aggregation", ("mean", "min")), ("anchor", ANCHORS)):
-            if getattr(self, name) not in known:
-                raise UnknownNameError(name, getattr(self, name), known)
-        require(0 < self.gamma <= 1, f"gamma is {self.gamma}; it must lie in (0, 1]")
-        require(0 < self.tau <= 1, f"tau is {self.tau}; it must lie in (0, 1]")
-        require(self.flow_steps is None or self.flow_steps >= 1, f"flow_steps is {self.flow_steps}; at least 1")
-        require(self.critic_members >= 1, f"critic_members is {self.critic_members}; at least 1")
-        require_widths("critic_hidden", self.critic_hidden)
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise ConfigError unless a condition holds."""
-    if not holds:
-        raise ConfigError(message)
-
-
-def require_widths(name: str, widths: tuple[int, ...]) -> None:
-    """Raise ConfigError unless hidden widths are positive and there is one at least."""
-    require(len(widths) > 0 and min(widths) > 0, f"{name} is {list(widths)}; it needs one width or more, all above 0")
+        super().__post_init__()
+        check_choices(self, aggregation=("mean", "min"), anchor=ANCHORS)
+        if self.flow_steps is not None:
+            check_counts(self, "flow_steps")
 
 
 @dataclass(frozen=True)
@@ -81,7 +48,7 @@ class BestOfNConfig(QChunkingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_candidates >= 1, f"num_candidates (N) is {self.num_candidates}; it must be at least 1")
+        check_counts(self, "num_candidates")
 
 
 @dataclass(frozen=True)
@@ -100,11 +67,6 @@ class QChunkingNoise(ImitationNoise):
 class QChunking[C: QChunkingConfig](Algorithm):
     """Flow behaviour cloning beside a chunk critic, which QC and QC-FQL share; by itself its target is of one plain
     sample. Warm-up is the offline stage of the authors: critic and flow learn alike in it.
-
-    Args:
-        policy: the flow policy, its backbone already frozen.
-        config: the options.
-        rng: source of the random numbers of updates; torch's default generator when None.
     """
 
     config_class = QChunkingConfig
@@ -112,19 +74,10 @@ class QChunking[C: QChunkingConfig](Algorithm):
     config: C
 
     def __init__(self, policy: FlowPolicy, config: C | None = None, rng: GlobalBatchRNG | None = None) -> None:
-        super().__init__(policy, config or self.config_class(), rng)
-        cfg, spec = self.config, policy.spec
-        self.critic = ChunkCritic(
-            policy.feature_dim,
-            spec.horizon,
-            spec.action_dim,
-            hidden=cfg.critic_hidden,
-            members=cfg.critic_members,
-            activation=cfg.critic_activation,
-            layer_norm_eps=cfg.critic_layer_norm_eps,
-        )
+        super().__init__(policy, config, rng)
+        self.critic = chunk_critic(policy, self.config)
         # Deviation 1: mixes the critic from after the optimizer step, unless `target_mixes` says before.
-        self.target_critic = TargetNetwork(self.critic, cfg.tau, cfg.target_mixes)
+        self.target_critic = TargetNetwork(self.critic, self.config.tau, self.config.target_mixes)
 
     # -- losses ---------------------------------------------------------------------------------------------------
 
@@ -149,9 +102,7 @@ class QChunking[C: QChunkingConfig](Algorithm):
         assert noise.critic_weights is not None
         assert noise.next_noise is not None
         y = self.target(batch, noise.next_noise)
-        q = self.critic(prefix.features, batch.actions[:, None])[..., 0]
-        loss = ((q - y).square().mean(dim=0) * noise.critic_weights).mean()
-        return loss, {"critic_loss": loss.detach(), "q": q.detach().mean(), "target": y.mean()}
+        return td_loss(self.critic, prefix.features, batch.actions, y, noise.critic_weights)
 
     @torch.no_grad()
     def target(self, batch: ChunkBatch, noise: Float[Tensor, "B N H A"]) -> Float[Tensor, " B"]:
@@ -192,8 +143,7 @@ class QChunking[C: QChunkingConfig](Algorithm):
         )
 
     def parameter_groups(self, actor_lr: float = 3e-4, critic_lr: float = 3e-4) -> list[ParameterGroup]:
-        critic: ParameterGroup = {"name": "critic", "params": list(self.critic.parameters()), "lr": critic_lr}
-        return [*super().parameter_groups(actor_lr), critic]
+        return [*super().parameter_groups(actor_lr), group("critic", self.critic, critic_lr)]
 
     def trained_groups(self, phase: Phase) -> frozenset[str]:
         return frozenset({"actor"}) if phase == "sft" else super().trained_groups(phase)
@@ -204,13 +154,7 @@ class QChunking[C: QChunkingConfig](Algorithm):
 
 
 class BestOfN(QChunking[BestOfNConfig]):
-    """QC: imitates all data; the critic chooses the best of N samples, in acting and in its own target.
-
-    Args:
-        policy: the flow policy, its backbone already frozen.
-        config: the options.
-        rng: source of the random numbers of updates; torch's default generator when None.
-    """
+    """QC: imitates all data; the critic chooses the best of N samples, in acting and in its own target."""
 
     title = "QC"
     config_class = BestOfNConfig
@@ -229,8 +173,7 @@ class BestOfN(QChunking[BestOfNConfig]):
 
     def best(self, prefix: Prefix, x: Float[Tensor, "B N H A"]) -> Float[Tensor, "B H A"]:
         """Return the best of N chunks of each state by the online critic."""
-        q = aggregate(self.critic(prefix.features, x), self.config.aggregation)
-        return x[torch.arange(len(x), device=x.device), q.argmax(dim=1)]
+        return best_of(x, aggregate(self.critic(prefix.features, x), self.config.aggregation))
 
     @torch.no_grad()
     def act(self, prefix: Prefix, n: int = 1, generator: torch.Generator | None = None) -> Float[Tensor, "B H A"]:

@@ -33,6 +33,11 @@ class ParameterGroup(TypedDict):
     lr: float
 
 
+def group(name: str, module: nn.Module, lr: float) -> ParameterGroup:
+    """Return the parameter group of a module."""
+    return {"name": name, "params": list(module.parameters()), "lr": lr}
+
+
 class Algorithm(nn.Module):
     """An algorithm over a policy: one module, with whatever else learns, so that one `prepare` and one backward serve
     every Accelerate backend.
@@ -51,7 +56,7 @@ class Algorithm(nn.Module):
 
     Args:
         policy: the actor, its backbone already frozen.
-        config: the algorithm's options, a `config_class`.
+        config: the algorithm's options, a `config_class`; its defaults when None.
         rng: source of the random numbers of updates; torch's default generator when None.
     """
 
@@ -86,7 +91,7 @@ class Algorithm(nn.Module):
         super().__init__()
         # Deviation 7: eval mode throughout, so that candidates are plain samples and `rng` is the only randomness.
         self.policy = policy.eval()
-        self.config = config
+        self.config = self.config_class() if config is None and hasattr(self, "config_class") else config
         self.rng = rng or GlobalBatchRNG(torch.default_generator)
 
     # -- learning -------------------------------------------------------------------------------------------------
@@ -235,6 +240,11 @@ class Algorithm(nn.Module):
         """Return the noise a_0 of `n` chunks for each state of a batch."""
         spec = self.policy.spec
         return self.rng.normal((len(batch), n, spec.horizon, spec.width), like=batch.actions)
+
+    def draw_actions(self, batch: ChunkBatch, *n: int) -> Float[Tensor, "B ... H R"]:
+        """Return noise of the R real action dimensions for a batch, [B, *n, H, R]."""
+        spec = self.policy.spec
+        return self.rng.normal((len(batch), *n, spec.horizon, spec.action_dim), like=batch.actions)
 
     def draw_times(self, batch: ChunkBatch, n: int) -> Float[Tensor, "B N"]:
         """Return the flow times of `n` chunks for each state of a batch, from the policy's training distribution."""

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from poco_vla.algorithms.contract import Loss, Phase
 from poco_vla.algorithms.imitation import ImitationNoise, imitation_loss, imitation_noise
 from poco_vla.algorithms.noise_steering import require_base
 from poco_vla.algorithms.soft_actor_critic import EnsembleConfig, SacNoise, SoftActorCritic
 from poco_vla.config import TrainConfig
-from poco_vla.critic import aggregate
-from poco_vla.errors import ConfigError
+from poco_vla.config.checks import check_counts, check_positive
+from poco_vla.critic import aggregate, best_of
 from poco_vla.gaussian import SquashedGaussian
 from poco_vla.noise import GlobalBatchRNG
 from poco_vla.policy import FlowPolicy, Prefix, initial_noise, propose
@@ -36,10 +35,8 @@ class ExpoConfig(EnsembleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_candidates < 1:
-            raise ConfigError(f"num_candidates (N) is {self.num_candidates}; it must be at least 1")
-        if not self.edit_scale > 0:
-            raise ConfigError(f"edit_scale is {self.edit_scale}; it must be above 0")
+        check_counts(self, "num_candidates")
+        check_positive(self, "edit_scale")
 
 
 @dataclass(frozen=True)
@@ -60,11 +57,6 @@ class Expo(SoftActorCritic):
     """EXPO: the flow policy is frozen online, a small actor edits its chunks, and Q chooses among all of them.
 
     The edit is e ~ tanh-Gaussian of the features and the chunk a of the flow; what is done is a + c e, or a itself.
-
-    Args:
-        policy: the flow policy, its backbone already frozen.
-        config: the options.
-        rng: source of the random numbers of updates; torch's default generator when None.
     """
 
     # Deviation 14: the flow is as SFT made it; EXPO's and FEdit's goes on imitating what is in the replay buffer.
@@ -75,10 +67,9 @@ class Expo(SoftActorCritic):
     edit_scale: Tensor
 
     def __init__(self, policy: FlowPolicy, config: ExpoConfig | None = None, rng: GlobalBatchRNG | None = None) -> None:
-        config = config or ExpoConfig()
         super().__init__(policy, config, rng)
         # A buffer, because it changes after a collapse.
-        self.register_buffer("edit_scale", torch.tensor(config.edit_scale))
+        self.register_buffer("edit_scale", torch.tensor(self.config.edit_scale))
 
     def actor_input_dim(self) -> int:
         spec = self.policy.spec
@@ -93,7 +84,7 @@ class Expo(SoftActorCritic):
         features = prefix.features[:, None].to(real).expand(-1, real.shape[1], -1)
         gaussian = self.actor(torch.cat([features, real], dim=-1).flatten(0, 1))
         e, log_prob = SquashedGaussian(gaussian).sample(noise.flatten(0, 1))
-        edited = chunk + self.edit_scale * F.pad(e, (0, spec.width - spec.action_dim)).view_as(chunk)
+        edited = chunk + self.edit_scale * spec.pad(e).view_as(chunk)
         return spec.limit(edited), log_prob.view(chunk.shape[:2])
 
     def candidates(
@@ -129,9 +120,9 @@ class Expo(SoftActorCritic):
         if phase == "sft":
             return imitation_noise(self, batch)
         if phase == "actor":
-            return ExpoNoise(flow_noise=self.draw_chunks(batch, 1), noise=self.draw_normal(batch))
+            return ExpoNoise(flow_noise=self.draw_chunks(batch, 1), noise=self.draw_actions(batch))
         n = self.config.num_candidates
-        drawn = {"next_flow_noise": self.draw_chunks(batch, n), "next_noise": self.draw_normal(batch, n)}
+        drawn = {"next_flow_noise": self.draw_chunks(batch, n), "next_noise": self.draw_actions(batch, n)}
         return ExpoNoise(**self.draw_critic(batch), **drawn)
 
     # -- acting and a run -----------------------------------------------------------------------------------------
@@ -143,8 +134,7 @@ class Expo(SoftActorCritic):
         count = n if n > 1 else self.config.num_candidates
         flow_noise, edit_noise = (initial_noise(self.policy, prefix, count, generator) for _ in range(2))
         x = self.candidates(prefix, flow_noise, edit_noise[..., : self.policy.spec.action_dim])
-        q = aggregate(self.target_critic(prefix.features, x), "mean")
-        return x[torch.arange(len(x), device=x.device), q.argmax(dim=1)]
+        return best_of(x, aggregate(self.target_critic(prefix.features, x), "mean"))
 
     def acts_with(self, n: int) -> tuple[str, ...]:
         return ("actor", "target_critic")

@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from poco_vla.algorithms.contract import Algorithm, Loss, Phase
+from poco_vla.config.checks import check_choices
 from poco_vla.distill import ANCHORS, Anchor, anchor_rows, flow_errors
-from poco_vla.errors import UnknownNameError
-from poco_vla.noise import GlobalBatchRNG, UpdateNoise, row_weights
-from poco_vla.policy import FlowPolicy, Prefix
+from poco_vla.noise import UpdateNoise, row_weights
+from poco_vla.policy import Prefix
 from poco_vla.types import ChunkBatch
 
 
@@ -25,10 +25,7 @@ class ImitationConfig:
     """Denominator of masked means: entries that count, or all of them."""
 
     def __post_init__(self) -> None:
-        if self.anchor not in ANCHORS:
-            raise UnknownNameError("anchor of imitation", self.anchor, ANCHORS)
-        if self.error_mean not in ("valid", "all"):
-            raise UnknownNameError("error_mean of imitation", self.error_mean, ("valid", "all"))
+        check_choices(self, anchor=ANCHORS, error_mean=("valid", "all"))
 
 
 @dataclass(frozen=True)
@@ -71,11 +68,6 @@ class Imitation(Algorithm):
     """Behaviour cloning: the flow-matching loss on data in every stage, without a critic.
 
     Online it goes on with the episodes that `anchor` selects.
-
-    Args:
-        policy: the actor, its backbone already frozen.
-        config: the options.
-        rng: source of the random numbers of updates; torch's default generator when None.
     """
 
     title = "BC"
@@ -83,11 +75,6 @@ class Imitation(Algorithm):
     has_warmup = False
     own_options = frozenset({"anchor"})  # with own successes it is self-imitation, which is asked for by name
     config: ImitationConfig
-
-    def __init__(
-        self, policy: FlowPolicy, config: ImitationConfig | None = None, rng: GlobalBatchRNG | None = None
-    ) -> None:
-        super().__init__(policy, config or ImitationConfig(), rng)
 
     def sft_loss(self, batch: ChunkBatch, noise: ImitationNoise | None = None) -> Loss:
         """Return the mean flow error of the data chunks (POCO Eq. 24)."""

@@ -12,22 +12,21 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
-from poco_vla.algorithms.contract import Algorithm, Loss, ParameterGroup, Phase
-from poco_vla.critic import Activation, ChunkCritic, TargetNetwork, aggregate, polyak_update, td_target
-from poco_vla.dual import Duals, gaussian_kl, temperature_loss, trust_region_loss
-from poco_vla.errors import ConfigError, UnknownNameError
-from poco_vla.gaussian import SQUASH_LIMIT, Gaussian, GaussianNetwork, SquashedGaussian
+from poco_vla.algorithms.contract import Loss, ParameterGroup, Phase, group
+from poco_vla.algorithms.critics import CriticOptions, chunk_critic
+from poco_vla.algorithms.gaussian_actor import GaussianActor, split_kl
+from poco_vla.config.checks import check_choices, check_counts, check_positive, check_widths
+from poco_vla.critic import TargetNetwork, aggregate, polyak_update, td_loss, td_target
+from poco_vla.dual import Duals, temperature_loss
+from poco_vla.gaussian import SQUASH_LIMIT, Gaussian, SquashedGaussian
 from poco_vla.noise import GlobalBatchRNG, UpdateNoise, crossing_weights
 from poco_vla.policy import FlowPolicy, Prefix
 from poco_vla.types import ChunkBatch
 
-FORMS = ("acme", "rlax", "fixed")
-
 
 @dataclass(frozen=True)
-class MpoConfig:
+class MpoConfig(CriticOptions):
     """Options of MPO ("authors": the POCO authors' acmpo)."""
 
     form: Literal["acme", "rlax", "fixed"] = "acme"
@@ -35,8 +34,6 @@ class MpoConfig:
     "fixed" has a tanh-Gaussian, a fixed temperature and no trust region (authors)."""
     num_candidates: int = 20
     """N, samples per state in the E-step (acme: 20, authors: 32)."""
-    gamma: float = 0.99
-    """Discount per control step (acme, authors)."""
     temperature: float = 10.0
     """Temperature of the E-step, in units of discounted reward: at first (acme), or for good where `form` is "fixed"
     (authors: 0.001)."""
@@ -69,42 +66,21 @@ class MpoConfig:
     """Updates between two steps of the target networks (acme: 100, authors: 1)."""
     tau: float = 1.0
     """Share of the networks that such a step mixes into their targets (acme: 1, authors: 0.005)."""
-    target_mixes: Literal["after", "before"] = "after"
-    """Critic parameters that are mixed into the target: those from after the optimizer step, or before it (authors)."""
-    drop_crossing: bool = False
-    """Leave chunks whose episode ended before their last step out of the critic loss (authors)."""
-    error_mean: Literal["valid", "all"] = "valid"
-    """Denominator of masked means: entries that count, or all of them (authors)."""
     hidden: tuple[int, ...] = (256, 256, 256)
     """Hidden widths of the Gaussian's network (acme; authors: 4 x 512)."""
     log_std: tuple[float, float] = (-5.0, 2.0)
     """Range of the log standard deviation (authors)."""
     critic_hidden: tuple[int, ...] = (512, 512, 256)
     """Hidden widths of each critic (acme; authors: 4 x 512)."""
-    critic_members: int = 2
-    """E, critics in the ensemble (authors)."""
-    critic_activation: Activation = "gelu"
-    """Critic activation (authors: tanh-approximated gelu)."""
-    critic_layer_norm_eps: float = 1e-6
-    """Epsilon of the critics' LayerNorms (authors)."""
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise UnknownNameError("form of mpo", self.form, FORMS)
-        if self.bc_form not in ("nll", "mse"):
-            raise UnknownNameError("bc_form of mpo", self.bc_form, ("nll", "mse"))
-        for name in ("temperature", "alpha_mean", "alpha_std", "epsilon", "epsilon_mean", "epsilon_std", "dual_lr"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("num_candidates", "target_period", "critic_members"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; at least 1")
-        for name in ("gamma", "tau"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in (0, 1]")
-        for name in ("hidden", "critic_hidden"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it needs at least one positive width")
+        super().__post_init__()
+        check_choices(self, form=("acme", "rlax", "fixed"), bc_form=("nll", "mse"))
+        check_positive(
+            self, "temperature", "alpha_mean", "alpha_std", "epsilon", "epsilon_mean", "epsilon_std", "dual_lr"
+        )
+        check_counts(self, "num_candidates", "target_period")
+        check_widths(self, "hidden")
 
 
 @dataclass(frozen=True)
@@ -116,15 +92,10 @@ class MpoNoise(UpdateNoise):
     candidate_noise: Float[Tensor, "B N H A"] | None = None
 
 
-class Mpo(Algorithm):
+class Mpo(GaussianActor):
     """MPO over chunks: a Gaussian fitted to its own samples, which are weighed by a critic; without a flow policy.
 
     The Gaussian imitates in SFT, and acts from then on.
-
-    Args:
-        policy: gives the features of a state.
-        config: the options.
-        rng: source of the random numbers of updates; torch's default generator when None.
     """
 
     # Deviation 13: over chunks, whose samples act in evaluations too; acme acts by the mean there.
@@ -137,23 +108,12 @@ class Mpo(Algorithm):
     updates: Tensor
 
     def __init__(self, policy: FlowPolicy, config: MpoConfig | None = None, rng: GlobalBatchRNG | None = None) -> None:
-        super().__init__(policy, config or MpoConfig(), rng)
-        cfg, spec = self.config, policy.spec
-        size = spec.horizon * spec.action_dim
-        self.gaussian = GaussianNetwork(
-            policy.feature_dim, spec.horizon, spec.action_dim, hidden=cfg.hidden, activation="gelu", log_std=cfg.log_std
-        )
-        self.critic = ChunkCritic(
-            policy.feature_dim,
-            spec.horizon,
-            spec.action_dim,
-            hidden=cfg.critic_hidden,
-            members=cfg.critic_members,
-            activation=cfg.critic_activation,
-            layer_norm_eps=cfg.critic_layer_norm_eps,
-        )
+        super().__init__(policy, config, rng)
+        cfg = self.config
+        self.gaussian = self.network(policy, cfg.hidden, cfg.log_std)
+        self.critic = chunk_critic(policy, cfg)
         self.duals = Duals(
-            size if cfg.per_dimension else 1,
+            policy.spec.horizon * policy.spec.action_dim if cfg.per_dimension else 1,
             temperature=cfg.temperature,
             alpha_mean=cfg.alpha_mean,
             alpha_std=cfg.alpha_std,
@@ -198,9 +158,7 @@ class Mpo(Algorithm):
         assert noise.critic_weights is not None
         assert noise.next_noise is not None
         y = td_target(batch.returns, batch.discount, self.next_value(self.encode_next(batch), noise.next_noise))
-        q = self.critic(prefix.features, batch.actions[:, None])[..., 0]
-        loss = ((q - y).square().mean(dim=0) * noise.critic_weights).mean()
-        return loss, {"critic_loss": loss.detach(), "q": q.detach().mean(), "target": y.mean()}
+        return td_loss(self.critic, prefix.features, batch.actions, y, noise.critic_weights)
 
     @torch.no_grad()
     def next_value(self, prefix: Prefix, noise: Float[Tensor, "B M H A"]) -> Float[Tensor, " B"]:
@@ -258,11 +216,7 @@ class Mpo(Algorithm):
             terms |= {"mean_loss": fit(new.mean, old.std), "std_loss": fit(old.mean, new.std)}
         else:
             terms["policy_loss"] = fit(new.mean, new.std)
-        kl_mean, kl_std = self.divergences(new, old)
-        for name, kl, epsilon in (("mean", kl_mean, cfg.epsilon_mean), ("std", kl_std, cfg.epsilon_std)):
-            penalty, dual = trust_region_loss(kl, self.duals(f"alpha_{name}"), epsilon=epsilon)
-            terms |= {f"kl_{name}_loss": penalty, f"alpha_{name}_loss": dual}
-        return terms
+        return terms | self.trust_region_terms(*self.divergences(new, old))
 
     def penalty_cost(self, x: Float[Tensor, "B N H A"]) -> Float[Tensor, "B N"]:
         """Return minus the distance of each sample from the range [-1, 1]."""
@@ -271,8 +225,7 @@ class Mpo(Algorithm):
     def divergences(self, new: Gaussian, old: Gaussian) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]:
         """Return KL(old || new) of each number of a chunk, with the old spread or the old mean in both; summed over the
         chunk unless `per_dimension`."""
-        mean, std = old.mean.flatten(1), old.std.flatten(1)
-        kls = gaussian_kl(mean, std, new.mean.flatten(1), std), gaussian_kl(mean, std, mean, new.std.flatten(1))
+        kls = split_kl(old, new)
         return kls if self.config.per_dimension else (kls[0].sum(-1, keepdim=True), kls[1].sum(-1, keepdim=True))
 
     def imitation_loss(self, prefix: Prefix, batch: ChunkBatch) -> Float[Tensor, ""]:
@@ -302,22 +255,8 @@ class Mpo(Algorithm):
 
     # -- acting ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def act(self, prefix: Prefix, n: int = 1, generator: torch.Generator | None = None) -> Float[Tensor, "B H A"]:
-        """Return a sample of the Gaussian for each state, clipped to the range of chunks."""
-        g, spec = self.gaussian(prefix.features), self.policy.spec
-        place = generator.device if generator is not None else g.mean.device
-        x = g.sample(torch.randn(g.mean.shape, generator=generator, device=place).to(g.mean))
-        x = x.tanh() if self.config.form == "fixed" else x
-        return F.pad(x if spec.clip is None else x.clamp(*spec.clip), (0, spec.width - spec.action_dim))
-
-    @torch.no_grad()
-    def act_untrained(self, prefix: Prefix, generator: torch.Generator | None = None) -> Float[Tensor, "B H A"]:
-        """Return what `act` returns: SFT has trained the Gaussian."""
-        return self.act(prefix, generator=generator)
-
-    def acts_with(self, n: int) -> tuple[str, ...]:
-        return ("gaussian",)
+    def executed(self, x: Float[Tensor, "B H R"]) -> Float[Tensor, "B H A"]:
+        return super().executed(x.tanh() if self.config.form == "fixed" else x)
 
     # -- an update ------------------------------------------------------------------------------------------------
 
@@ -327,28 +266,18 @@ class Mpo(Algorithm):
         if phase == "sft":
             return MpoNoise()
         weights = crossing_weights(batch, drop=cfg.drop_crossing, mean_over=cfg.error_mean)
-        next_noise = self._draw(batch, 1 if cfg.form == "fixed" else cfg.num_candidates)
-        drawn = self._draw(batch, cfg.num_candidates) if phase == "online" else None
+        next_noise = self.draw_actions(batch, 1 if cfg.form == "fixed" else cfg.num_candidates)
+        drawn = self.draw_actions(batch, cfg.num_candidates) if phase == "online" else None
         return MpoNoise(weights, next_noise, drawn)
 
-    def _draw(self, batch: ChunkBatch, n: int) -> Float[Tensor, "B N H A"]:
-        spec = self.policy.spec
-        return self.rng.normal((len(batch), n, spec.horizon, spec.action_dim), like=batch.actions)
-
     def parameter_groups(self, actor_lr: float = 3e-4, critic_lr: float = 3e-4) -> list[ParameterGroup]:
-        modules = {"gaussian": (self.gaussian, actor_lr), "critic": (self.critic, critic_lr)}
-        modules |= {"duals": (self.duals, self.config.dual_lr)} if self.config.form != "fixed" else {}
-        groups: list[ParameterGroup] = [
-            {"name": name, "params": list(module.parameters()), "lr": lr} for name, (module, lr) in modules.items()
-        ]
+        groups = [group("gaussian", self.gaussian, actor_lr), group("critic", self.critic, critic_lr)]
+        groups += [group("duals", self.duals, self.config.dual_lr)] if self.config.form != "fixed" else []
         return [*super().parameter_groups(actor_lr), *groups]
 
     def trained_groups(self, phase: Phase) -> frozenset[str]:
         online = {group["name"] for group in self.parameter_groups()} - {"actor"}
         return frozenset({"sft": {"gaussian"}, "warmup": {"critic"}}.get(phase, online))
-
-    def chunks_per_state(self, phase: Phase) -> int:
-        return 0
 
     @classmethod
     def gamma(cls, config: MpoConfig) -> float:

@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from poco_vla.algorithms.contract import Algorithm, Loss, ParameterGroup, Phase, Stage
+from poco_vla.algorithms.contract import Algorithm, Loss, ParameterGroup, Phase, Stage, group
 from poco_vla.algorithms.imitation import ImitationNoise, imitation_loss, imitation_noise
-from poco_vla.algorithms.soft_actor_critic import actor_and_temperature, check_choices, check_ranges
+from poco_vla.algorithms.soft_actor_critic import actor_and_temperature
 from poco_vla.config import TrainConfig
+from poco_vla.config.checks import check_choices, check_counts, check_positive, check_shares, check_widths
 from poco_vla.critic import ChunkCritic, TargetNetwork, aggregate, td_target, values_for_actor
 from poco_vla.errors import ConfigError
 from poco_vla.gaussian import GaussianNetwork, SquashedGaussian, Temperature
@@ -53,11 +54,10 @@ class DsrlConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, action=("chunk", "noise"), aggregation=("mean", "min"))
-        check_ranges(self)
-        if not self.noise_bound > 0:
-            raise ConfigError(f"noise_bound is {self.noise_bound}; it must be above 0")
-        if self.distill_every < 1:
-            raise ConfigError(f"distill_every is {self.distill_every}; at least 1")
+        check_shares(self, "gamma", "tau")
+        check_counts(self, "critic_members", "distill_every")
+        check_positive(self, "noise_bound", "initial_temperature")
+        check_widths(self, "hidden")
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,6 @@ class Dsrl(Algorithm):
 
     An update is a step of the chunk critic Q^A, one of actor and temperature on the noise critic Q^W, and every
     `distill_every`-th time one of Q^W. The actor works in scaled noise p in (-1, 1), the flow starts from w = b p.
-
-    Args:
-        policy: the flow policy, its backbone already frozen.
-        config: the options.
-        rng: source of the random numbers of updates; torch's default generator when None.
     """
 
     title = "DSRL"
@@ -93,7 +88,7 @@ class Dsrl(Algorithm):
     config: DsrlConfig
 
     def __init__(self, policy: FlowPolicy, config: DsrlConfig | None = None, rng: GlobalBatchRNG | None = None) -> None:
-        super().__init__(policy, config or DsrlConfig(), rng)
+        super().__init__(policy, config, rng)
         cfg, spec = self.config, policy.spec
         of_noise, of_chunk = spec.width, spec.action_dim
         self.actor = GaussianNetwork(
@@ -211,15 +206,9 @@ class Dsrl(Algorithm):
         return int(phase == "sft")
 
     def parameter_groups(self, actor_lr: float = 3e-4, critic_lr: float = 3e-4) -> list[ParameterGroup]:
-        groups: list[ParameterGroup] = [
-            *super().parameter_groups(actor_lr),
-            {"name": "gaussian", "params": list(self.actor.parameters()), "lr": actor_lr},
-            {"name": "critic", "params": list(self.critic.parameters()), "lr": critic_lr},
-        ]
-        if self.noise_critic is not None:
-            groups.append({"name": "noise_critic", "params": list(self.noise_critic.parameters()), "lr": critic_lr})
-        temperature: ParameterGroup = {"name": "temperature", "params": [self.temperature.log_alpha], "lr": actor_lr}
-        return [*groups, temperature]
+        groups = [group("gaussian", self.actor, actor_lr), group("critic", self.critic, critic_lr)]
+        groups += [] if self.noise_critic is None else [group("noise_critic", self.noise_critic, critic_lr)]
+        return [*super().parameter_groups(actor_lr), *groups, group("temperature", self.temperature, actor_lr)]
 
     # -- acting and a run -----------------------------------------------------------------------------------------
 

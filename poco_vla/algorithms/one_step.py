@@ -7,11 +7,11 @@ from types import MappingProxyType
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from poco_vla.algorithms.best_of_n import QChunking, QChunkingConfig, QChunkingNoise, require, require_widths
-from poco_vla.algorithms.contract import Loss, ParameterGroup, Phase
+from poco_vla.algorithms.best_of_n import QChunking, QChunkingConfig, QChunkingNoise
+from poco_vla.algorithms.contract import Loss, ParameterGroup, Phase, group
 from poco_vla.config import TrainConfig
+from poco_vla.config.checks import check_widths, require
 from poco_vla.critic import values_for_actor
 from poco_vla.errors import ConfigError
 from poco_vla.mlp import Mlp
@@ -36,7 +36,7 @@ class OneStepConfig(QChunkingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.alpha >= 0, f"alpha is {self.alpha}; it must not be negative (0 is no distillation)")
-        require_widths("hidden", self.hidden)
+        check_widths(self, "hidden")
 
 
 @dataclass(frozen=True)
@@ -63,24 +63,18 @@ class OneStepPolicy(nn.Module):
 
     def __init__(self, feature_dim: int, spec: ActionSpec, hidden: tuple[int, ...]) -> None:
         super().__init__()
-        self.action_dim = spec.action_dim
+        self.spec = spec
         chunk_dim = spec.horizon * spec.action_dim
         self.mlp = Mlp(feature_dim + chunk_dim, hidden, chunk_dim, "gelu")
 
     def forward(self, features: Float[Tensor, "B D"], noise: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
-        z = noise[..., : self.action_dim]
+        z = noise[..., : self.spec.action_dim]
         chunk = self.mlp(torch.cat([features.to(z.dtype), z.flatten(1)], dim=-1)).view(z.shape)
-        return F.pad(chunk, (0, noise.shape[-1] - self.action_dim))
+        return self.spec.pad(chunk)
 
 
 class QcFql(QChunking[OneStepConfig]):
-    """QC-FQL: a one-step policy is distilled from the flow and follows the critic's gradient; it acts.
-
-    Args:
-        policy: the flow policy, its backbone already frozen.
-        config: the options.
-        rng: source of the random numbers of updates; torch's default generator when None.
-    """
+    """QC-FQL: a one-step policy is distilled from the flow and follows the critic's gradient; it acts."""
 
     title = "QC-FQL"
     config_class = OneStepConfig
@@ -145,8 +139,7 @@ class QcFql(QChunking[OneStepConfig]):
         return (1 / of_global_batch(q).mean()).expand(len(q))
 
     def parameter_groups(self, actor_lr: float = 3e-4, critic_lr: float = 3e-4) -> list[ParameterGroup]:
-        one_step: ParameterGroup = {"name": "one_step", "params": list(self.one_step.parameters()), "lr": actor_lr}
-        return [*super().parameter_groups(actor_lr, critic_lr), one_step]
+        return [*super().parameter_groups(actor_lr, critic_lr), group("one_step", self.one_step, actor_lr)]
 
     def weaken(self, factor: float) -> str:
         """Divide alpha, the weight of the distillation, by a factor below 1."""
@@ -164,13 +157,7 @@ class QcFql(QChunking[OneStepConfig]):
 
 
 class Fql(QcFql):
-    """FQL: QC-FQL with chunks of one step.
-
-    Args:
-        policy: the flow policy, its backbone already frozen.
-        config: the options.
-        rng: source of the random numbers of updates; torch's default generator when None.
-    """
+    """FQL: QC-FQL with chunks of one step."""
 
     title = "FQL"
     horizon = 1

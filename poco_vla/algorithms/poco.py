@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from poco_vla.algorithms.contract import Algorithm, Loss, ParameterGroup, Phase
+from poco_vla.algorithms.contract import Algorithm, Loss, ParameterGroup, Phase, group
+from poco_vla.algorithms.critics import chunk_critic
 from poco_vla.config import PocoConfig
-from poco_vla.critic import ChunkCritic, aggregate, polyak_update, td_target
+from poco_vla.critic import aggregate, best_of, polyak_update, td_loss, td_target
 from poco_vla.distill import anchor_rows, clipped_distillation, flow_errors
 from poco_vla.dual import dual_of, parameter_of, temperature_loss
 from poco_vla.errors import ConfigError
@@ -46,11 +47,6 @@ class Poco(Algorithm):
 
     Actor and critic are in one loss: no gradient of Q reaches the policy and none of the posterior reaches the critic,
     so that their gradients are those of two separate losses.
-
-    Args:
-        policy: the actor, its backbone already frozen.
-        config: the algorithm's options.
-        rng: source of the random numbers of updates; torch's default generator when None.
     """
 
     title = "POCO"
@@ -62,16 +58,7 @@ class Poco(Algorithm):
 
     def __init__(self, policy: FlowPolicy, config: PocoConfig, rng: GlobalBatchRNG | None = None) -> None:
         super().__init__(policy, config, rng)
-        spec = policy.spec
-        self.critic = ChunkCritic(
-            policy.feature_dim,
-            spec.horizon,
-            spec.action_dim,
-            hidden=config.critic_hidden,
-            members=config.critic_members,
-            activation=config.critic_activation,
-            layer_norm_eps=config.critic_layer_norm_eps,
-        )
+        self.critic = chunk_critic(policy, config)
         self.target_critic = deepcopy(self.critic).requires_grad_(False)
         zeta = float("nan") if config.zeta == "auto" else config.zeta
         # Buffers, because both may change while a run goes on: by calibration, and after a collapse.
@@ -140,9 +127,7 @@ class Poco(Algorithm):
         with torch.no_grad():
             next_q = self._aggregate(self.target_critic(next_prefix.features, next_chunk))[:, 0]
         y = td_target(batch.returns, batch.discount, next_q)
-        q = self.critic(prefix.features, batch.actions[:, None])[..., 0]
-        loss = ((q - y).square().mean(dim=0) * noise.critic_weights).mean()
-        return loss, {"critic_loss": loss.detach(), "q": q.detach().mean(), "target": y.mean()}
+        return td_loss(self.critic, prefix.features, batch.actions, y, noise.critic_weights)
 
     @torch.no_grad()
     def after_step(self, phase: Phase) -> None:
@@ -157,10 +142,9 @@ class Poco(Algorithm):
     def act(self, prefix: Prefix, n: int = 1, generator: torch.Generator | None = None) -> Float[Tensor, "B H A"]:
         """Return a plain sample for each state (the paper), or the target critic's favourite of `n`."""
         x = propose(self.policy, prefix, n, generator=generator)
-        if n > 1:
-            q = self._aggregate(self.target_critic(prefix.features, x))
-            x = x[torch.arange(len(x), device=x.device), q.argmax(dim=1)][:, None]
-        return x[:, 0]
+        if n == 1:
+            return x[:, 0]
+        return best_of(x, self._aggregate(self.target_critic(prefix.features, x)))
 
     # -- what an update draws, and its terms ----------------------------------------------------------------------
 
@@ -259,8 +243,7 @@ class Poco(Algorithm):
     # -- what trains and what acts --------------------------------------------------------------------------------
 
     def parameter_groups(self, actor_lr: float = 3e-4, critic_lr: float = 3e-4) -> list[ParameterGroup]:
-        critic: ParameterGroup = {"name": "critic", "params": list(self.critic.parameters()), "lr": critic_lr}
-        groups = [*super().parameter_groups(actor_lr), critic]
+        groups = [*super().parameter_groups(actor_lr), group("critic", self.critic, critic_lr)]
         if self.config.eta_bound is not None:
             groups.append({"name": "temperature", "params": [self.eta_parameter], "lr": critic_lr})
         return groups

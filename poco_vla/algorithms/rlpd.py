@@ -3,19 +3,17 @@ over chunks, as in QC (arXiv 2507.07969)."""
 
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from poco_vla.algorithms.contract import Loss, Phase, Stage
 from poco_vla.algorithms.soft_actor_critic import EnsembleConfig, SacNoise, SoftActorCritic
-from poco_vla.errors import ConfigError
+from poco_vla.config.checks import require
 from poco_vla.gaussian import SquashedGaussian
-from poco_vla.noise import GlobalBatchRNG
-from poco_vla.policy import FlowPolicy, Prefix, initial_noise
+from poco_vla.policy import Prefix, initial_noise
 from poco_vla.types import ChunkBatch
 
 
@@ -30,8 +28,7 @@ class RlpdConfig(EnsembleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bc_weight < 0:
-            raise ConfigError(f"bc_weight is {self.bc_weight}; it must not be negative")
+        require(self.bc_weight >= 0, f"bc_weight is {self.bc_weight}; it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,6 @@ class Rlpd(SoftActorCritic):
 
     A tanh-Gaussian over the features of a state acts and learns. Until the warm-up is over, actions are uniformly
     random.
-
-    Args:
-        policy: gives the features of a state.
-        config: the options.
-        rng: source of the random numbers of updates; torch's default generator when None.
     """
 
     # Deviation 11: evaluations sample too; the authors' act by the mode.
@@ -66,9 +58,6 @@ class Rlpd(SoftActorCritic):
     config_class = RlpdConfig
     has_sft = False
     tiny_options = MappingProxyType({"hidden": [32, 32], "critic_members": 3})
-
-    def __init__(self, policy: FlowPolicy, config: Any = None, rng: GlobalBatchRNG | None = None) -> None:
-        super().__init__(policy, config or self.config_class(), rng)
 
     def distribution(self, features: Float[Tensor, "B D"]) -> SquashedGaussian:
         """Return pi(a | s), over chunks without padding."""
@@ -98,16 +87,16 @@ class Rlpd(SoftActorCritic):
         """Return the random numbers of a phase, and what its transitions weigh in the critic loss."""
         drawn = {}
         if phase != "actor":
-            drawn = self.draw_critic(batch) | {"next_noise": self.draw_normal(batch)}
+            drawn = self.draw_critic(batch) | {"next_noise": self.draw_actions(batch)}
         if phase != "critic":
-            drawn["noise"] = self.draw_normal(batch)
+            drawn["noise"] = self.draw_actions(batch)
         return SacNoise(**drawn)
 
     @torch.no_grad()
     def act(self, prefix: Prefix, n: int = 1, generator: torch.Generator | None = None) -> Float[Tensor, "B H A"]:
         """Return a sample of the squashed Gaussian for each state."""
         noise = initial_noise(self.policy, prefix, 1, generator)[:, 0, :, : self.policy.spec.action_dim]
-        return self._padded(self.distribution(prefix.features).sample(noise)[0])
+        return self.policy.spec.pad(self.distribution(prefix.features).sample(noise)[0])
 
     @torch.no_grad()
     def act_untrained(self, prefix: Prefix, generator: torch.Generator | None = None) -> Float[Tensor, "B H A"]:
@@ -115,23 +104,14 @@ class Rlpd(SoftActorCritic):
         spec, features = self.policy.spec, prefix.features
         place = generator.device if generator is not None else features.device
         shape = (len(features), spec.horizon, spec.action_dim)
-        return self._padded(torch.rand(shape, generator=generator, device=place).to(features.device) * 2 - 1)
+        return self.policy.spec.pad(torch.rand(shape, generator=generator, device=place).to(features.device) * 2 - 1)
 
     def acts_with(self, n: int) -> tuple[str, ...]:
         return ("actor",)
 
-    def _padded(self, chunk: Float[Tensor, "B H A"]) -> Float[Tensor, "B H W"]:
-        return F.pad(chunk, (0, self.policy.spec.width - chunk.shape[-1]))
-
 
 class RlpdAc(Rlpd):
-    """RLPD over chunks as in QC: the mean of all critics, no entropy in the target, one step of all networks.
-
-    Args:
-        policy: gives the features of a state.
-        config: the options.
-        rng: source of the random numbers of updates; torch's default generator when None.
-    """
+    """RLPD over chunks as in QC: the mean of all critics, no entropy in the target, one step of all networks."""
 
     title = "RLPD-AC"
     config_class = RlpdAcConfig

@@ -1,6 +1,5 @@
 """Share between RLPD and EXPO: soft actor-critic (SAC, arXiv 1812.05905) with an ensemble of critics over chunks."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -8,10 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from poco_vla.algorithms.contract import Algorithm, Loss, ParameterGroup, Phase, Stage
+from poco_vla.algorithms.contract import Algorithm, Loss, ParameterGroup, Phase, Stage, group
+from poco_vla.algorithms.critics import TdOptions
 from poco_vla.config import TrainConfig
-from poco_vla.critic import ChunkCritic, TargetNetwork, aggregate, td_target, values_for_actor
-from poco_vla.errors import ConfigError, UnknownNameError
+from poco_vla.config.checks import check_choices, check_counts, check_positive, check_widths
+from poco_vla.critic import ChunkCritic, TargetNetwork, aggregate, td_loss, td_target, values_for_actor
+from poco_vla.errors import ConfigError
 from poco_vla.gaussian import GaussianNetwork, Temperature
 from poco_vla.noise import GlobalBatchRNG, UpdateNoise, crossing_weights
 from poco_vla.policy import FlowPolicy, Prefix
@@ -19,13 +20,9 @@ from poco_vla.types import ChunkBatch, Metrics
 
 
 @dataclass(frozen=True)
-class EnsembleConfig:
+class EnsembleConfig(TdOptions):
     """Options of the critics and of the temperature ("authors": ikostrikov/rlpd)."""
 
-    gamma: float = 0.99
-    """Discount per control step (authors)."""
-    tau: float = 0.005
-    """Share of the critics mixed into their targets at every update (authors)."""
     critic_members: int = 10
     """E, critics in the ensemble (authors)."""
     target_members: int | None = 2
@@ -39,48 +36,22 @@ class EnsembleConfig:
     actor_every: int | None = None
     """Updates of the critics for each of actor and temperature; None is `updates_per_step`, rounded: one update of the
     actor per environment step (authors)."""
-    drop_crossing: bool = False
-    """Leave chunks whose episode ended before their last step out of the critic loss (QC). False keeps them with
-    their exact n-step return."""
-    error_mean: Literal["valid", "all"] = "valid"
-    """Denominator of the critic loss: chunks that count, or all (QC)."""
-    target_mixes: Literal["after", "before"] = "after"
-    """Parameters that are mixed into the target: those from after the optimizer step (authors), or before it (QC)."""
     hidden: tuple[int, ...] = (256, 256)
     """Hidden widths of actor and critics (authors; 3 layers on sparse tasks)."""
     layer_norm_eps: float = 1e-6
     """Epsilon of the critics' LayerNorms (authors)."""
 
     def __post_init__(self) -> None:
-        check_choices(self, aggregation=("mean", "min"), error_mean=("valid", "all"), target_mixes=("after", "before"))
-        check_ranges(self)
+        super().__post_init__()
+        check_choices(self, aggregation=("mean", "min"))
+        check_positive(self, "initial_temperature")
+        check_widths(self, "hidden")
         if self.target_members is not None and not 1 <= self.target_members <= self.critic_members:
             raise ConfigError(
                 f"target_members is {self.target_members}; it must lie in 1 to critic_members ({self.critic_members})"
             )
-        if self.actor_every is not None and self.actor_every < 1:
-            raise ConfigError(f"actor_every is {self.actor_every}; at least 1")
-
-
-def check_choices(config: Any, **choices: Sequence[str]) -> None:
-    """Raise UnknownNameError for an option that is none of its choices."""
-    for name, known in choices.items():
-        if getattr(config, name) not in known:
-            raise UnknownNameError(name, getattr(config, name), known)
-
-
-def check_ranges(config: Any) -> None:
-    """Raise ConfigError for an option of a soft actor-critic that cannot work."""
-    wrong = {
-        f"gamma is {config.gamma}; it must lie in (0, 1]": not 0 < config.gamma <= 1,
-        f"tau is {config.tau}; it must lie in (0, 1]": not 0 < config.tau <= 1,
-        f"critic_members is {config.critic_members}; at least 1": config.critic_members < 1,
-        f"initial_temperature is {config.initial_temperature}; it must be above 0": config.initial_temperature <= 0,
-        f"hidden is {config.hidden}; it needs at least one positive width": not config.hidden or min(config.hidden) < 1,
-    }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            raise ConfigError(message)
+        if self.actor_every is not None:
+            check_counts(self, "actor_every")
 
 
 @dataclass(frozen=True)
@@ -104,18 +75,13 @@ class SoftActorCritic(Algorithm):
     """SAC over chunks with an ensemble of critics. A subclass says how it samples, and what a state's value is.
 
     An update is a step of the critics and, every `actor_every`-th time, one of actor and temperature.
-
-    Args:
-        policy: gives the features of a state.
-        config: the options.
-        rng: source of the random numbers of updates; torch's default generator when None.
     """
 
     config: Any
 
-    def __init__(self, policy: FlowPolicy, config: Any, rng: GlobalBatchRNG | None = None) -> None:
+    def __init__(self, policy: FlowPolicy, config: Any = None, rng: GlobalBatchRNG | None = None) -> None:
         super().__init__(policy, config, rng)
-        spec = policy.spec
+        config, spec = self.config, policy.spec
         self.actor = GaussianNetwork(self.actor_input_dim(), spec.horizon, spec.action_dim, hidden=config.hidden)
         self.critic = ChunkCritic(
             policy.feature_dim,
@@ -150,9 +116,8 @@ class SoftActorCritic(Algorithm):
         with torch.no_grad():
             next_value = self.next_value(self.encode_next(batch), noise)
         y = td_target(batch.returns, batch.discount, next_value)
-        q = self.critic(self.encode(batch).features, batch.actions[:, None])[..., 0]
-        loss = ((q - y).square().mean(dim=0) * noise.critic_weights).mean()
-        return loss, {"critic_loss": loss.detach(), "q": q.detach().mean(), "target": y.mean()}
+        features = self.encode(batch).features
+        return td_loss(self.critic, features, batch.actions, y, noise.critic_weights)
 
     def actor_loss(self, batch: ChunkBatch, noise: Any = None) -> Loss:
         """Return the sum of the losses of actor and temperature: the mean of alpha * log pi(a | s) - mean_e Q_e(s, a),
@@ -189,11 +154,6 @@ class SoftActorCritic(Algorithm):
             drawn["members"] = self.rng.members(cfg.target_members, cfg.critic_members, len(batch), batch.actions)
         return drawn
 
-    def draw_normal(self, batch: ChunkBatch, *candidates: int) -> Tensor:
-        """Return noise of the actor for a batch, [B, *candidates, H, A]."""
-        spec = self.policy.spec
-        return self.rng.normal((len(batch), *candidates, spec.horizon, spec.action_dim), like=batch.actions)
-
     def trained_groups(self, phase: Phase) -> frozenset[str]:
         groups = {"sft": ["actor"], "critic": ["critic"], "actor": ["gaussian", "temperature"]}
         return frozenset(groups[phase])
@@ -207,9 +167,9 @@ class SoftActorCritic(Algorithm):
     def parameter_groups(self, actor_lr: float = 3e-4, critic_lr: float = 3e-4) -> list[ParameterGroup]:
         return [
             *super().parameter_groups(actor_lr),
-            {"name": "gaussian", "params": list(self.actor.parameters()), "lr": actor_lr},
-            {"name": "critic", "params": list(self.critic.parameters()), "lr": critic_lr},
-            {"name": "temperature", "params": list(self.temperature.parameters()), "lr": actor_lr},
+            group("gaussian", self.actor, actor_lr),
+            group("critic", self.critic, critic_lr),
+            group("temperature", self.temperature, actor_lr),
         ]
 
     # -- a run ----------------------------------------------------------------------------------------------------

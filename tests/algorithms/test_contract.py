@@ -157,5 +157,5 @@ def test_an_option_of_imitation_that_is_none_is_refused(field, value):
     """Set afterwards: the machine-checked signatures of the test run would refuse it before the option does."""
     config = ImitationConfig()
     object.__setattr__(config, field, value)
-    with pytest.raises(UnknownNameError, match=f'no {field} of imitation named "{value}"'):
+    with pytest.raises(UnknownNameError, match=f'no {field} named "{value}"'):
         config.__post_init__()

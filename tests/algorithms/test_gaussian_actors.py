@@ -160,7 +160,7 @@ def test_ranking_by_best_of_n_is_refused(kind):
         (RlpdAcConfig, {"initial_temperature": 0.0}, "initial_temperature is 0.0; it must be above 0"),
         (DsrlConfig, {"noise_bound": 0.0}, "noise_bound is 0.0; it must be above 0"),
         (DsrlConfig, {"distill_every": 0}, "distill_every is 0; at least 1"),
-        (ExpoConfig, {"num_candidates": 0}, r"num_candidates \(N\) is 0"),
+        (ExpoConfig, {"num_candidates": 0}, "num_candidates is 0; at least 1"),
         (ExpoConfig, {"edit_scale": -0.1}, "edit_scale is -0.1; it must be above 0"),
     ],
 )

@@ -165,7 +165,7 @@ def test_fql_takes_chunks_of_one_step_alone():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("qc", {"num_candidates": 0}, r"num_candidates \(N\) is 0; it must be at least 1"),
+        ("qc", {"num_candidates": 0}, "num_candidates is 0; at least 1"),
         ("qc", {"gamma": 0.0}, r"gamma is 0.0; it must lie in \(0, 1\]"),
         ("qc", {"tau": 1.5}, r"tau is 1.5; it must lie in \(0, 1\]"),
         ("qc", {"flow_steps": 0}, "flow_steps is 0; at least 1"),

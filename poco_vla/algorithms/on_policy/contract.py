@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from poco_vla.algorithms.contract import Algorithm, Loss, ParameterGroup, Phase
+from poco_vla.algorithms.contract import Algorithm, Loss, ParameterGroup, Phase, group
 from poco_vla.algorithms.registry import options_of
 from poco_vla.config import TrainConfig
+from poco_vla.config.checks import check_counts, check_widths, require
 from poco_vla.errors import ConfigError
 from poco_vla.gae import RewardScaler, generalized_advantages
 from poco_vla.mlp import Mlp
@@ -56,39 +57,30 @@ class OnPolicyConfig:
     (ReinFlow, DPPO)."""
 
     def __post_init__(self) -> None:
-        for name in ("rollout_steps", "epochs", "minibatch"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(f"{name} is {value}; at least 1")
-        if self.rollout_steps < 2:
-            raise ConfigError("rollout_steps is 1; at least 2 chunks, whose advantages can be compared")
-        if self.warmup_rollouts < 0:
-            raise ConfigError(f"warmup_rollouts is {self.warmup_rollouts}; it must not be negative")
+        check_counts(self, "rollout_steps", "epochs", "minibatch")
+        require(self.rollout_steps >= 2, "rollout_steps is 1; at least 2 chunks, whose advantages can be compared")
+        require(self.warmup_rollouts >= 0, f"warmup_rollouts is {self.warmup_rollouts}; it must not be negative")
         for name in ("discount", "gae_lambda"):
             value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ConfigError(f"{name} is {value}; it must lie in [0, 1]")
-        if not self.value_hidden or min(self.value_hidden) < 1:
-            raise ConfigError(f"value_hidden is {self.value_hidden}; it needs at least one positive width")
+            require(0 <= value <= 1, f"{name} is {value}; it must lie in [0, 1]")
+        check_widths(self, "value_hidden")
 
 
 class OnPolicy(Algorithm):
     """An algorithm that learns from its latest rollouts alone. Its online updates get a :class:`RolloutBatch`.
 
     A subclass writes `explore`, `log_prob`, `sft_loss` and `online_loss`.
-
-    Args:
-        policy: the actor, its backbone already frozen.
-        config: the algorithm's options.
-        rng: source of the random numbers of updates; torch's default generator when None.
     """
 
     config: Any  # an OnPolicyConfig
 
-    def __init__(self, policy: FlowPolicy, config: OnPolicyConfig, rng: GlobalBatchRNG | None = None) -> None:
+    def __init__(
+        self, policy: FlowPolicy, config: OnPolicyConfig | None = None, rng: GlobalBatchRNG | None = None
+    ) -> None:
         super().__init__(policy, config, rng)
-        self.value = Mlp(policy.feature_dim, config.value_hidden, 1, "gelu")
-        scaling = config.discount if config.scaling_discount is None else config.scaling_discount
+        cfg = self.config
+        self.value = Mlp(policy.feature_dim, cfg.value_hidden, 1, "gelu")
+        scaling = cfg.discount if cfg.scaling_discount is None else cfg.scaling_discount
         self.reward_scaler = RewardScaler(scaling)
 
     # -- acting ---------------------------------------------------------------------------------------------------
@@ -151,7 +143,12 @@ class OnPolicy(Algorithm):
         if self.config.scale_rewards:
             rewards = self.reward_scaler(rewards, firsts, running)
         discounts = self.config.discount * (~terminated).to(rewards)
-        rewards = self.config.reward_factor * rewards
+        return self.estimates(self.config.reward_factor * rewards, values, discounts)
+
+    def estimates(
+        self, rewards: Float[Tensor, "S E"], values: Float[Tensor, "S1 E"], discounts: Float[Tensor, "S E"]
+    ) -> tuple[Float[Tensor, "S E"], Float[Tensor, "S E"]]:
+        """Return generalized advantage estimates and their returns, of rewards that are scaled already."""
         advantages = generalized_advantages(rewards, values, discounts, lam=self.config.gae_lambda)
         return advantages, advantages + values[:-1]
 
@@ -176,8 +173,7 @@ class OnPolicy(Algorithm):
         return False
 
     def parameter_groups(self, actor_lr: float = 3e-4, critic_lr: float = 3e-4) -> list[ParameterGroup]:
-        value: ParameterGroup = {"name": "value", "params": list(self.value.parameters()), "lr": critic_lr}
-        return [*super().parameter_groups(actor_lr), value]
+        return [*super().parameter_groups(actor_lr), group("value", self.value, critic_lr)]
 
     def trained_groups(self, phase: Phase) -> frozenset[str]:
         groups = super().trained_groups(phase)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from poco_vla.algorithms.contract import Loss, Phase
 from poco_vla.algorithms.on_policy.flow_ppo import FlowPpo, FlowPpoConfig, FlowPpoNoise, normal_log_prob
+from poco_vla.config.checks import check_positive
 from poco_vla.errors import ConfigError
 from poco_vla.gae import clipped_surrogate
-from poco_vla.noise import GlobalBatchRNG, of_global_batch
+from poco_vla.noise import GlobalBatchRNG, UpdateNoise, of_global_batch
 from poco_vla.policy import FlowPolicy, Prefix
 from poco_vla.types import ChunkBatch, RolloutBatch
 
@@ -54,10 +55,7 @@ class DppoConfig(FlowPpoConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("std", "min_sampling_std", "min_log_prob_std"):
-            value = getattr(self, name)
-            if value <= 0:
-                raise ConfigError(f"{name} is {value}; it must be above 0")
+        check_positive(self, "std", "min_sampling_std", "min_log_prob_std")
         if self.tuned_steps is not None and self.tuned_steps < 1:
             raise ConfigError(f"tuned_steps is {self.tuned_steps}; at least 1, or None for all")
         if not 0 < self.clip_base <= self.clip:
@@ -68,11 +66,6 @@ class DppoConfig(FlowPpoConfig):
 
 class Dppo(FlowPpo):
     """DPPO in its form for a flow: PPO in which each denoising step is an action of its own, with a fixed noise.
-
-    Args:
-        policy: the actor, its backbone already frozen.
-        config: the algorithm's options.
-        rng: source of the random numbers of updates; torch's default generator when None.
 
     Raises:
         ConfigError: more steps are to be tuned than there are.
@@ -85,7 +78,6 @@ class Dppo(FlowPpo):
     config: DppoConfig
 
     def __init__(self, policy: FlowPolicy, config: DppoConfig | None = None, rng: GlobalBatchRNG | None = None) -> None:
-        config = config or DppoConfig()
         super().__init__(policy, config, rng)
         if self.num_tuned > self.num_steps:
             raise ConfigError(f"tuned_steps is {self.num_tuned}, but the chain has {self.num_steps} denoising steps")
@@ -134,14 +126,14 @@ class Dppo(FlowPpo):
         means, stds = self.step_means(prefix, x, t), self.stds(t, self.config.min_log_prob_std)
         return normal_log_prob(self._of_action(after), self._of_action(means), stds)
 
-    def online_loss(self, batch: ChunkBatch, noise: FlowPpoNoise | None = None) -> Loss:
+    def online_loss(self, batch: ChunkBatch, noise: UpdateNoise | None = None) -> Loss:
         """Return PPO's loss, with one ratio for each denoising step of each chunk, and the value loss.
 
         # Deviation 16: all tuned steps of a chunk are in its batch; the official code draws pairs of chunk and step.
         """
         cfg, noise = self.config, noise or self.draw_noise(batch, "online")
         assert isinstance(batch, RolloutBatch)
-        assert noise.advantages is not None, "the noise is of another phase"
+        assert isinstance(noise, FlowPpoNoise), "the noise is of another phase"
         prefix = self.encode(batch)
         now, before = (self.step_log_probs(x) for x in (self.log_prob(prefix, batch.acted), batch.log_prob))
         clips, discounts = self.step_schedules(self._steps(batch.acted))

@@ -15,11 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from poco_vla.algorithms.contract import Loss, Phase
+from poco_vla.algorithms.imitation import ImitationNoise, imitation_loss, imitation_noise
 from poco_vla.algorithms.on_policy.contract import OnPolicy, OnPolicyConfig
-from poco_vla.distill import flow_errors
-from poco_vla.errors import ConfigError
+from poco_vla.config.checks import check_counts, check_positive
 from poco_vla.noise import UpdateNoise, of_global_batch
-from poco_vla.policy import FlowPolicy, Prefix
+from poco_vla.policy import FlowPolicy, Prefix, initial_noise
 from poco_vla.types import ChunkBatch, Metrics, RolloutBatch
 
 
@@ -39,27 +39,16 @@ class FlowPpoConfig(OnPolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("noise_bound", "clip"):
-            value = getattr(self, name)
-            if value <= 0:
-                raise ConfigError(f"{name} is {value}; it must be above 0")
-        if self.flow_steps is not None and self.flow_steps < 1:
-            raise ConfigError(f"flow_steps is {self.flow_steps}; at least 1")
+        check_positive(self, "noise_bound", "clip")
+        if self.flow_steps is not None:
+            check_counts(self, "flow_steps")
 
 
 @dataclass(frozen=True)
 class FlowPpoNoise(UpdateNoise):
-    """Hold what an update draws or counts over its global batch.
+    """Hold the advantages of an online update, normalised over its global batch."""
 
-    Attributes:
-        advantages: normalised over the global batch.
-        flow_noise: a_0 of each data chunk's flow error, in SFT alone.
-        flow_time: its t, likewise.
-    """
-
-    advantages: Float[Tensor, " B"] | None = None
-    flow_noise: Float[Tensor, "B 1 H A"] | None = None
-    flow_time: Float[Tensor, "B 1"] | None = None
+    advantages: Float[Tensor, " B"]
 
 
 class FlowPpo(OnPolicy):
@@ -102,45 +91,28 @@ class FlowPpo(OnPolicy):
     ) -> tuple[Float[Tensor, "B H A"], Mapping[str, Tensor]]:
         """Return a chunk for each of B states, and its chain x_0, ..., x_K [B, K + 1, H, A]."""
         chain = self._sample(prefix, generator, noisy=True)
-        return self._chunk(chain), {"chain": chain}
+        return self.policy.spec.limit(chain[:, -1]), {"chain": chain}
 
     @torch.no_grad()
     def act(self, prefix: Prefix, n: int = 1, generator: torch.Generator | None = None) -> Float[Tensor, "B H A"]:
         """Return the end of a chain without noise for each of B states, but for that of x_0."""
         assert n == 1, f"{type(self).__name__} does not rank candidates"
-        return self._chunk(self._sample(prefix, generator, noisy=False))
+        return self.policy.spec.limit(self._sample(prefix, generator, noisy=False)[:, -1])
 
     def _sample(self, prefix: Prefix, generator: torch.Generator | None, *, noisy: bool) -> Float[Tensor, "B K1 H A"]:
-        spec, features, bound = self.policy.spec, prefix.features, self.config.noise_bound
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        place = generator.device if generator is not None else features.device
-
-        def normal() -> Float[Tensor, "B 1 H A"]:
-            shape = (len(features), 1, spec.horizon, spec.width)
-            return torch.randn(shape, generator=generator, device=place, dtype=dtype).to(features.device)
-
-        x = normal()
+        spec, bound = self.policy.spec, self.config.noise_bound
+        x = initial_noise(self.policy, prefix, 1, generator)
         chain = [x]
         for k, time in enumerate(self.flow_times.tolist()):
             mean, std = self.sampling_steps(prefix, x, x.new_full(x.shape[:2], time), k)
-            noise = normal() if noisy else torch.zeros_like(x)
+            noise = initial_noise(self.policy, prefix, 1, generator) if noisy else torch.zeros_like(x)
             # What pads an action follows the flow without noise: it is no part of the density.
             noise[..., spec.action_dim :] = 0
             x = mean + std * noise.clamp(-bound, bound)
             if k == self.num_steps - 1 and self.clips_chain:
-                x = self._clipped(x)
+                x = x if spec.clip is None else x.clamp(*spec.clip)
             chain.append(x)
         return torch.cat(chain, dim=1)
-
-    def _clipped(self, x: Float[Tensor, "*b H A"]) -> Float[Tensor, "*b H A"]:
-        clip = self.policy.spec.clip
-        return x if clip is None else x.clamp(*clip)
-
-    def _chunk(self, chain: Float[Tensor, "B K1 H A"]) -> Float[Tensor, "B H A"]:
-        """Return the end of a chain as it is executed."""
-        chunk = self._clipped(chain[:, -1]).clone()
-        chunk[..., self.policy.spec.action_dim :] = 0
-        return chunk
 
     def _of_action(self, x: Float[Tensor, "*b A"]) -> Tensor:
         """Return the entries of the robot's own action dimensions."""
@@ -148,22 +120,18 @@ class FlowPpo(OnPolicy):
 
     # -- learning -------------------------------------------------------------------------------------------------
 
-    def sft_loss(self, batch: ChunkBatch, noise: FlowPpoNoise | None = None) -> Loss:
+    def sft_loss(self, batch: ChunkBatch, noise: ImitationNoise | None = None) -> Loss:
         """Return the flow-matching loss on the demonstrations."""
-        noise = noise or self.draw_noise(batch, "sft")
-        prefix, chunk = self.encode(batch), batch.actions[:, None]
-        errors = flow_errors(self.policy, prefix, chunk, batch.valid, noise=noise.flow_noise, t=noise.flow_time)
-        loss = errors.mean()
-        return loss, {"bc_loss": loss.detach()}
+        return imitation_loss(self, batch, noise or imitation_noise(self, batch))
 
-    def draw_noise(self, batch: ChunkBatch, phase: Phase) -> FlowPpoNoise:
+    def draw_noise(self, batch: ChunkBatch, phase: Phase) -> UpdateNoise:
         """Return the random numbers of an SFT update, or the normalised advantages of an online one."""
         if phase == "sft":
-            return FlowPpoNoise(flow_noise=self.draw_chunks(batch, 1), flow_time=self.draw_times(batch, 1))
+            return imitation_noise(self, batch)
         if phase == "warmup":
-            return FlowPpoNoise()
+            return UpdateNoise()
         assert isinstance(batch, RolloutBatch)
-        return FlowPpoNoise(advantages=self.normalized(batch.advantages))
+        return FlowPpoNoise(self.normalized(batch.advantages))
 
     def normalized(self, advantages: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         """Return advantages as they are normalised over the global batch."""

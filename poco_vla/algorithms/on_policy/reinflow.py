@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from poco_vla.algorithms.contract import Loss, ParameterGroup, Phase
+from poco_vla.algorithms.contract import Loss, ParameterGroup, Phase, group
 from poco_vla.algorithms.on_policy.flow_ppo import FlowPpo, FlowPpoConfig, FlowPpoNoise, normal_log_prob
 from poco_vla.errors import ConfigError
 from poco_vla.gae import clipped_surrogate
 from poco_vla.mlp import Mlp
-from poco_vla.noise import GlobalBatchRNG
+from poco_vla.noise import GlobalBatchRNG, UpdateNoise
 from poco_vla.policy import FlowPolicy, Prefix
 from poco_vla.types import ChunkBatch, RolloutBatch
 
@@ -46,13 +46,7 @@ class ReinFlowConfig(FlowPpoConfig):
 
 
 class ReinFlow(FlowPpo):
-    """ReinFlow: PPO over whole chains of denoising steps, with a learned noise.
-
-    Args:
-        policy: the actor, its backbone already frozen.
-        config: the algorithm's options.
-        rng: source of the random numbers of updates; torch's default generator when None.
-    """
+    """ReinFlow: PPO over whole chains of denoising steps, with a learned noise."""
 
     title = "ReinFlow"
     config_class = ReinFlowConfig
@@ -62,10 +56,9 @@ class ReinFlow(FlowPpo):
     def __init__(
         self, policy: FlowPolicy, config: ReinFlowConfig | None = None, rng: GlobalBatchRNG | None = None
     ) -> None:
-        config = config or ReinFlowConfig()
         super().__init__(policy, config, rng)
-        spec = policy.spec
-        self.noise = Mlp(1 + policy.feature_dim, config.noise_hidden, spec.horizon * spec.action_dim, "tanh")
+        spec, hidden = policy.spec, self.config.noise_hidden
+        self.noise = Mlp(1 + policy.feature_dim, hidden, spec.horizon * spec.action_dim, "tanh")
 
     def step_means(
         self, prefix: Prefix, x: Float[Tensor, "B M H A"], t: Float[Tensor, "B M"], policy: FlowPolicy | None = None
@@ -85,8 +78,7 @@ class ReinFlow(FlowPpo):
     def sampling_steps(
         self, prefix: Prefix, x: Float[Tensor, "B 1 H A"], t: Float[Tensor, "B 1"], k: int
     ) -> tuple[Float[Tensor, "B 1 H A"], Tensor]:
-        padding = self.policy.spec.width - self.policy.spec.action_dim
-        return self.step_means(prefix, x, t), torch.nn.functional.pad(self.stds(prefix, t), (0, padding))
+        return self.step_means(prefix, x, t), self.policy.spec.pad(self.stds(prefix, t))
 
     def chain_terms(
         self, prefix: Prefix, chain: Float[Tensor, "B K1 H A"]
@@ -107,11 +99,11 @@ class ReinFlow(FlowPpo):
         """Return the log-probability of each chain, per number: over K + 1 terms and all entries of a chunk."""
         return self._per_number(*self.chain_terms(prefix, acted["chain"])[:2])
 
-    def online_loss(self, batch: ChunkBatch, noise: FlowPpoNoise | None = None) -> Loss:
+    def online_loss(self, batch: ChunkBatch, noise: UpdateNoise | None = None) -> Loss:
         """Return PPO's loss, with one ratio for each chain, the value loss and the entropy of the steps."""
         cfg, noise = self.config, noise or self.draw_noise(batch, "online")
         assert isinstance(batch, RolloutBatch)
-        assert noise.advantages is not None, "the noise is of another phase"
+        assert isinstance(noise, FlowPpoNoise), "the noise is of another phase"
         prefix = self.encode(batch)
         start, steps, stds = self.chain_terms(prefix, batch.acted["chain"])
         now, before = (x.clamp(*cfg.log_prob_range) for x in (self._per_number(start, steps), batch.log_prob))
@@ -140,8 +132,7 @@ class ReinFlow(FlowPpo):
         return ("noise",)
 
     def parameter_groups(self, actor_lr: float = 3e-4, critic_lr: float = 3e-4) -> list[ParameterGroup]:
-        noise: ParameterGroup = {"name": "noise", "params": list(self.noise.parameters()), "lr": actor_lr}
-        return [*super().parameter_groups(actor_lr, critic_lr), noise]
+        return [*super().parameter_groups(actor_lr, critic_lr), group("noise", self.noise, actor_lr)]
 
     def trained_groups(self, phase: Phase) -> frozenset[str]:
         groups = super().trained_groups(phase)

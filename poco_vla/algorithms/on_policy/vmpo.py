@@ -5,20 +5,18 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
-from poco_vla.algorithms.contract import Loss, ParameterGroup, Phase
+from poco_vla.algorithms.contract import Loss, ParameterGroup, Phase, group
+from poco_vla.algorithms.gaussian_actor import GaussianActor, split_kl
 from poco_vla.algorithms.on_policy.contract import OnPolicy, OnPolicyConfig
+from poco_vla.config.checks import check_counts, check_positive, check_shares
 from poco_vla.critic import polyak_update
-from poco_vla.dual import Duals, gaussian_kl, top_samples_weights, trust_region_loss
-from poco_vla.errors import ConfigError
+from poco_vla.dual import Duals, top_samples_weights
 from poco_vla.gae import n_step_returns
-from poco_vla.gaussian import Gaussian, GaussianNetwork
 from poco_vla.noise import GlobalBatchRNG, UpdateNoise
 from poco_vla.policy import FlowPolicy, Prefix
 from poco_vla.types import ChunkBatch, RolloutBatch
@@ -48,13 +46,9 @@ class VmpoConfig(OnPolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n_step < 1:
-            raise ConfigError(f"n_step is {self.n_step}; at least 1")
-        if not 0 < self.top <= 1:
-            raise ConfigError(f"top is {self.top}; it must lie in (0, 1]")
-        for name in ("epsilon", "epsilon_mean", "epsilon_std", "dual_lr"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
+        check_counts(self, "n_step")
+        check_shares(self, "top")
+        check_positive(self, "epsilon", "epsilon_mean", "epsilon_std", "dual_lr")
 
 
 @dataclass(frozen=True)
@@ -71,15 +65,10 @@ class VmpoNoise(UpdateNoise):
     dual_slope: Float[Tensor, " B"] | None = None
 
 
-class Vmpo(OnPolicy):
+class Vmpo(GaussianActor, OnPolicy):
     """V-MPO over chunks, a Gaussian that learns from its latest rollouts; without a flow policy.
 
     The Gaussian imitates in SFT; its target network acts, and is renewed for every rollout.
-
-    Args:
-        policy: gives the features of a state.
-        config: the options.
-        rng: source of the random numbers of updates; torch's default generator when None.
     """
 
     title = "V-MPO"
@@ -90,13 +79,15 @@ class Vmpo(OnPolicy):
     )
 
     def __init__(self, policy: FlowPolicy, config: VmpoConfig | None = None, rng: GlobalBatchRNG | None = None) -> None:
-        cfg, spec = config or VmpoConfig(), policy.spec
-        super().__init__(policy, cfg, rng)
-        self.gaussian = GaussianNetwork(
-            policy.feature_dim, spec.horizon, spec.action_dim, hidden=cfg.hidden, activation="gelu", log_std=cfg.log_std
-        )
+        super().__init__(policy, config, rng)
+        self.gaussian = self.network(policy, self.config.hidden, self.config.log_std)
         self.duals = Duals(
-            spec.horizon * spec.action_dim, temperature=1.0, alpha_mean=1.0, alpha_std=1.0, penalty=None, direct=True
+            policy.spec.horizon * policy.spec.action_dim,
+            temperature=1.0,
+            alpha_mean=1.0,
+            alpha_std=1.0,
+            penalty=None,
+            direct=True,
         )
         self.target_gaussian = deepcopy(self.gaussian).requires_grad_(False)
 
@@ -107,32 +98,11 @@ class Vmpo(OnPolicy):
         self, prefix: Prefix, generator: torch.Generator | None = None
     ) -> tuple[Float[Tensor, "B H A"], Mapping[str, Tensor]]:
         """Return a sample of the target Gaussian for each state, and what it was before it is clipped."""
-        x = self._sample(self.target_gaussian(prefix.features), generator)
-        return self._chunk(x), {"sample": x}
-
-    @torch.no_grad()
-    def act(self, prefix: Prefix, n: int = 1, generator: torch.Generator | None = None) -> Float[Tensor, "B H A"]:
-        """Return a sample of the Gaussian for each state, clipped to the range of chunks."""
-        return self._chunk(self._sample(self.gaussian(prefix.features), generator))
-
-    @torch.no_grad()
-    def act_untrained(self, prefix: Prefix, generator: torch.Generator | None = None) -> Float[Tensor, "B H A"]:
-        """Return what `act` returns: SFT has trained the Gaussian."""
-        return self.act(prefix, generator=generator)
-
-    def acts_with(self, n: int) -> tuple[str, ...]:
-        return ("gaussian",)
+        x = self.sampled(self.target_gaussian(prefix.features), generator)
+        return self.executed(x), {"sample": x}
 
     def explores_with(self) -> tuple[str, ...]:
         return ("target_gaussian",)
-
-    def _sample(self, g: Gaussian, generator: torch.Generator | None) -> Float[Tensor, "B H A"]:
-        place = generator.device if generator is not None else g.mean.device
-        return g.sample(torch.randn(g.mean.shape, generator=generator, device=place).to(g.mean))
-
-    def _chunk(self, x: Float[Tensor, "B H A"]) -> Float[Tensor, "B H W"]:
-        spec = self.policy.spec
-        return F.pad(x if spec.clip is None else x.clamp(*spec.clip), (0, spec.width - spec.action_dim))
 
     # -- learning -------------------------------------------------------------------------------------------------
 
@@ -155,19 +125,11 @@ class Vmpo(OnPolicy):
         """Return the log-probability of the samples by the present Gaussian."""
         return self.gaussian(prefix.features).log_prob(acted["sample"])
 
-    def advantages(
-        self,
-        rewards: Float[Tensor, "S E"],
-        values: Float[Tensor, "S1 E"],
-        terminated: Bool[Tensor, "S E"],
-        firsts: Bool[Tensor, "S E"],
-        running: Float[Tensor, " E"],
+    def estimates(
+        self, rewards: Float[Tensor, "S E"], values: Float[Tensor, "S1 E"], discounts: Float[Tensor, "S E"]
     ) -> tuple[Float[Tensor, "S E"], Float[Tensor, "S E"]]:
         """Return G - V and G of each chunk step, G its return over `n_step` rewards."""
-        if self.config.scale_rewards:
-            rewards = self.reward_scaler(rewards, firsts, running)
-        discounts = self.config.discount * (~terminated).to(rewards)
-        returns = n_step_returns(self.config.reward_factor * rewards, values, discounts, n=self.config.n_step)
+        returns = n_step_returns(rewards, values, discounts, n=self.config.n_step)
         return returns - values[:-1], returns
 
     def draw_noise(self, batch: ChunkBatch, phase: Phase) -> VmpoNoise:
@@ -200,40 +162,27 @@ class Vmpo(OnPolicy):
         assert noise.weights is not None
         assert noise.dual_loss is not None
         assert noise.dual_slope is not None
-        cfg, eta = self.config, self.duals("temperature")[0]
+        eta = self.duals("temperature")[0]
         terms = {
             "policy_loss": -noise.weights * self.log_prob(prefix, batch.acted),
             # Value and gradient of the loss over the whole batch, whatever part of it is computed here.
             "temperature_loss": noise.dual_loss + noise.dual_slope * (eta - eta.detach()),
         }
-        kl_mean, kl_std = self.divergences(prefix)
-        for name, kl, epsilon in (("mean", kl_mean, cfg.epsilon_mean), ("std", kl_std, cfg.epsilon_std)):
-            penalty, dual = trust_region_loss(kl, self.duals(f"alpha_{name}"), epsilon=epsilon)
-            terms |= {f"kl_{name}_loss": penalty, f"alpha_{name}_loss": dual}
-        return terms
+        return terms | self.trust_region_terms(*self.divergences(prefix))
 
     def divergences(self, prefix: Prefix) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]:
         """Return KL(target || present) of each number of a chunk, with the target's spread or its mean in both."""
         with torch.no_grad():
             old = self.target_gaussian(prefix.features)
-        new = self.gaussian(prefix.features)
-        mean, std = old.mean.flatten(1), old.std.flatten(1)
-        return gaussian_kl(mean, std, new.mean.flatten(1), std), gaussian_kl(mean, std, mean, new.std.flatten(1))
+        return split_kl(old, self.gaussian(prefix.features))
 
     def after_step(self, phase: Phase) -> None:
         self.duals.project()
 
     def parameter_groups(self, actor_lr: float = 3e-4, critic_lr: float = 3e-4) -> list[ParameterGroup]:
-        modules: dict[str, tuple[Any, float]] = {"gaussian": (self.gaussian, actor_lr)}
-        modules |= {"duals": (self.duals, self.config.dual_lr)}
-        groups: list[ParameterGroup] = [
-            {"name": name, "params": list(module.parameters()), "lr": lr} for name, (module, lr) in modules.items()
-        ]
+        groups = [group("gaussian", self.gaussian, actor_lr), group("duals", self.duals, self.config.dual_lr)]
         return [*super().parameter_groups(actor_lr, critic_lr), *groups]
 
     def trained_groups(self, phase: Phase) -> frozenset[str]:
         online = frozenset({"value", "gaussian", "duals"})
         return {"sft": frozenset({"gaussian"}), "warmup": frozenset({"value"})}.get(phase, online)
-
-    def chunks_per_state(self, phase: Phase) -> int:
-        return 0
