@@ -1,6 +1,10 @@
 """Simulated environments as LeRobot environment types.
 
 ``lerobot-eval --env.discover_packages_path=poco_vla.simulators --env.type=ogbench`` runs them too.
+
+An environment of one's own is a module ``lerobot_env_NAME`` outside of this package (recipes/guides/simulators.md). One
+that belongs here is a file with an `EnvConfig` that is registered under its type, beside a file that registers its
+Gymnasium id (:mod:`ogbench` and :mod:`ogbench_gym`), and :func:`config_class` imports it.
 """
 
 from importlib import import_module

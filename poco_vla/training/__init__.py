@@ -2,6 +2,14 @@
 
 One process or many (`accelerate launch`): every process draws the same global batch and trains on its share; only the
 main process acts, evaluates and writes.
+
+The state of a run is one list of named parts, each with `state()` and `load()`: :mod:`run` makes it (`parts` in
+`_assemble`), and :mod:`checkpoints` alone walks it, to save the run and to resume it. What the next update depends on
+has to be in a part; a new one is added to that list. Files of checkpoints are written by `poco_vla.checkpointing`;
+demonstrations and online episodes are not in them, but checked by their digests and read back from disk.
+
+:mod:`trainer` is the loop, :mod:`updates` one update. What all parts share is in `poco_vla.run`, and how a run acts and
+what it learns from in `poco_vla.experience`.
 """
 
 from typing import TYPE_CHECKING
