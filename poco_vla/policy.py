@@ -6,6 +6,7 @@ An adapter subclasses :class:`FlowPolicy`; :func:`poco_vla.check_policy` tells i
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -275,6 +276,11 @@ def propose(
         return policy.spec.limit(integrate(policy, prefix, noise, steps))
     parts = [integrate(policy, prefix.select(rows), noise[rows], steps) for rows in blocks]
     return policy.spec.limit(torch.cat(parts))
+
+
+def copy_policy(policy: FlowPolicy) -> FlowPolicy:
+    """Return a copy on the same parameters and buffers: its processors, and what it remembers, are its own."""
+    return deepcopy(policy, {id(tensor): tensor for tensor in (*policy.parameters(), *policy.buffers())})
 
 
 def initial_noise(

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poco_vla.conformance.probe import NUM_CANDIDATES, CannotGoOnError, Probe, copy_policy
-from poco_vla.policy import FlowPolicy
+from poco_vla.conformance.probe import NUM_CANDIDATES, CannotGoOnError, Probe
+from poco_vla.policy import FlowPolicy, copy_policy
 from poco_vla.types import ActionSpec
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from poco_vla.conformance.probe import CannotGoOnError, Probe, copy_policy
-from poco_vla.policy import FlowPolicy, Prefix
+from poco_vla.conformance.probe import CannotGoOnError, Probe
+from poco_vla.policy import FlowPolicy, Prefix, copy_policy
 
 
 def check_memory(probe: Probe) -> Iterator[str]:

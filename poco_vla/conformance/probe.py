@@ -1,6 +1,5 @@
 """A policy with the observations and numbers that every check probes it with."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,11 +48,6 @@ class Probe:
 
 class CannotGoOnError(Exception):
     """Raised for a point so basic that the checks after it would only repeat it."""
-
-
-def copy_policy(policy: FlowPolicy) -> FlowPolicy:
-    """Return a copy on the same parameters and buffers: what it remembers from now on is its own."""
-    return copy.deepcopy(policy, {id(tensor): tensor for tensor in (*policy.parameters(), *policy.buffers())})
 
 
 def trained_outside_head(policy: FlowPolicy) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """Which online episodes enter the replay buffer: those that training can bear. The others are set aside on disk."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from poco_vla.config import RewardConfig
 from poco_vla.data import Episode, preprocess_obs
 from poco_vla.data.episode import LONGEST_TASK
 from poco_vla.errors import DataError, PocoError
-from poco_vla.policy import FlowPolicy
+from poco_vla.policy import FlowPolicy, copy_policy
 from poco_vla.recording.set_aside import SetAside
 
 LARGEST = 1e18
@@ -58,7 +57,7 @@ class Admission:
         set_aside: SetAside | None = None,
         copy_processors: bool = False,
     ) -> None:
-        self.policy = _copy_policy(policy) if copy_processors else policy
+        self.policy = copy_policy(policy) if copy_processors else policy
         self.horizon, self.reward = horizon, reward or RewardConfig()
         self.multiple, self.set_aside = outlier_multiple, set_aside
         self._shapes = {name: column.shape[1:] for name, column in _numbers(demos[0])}
@@ -155,12 +154,6 @@ class Admission:
         actions = numbers | {"task": tasks, "action": torch.from_numpy(episode.action[steps])}
         processed = preprocess_obs(self.policy, raw, tasks)
         return processed | {"action": self.policy.preprocess_actions(actions)}
-
-
-def _copy_policy(policy: FlowPolicy) -> FlowPolicy:
-    """Return a copy of a policy with its own processors, whose weights and buffers are those of the original."""
-    shared = {id(tensor): tensor for tensor in (*policy.parameters(), *policy.buffers())}
-    return copy.deepcopy(policy, shared)
 
 
 def _numbers(episode: Episode) -> Iterator[tuple[str, np.ndarray]]:
