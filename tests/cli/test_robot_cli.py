@@ -19,11 +19,12 @@ import pytest
 from learner import Sink, Twitch, serve
 from point_robot import Hand, PointRobot
 from rich.console import Console
+from scripted_signals import CountedKeys
 
 from poco_vla.cli import main
 from poco_vla.cli.robot import split_devices
 from poco_vla.errors import ConfigError, UnknownNameError
-from poco_vla.robots import KeySignals, RobotSuccess, Signal, SimulatedArm, SimulatedArmConfig, devices
+from poco_vla.robots import RobotSuccess, Signal, SimulatedArm, SimulatedArmConfig, devices
 from poco_vla.robots.devices import make_devices
 from poco_vla.robots.matching import action_limits, check_match
 from poco_vla.robots.program import _put_back, _success_signals
@@ -311,14 +312,14 @@ def test_space_and_d_are_heard_whoever_judges(rewards, kept, monkeypatch, tmp_pa
 def test_a_stop_while_the_scene_is_put_back_moves_nothing(tmp_path):
     """Enter lets a robot that can reset itself do so; space does not, and is still to be heard."""
     robot, (person, program) = PointRobot(tmp_path), os.openpty()
-    with KeySignals(program) as keys, ThreadPoolExecutor(1) as thread:
+    with CountedKeys(program) as keys, ThreadPoolExecutor(1) as thread:
         for key, resets in (("\n", True), (" ", False)):
-            robot.position = np.ones(3)
+            robot.position, before = np.ones(3), keys.reads
             done = thread.submit(_put_back, robot, True, View(Console(file=io.StringIO())), keys)
-            time.sleep(0.2)
+            eventually(lambda: keys.reads >= before + 2)  # noqa: B023 (called at once; the first read forgets keys)
             waited = not done.done()
             os.write(person, key.encode())
-            done.result(5)
+            done.result(60)
             assert waited
             assert (robot.position == 0).all() == resets
         assert keys.poll() is Signal.STOP

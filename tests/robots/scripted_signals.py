@@ -1,6 +1,6 @@
-"""Signals of an episode that nobody has to press."""
+"""Signals of an episode: a script's, which nobody has to press, and keys whose reading is counted."""
 
-from poco_vla.robots import Signals
+from poco_vla.robots import KeySignals, Signals
 
 
 class ScriptedSignals(Signals):
@@ -26,3 +26,13 @@ class ScriptedSignals(Signals):
             return None
         self._given = self._step
         return self.steps.get(self._step)
+
+
+class CountedKeys(KeySignals):
+    """Counts how often it has read the terminal."""
+
+    reads = 0
+
+    def _read(self):
+        super()._read()
+        self.reads += 1

@@ -77,7 +77,7 @@ def said(session):
     return session.view.console.file.getvalue()
 
 
-def until(condition, seconds=10.0):
+def until(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never happened"
@@ -98,7 +98,7 @@ def meanwhile(work):
     thread = threading.Thread(target=run)
     thread.start()
     yield thread
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
     for error in errors:
         raise error

@@ -1,6 +1,7 @@
 """Keys of a real (pseudo-)terminal, scripts, a robot's own success: one interface."""
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from lerobot.rewards.classifier.configuration_classifier import RewardClassifierConfig
 from lerobot.rewards.pretrained import PreTrainedRewardModel
-from scripted_signals import ScriptedSignals
+from scripted_signals import CountedKeys, ScriptedSignals
 
 from poco_vla.errors import ConfigError
 from poco_vla.robots import (
@@ -34,7 +35,7 @@ def terminal():
             os.close(end)
 
 
-def heard(signals, count, seconds=5.0):
+def heard(signals, count, seconds=60.0):
     """`count` signals, then whatever else there is."""
     found, end = [], time.monotonic() + seconds
     while len(found) < count and time.monotonic() < end:
@@ -43,6 +44,25 @@ def heard(signals, count, seconds=5.0):
     while (signal := signals.poll()) is not None:
         found.append(signal)
     return found
+
+
+def typed(terminal, keys):
+    """Type these keys, and return once the program's side has them to read."""
+    person, program = terminal
+    os.write(person, keys)
+    end = time.monotonic() + 60
+    while int.from_bytes(fcntl.ioctl(program, termios.FIONREAD, bytes(4)), sys.byteorder) < len(keys):
+        assert time.monotonic() < end, "nothing came"
+        time.sleep(0.001)
+
+
+def asked(thread, keys, answers):
+    """Ask in a thread, and return once keys are answers: the first read of a question forgets them."""
+    before, answer, end = keys.reads, thread.submit(keys.ask, answers), time.monotonic() + 60
+    while keys.reads < before + 2:
+        assert time.monotonic() < end, "nobody asked"
+        time.sleep(0.001)
+    return answer
 
 
 def settings(terminal):
@@ -83,8 +103,7 @@ def test_arrow_keys_are_no_signals_also_in_two_pieces_and_never_hide_the_emergen
 def test_a_new_episode_forgets_the_keys_of_the_last_one_but_not_a_stop(terminal):
     person, program = terminal
     with KeySignals(program) as keys:
-        os.write(person, b"ts ")
-        time.sleep(0.05)
+        typed(terminal, b"ts ")
         keys.begin()
         assert heard(keys, 1) == [Signal.STOP]
         os.write(person, b"t")
@@ -105,15 +124,13 @@ def asked_in_a_thread(person):
 def test_a_question_takes_the_answers_that_are_pressed_after_it_and_nothing_leaks(terminal):
     """Typed before: forgotten. No answer: passed over. Enter is Enter in either form. The signals hear none of it."""
     person, program = terminal
-    with KeySignals(program) as keys, asked_in_a_thread(person) as thread:
-        os.write(person, b"s\nrd")
-        time.sleep(0.05)
-        for typed, found in ((b"sxd\n", "\n"), (b"t\r", "\n"), (b"\x1b[DQs", "q"), (b"R", "r")):
-            answer = thread.submit(keys.ask, "\nrq")
-            time.sleep(0.1)
+    with CountedKeys(program) as keys, asked_in_a_thread(person) as thread:
+        typed(terminal, b"s\nrd")
+        for pressed, found in ((b"sxd\n", "\n"), (b"t\r", "\n"), (b"\x1b[DQs", "q"), (b"R", "r")):
+            answer = asked(thread, keys, "\nrq")
             assert not answer.done()
-            os.write(person, typed)
-            assert answer.result(5) == found
+            os.write(person, pressed)
+            assert answer.result(60) == found
         keys.begin()
         assert heard(keys, 1, seconds=0.1) == []
         os.write(person, b"t")
@@ -123,22 +140,19 @@ def test_a_question_takes_the_answers_that_are_pressed_after_it_and_nothing_leak
 def test_a_stop_ends_a_question_and_is_still_heard(terminal):
     """Pressed before it or during it; so does a terminal that goes away."""
     person, program = terminal
-    with KeySignals(program) as keys, asked_in_a_thread(person) as thread:
-        os.write(person, b" \n")
-        time.sleep(0.05)
+    with CountedKeys(program) as keys, asked_in_a_thread(person) as thread:
+        typed(terminal, b" \n")
         assert keys.ask("\n") is None
         assert heard(keys, 1) == [Signal.STOP]
-        answer = thread.submit(keys.ask, "\n")
-        time.sleep(0.1)
+        answer = asked(thread, keys, "\n")
         os.write(person, b" ")
-        assert answer.result(5) is None
+        assert answer.result(60) is None
         keys.begin()
         assert heard(keys, 1) == [Signal.STOP]
         assert not keys.gone
-        answer = thread.submit(keys.ask, "\n")
-        time.sleep(0.1)
+        answer = asked(thread, keys, "\n")
         os.close(person)
-        assert answer.result(5) is None
+        assert answer.result(60) is None
         assert keys.gone
 
 
@@ -190,7 +204,7 @@ def test_standard_input_of_a_program_gives_keys_and_is_restored_at_its_end(termi
     child = subprocess.Popen([sys.executable, "-c", PROGRAM, str(program)], pass_fds=[program])
     shown, typed, end = b"", {b"ready": b"s", b"Signal.SUCCESS": b"\x03"}, time.monotonic() + 60
     os.set_blocking(person, False)
-    while b"restored" not in shown and time.monotonic() < end:
+    while b"restored" not in shown.rpartition(b"\n")[0] and time.monotonic() < end:  # a whole line
         for answer in [text for text in typed if text in shown]:
             os.write(person, typed.pop(answer))
         time.sleep(0.01)
@@ -289,13 +303,12 @@ def test_a_reward_model_that_would_never_look_is_refused():
 
 
 def test_several_sources_are_one(terminal):
-    person, program = terminal
+    _, program = terminal
     lamp = Lamp()
     lamp.success = True
     with KeySignals(program) as keys:
         signals = AnySignals([keys, RobotSuccess(lamp), ScriptedSignals({0: Signal.FAILURE})])
         signals.begin()
         signals.observe({})
-        os.write(person, b"d")
-        time.sleep(0.05)
+        typed(terminal, b"d")
         assert heard(signals, 3) == [Signal.DISCARD, Signal.SUCCESS, Signal.FAILURE]

@@ -207,7 +207,7 @@ def test_a_slow_policy_at_a_fixed_rate_leaves_it_holding_still_by_no_change(arm)
     """Its actions are changes: repeating the last one would move it on. It holds at 0, once, while it waits."""
 
     def policy(obs, task):
-        time.sleep(0.15)
+        time.sleep(0.5)
         return np.full((3, 5), 0.5, dtype=np.float32)
 
     found = drive(arm, policy, ScriptedSignals({}), horizon=3, fps=50, max_steps=8).run_episode()

@@ -108,4 +108,4 @@ def test_a_loop_without_a_rate_and_one_that_keeps_its_pace_are_left_alone(robot,
 def test_the_clock_goes_on_while_the_machine_sleeps_and_nobody_sets_it():
     before = standstill.time_since_boot()
     time.sleep(0.02)
-    assert 0.01 < standstill.time_since_boot() - before < 5
+    assert 0.01 < standstill.time_since_boot() - before < 60
