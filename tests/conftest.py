@@ -1,5 +1,6 @@
 """The order of the tests, and what several files of trainer tests need."""
 
+import gc
 import multiprocessing
 
 import pytest
@@ -35,6 +36,17 @@ def fresh_accelerate():
 
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Imports make a million objects that live as long as the process: no collection looks at them, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_runtest_setup():
