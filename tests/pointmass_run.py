@@ -45,11 +45,11 @@ def small(output_dir, data, **changes):
 
 
 def learning(output_dir, data, **changes):
-    """Large enough to learn: H 5, K 10, N 8, three layers of 96, demonstrations as the anchor."""
+    """Large enough to learn: H 5, K 5, N 8, three layers of 96, demonstrations as the anchor."""
     config = small(output_dir, data)
     return replace(
         config,
-        policy_options={"hidden_dims": [96, 96, 96], "num_inference_steps": 10},
+        policy_options={"hidden_dims": [96, 96, 96], "num_inference_steps": 5},
         env=pointmass(num_envs=16),
         demonstrations=replace(config.demonstrations, episodes=50, noise=0.4),
         poco=PocoConfig(
@@ -58,17 +58,17 @@ def learning(output_dir, data, **changes):
             zeta=0.8,
             beta=2.0,
             gamma=0.98,
-            tau=0.01,
+            tau=0.02,
             aggregation="min",
             anchor="demos",
             critic_hidden=(96, 96, 96),
         ),
-        optim=OptimConfig(batch_size=64, actor_lr=1e-3, critic_lr=1e-3),
+        optim=OptimConfig(batch_size=64, actor_lr=1e-3, critic_lr=2e-3),
         replay=ReplayConfig(demo_fraction=0.5),
         eval=EvalConfig(episodes=200, videos=False),
         sft_steps=2000,
         warmup_steps=500,
-        online_steps=12_000,
+        online_steps=8_000,
         updates_per_step=0.33,
         log_every=50,
         **changes,

@@ -61,8 +61,8 @@ def learned(tmp_path_factory, data):
 @pytest.mark.slow
 @pytest.mark.xdist_group("learning")
 def test_poco_makes_a_policy_that_imitates_badly_succeed(learned):
-    """Success over 200 episodes, after SFT and at the end (12,000 environment steps, 3,900 online updates), seeds 0, 1
-    and 2: .38 -> .98, .44 -> .89, .47 -> .97. 61 s of one core each."""
+    """Success over 200 episodes, after SFT and at the end (8,000 environment steps, 2,600 online updates), seeds 0 and
+    1: .38 -> .97, .58 -> .95."""
     assert 0.25 < learned.before.rate < 0.55
     assert learned.after.rate > 0.85
     assert learned.after.interval[0] > learned.before.interval[1]
@@ -74,7 +74,7 @@ def test_a_run_leaves_figures_a_curve_and_its_logs(learned):
     result = json.loads((learned.output_dir / "result.json").read_text())
     assert result["before"]["success_rate"] == learned.before.rate
     assert result["after"]["success_rate"] == learned.after.rate
-    assert result["env_steps"] == learned.env_steps >= 12_000
+    assert result["env_steps"] == learned.env_steps >= 8_000
     assert (learned.output_dir / "curve.png").stat().st_size > 10_000
     stages = {}
     for line in metrics_of(learned.output_dir):
