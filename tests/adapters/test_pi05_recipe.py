@@ -1,15 +1,19 @@
 """`recipes/pi05_pick_pen.py --tiny`, as a user types it: both stages, export, LeRobot's own command."""
 
+import io
 import json
-import os
 import runpy
+import shlex
 import shutil
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.scripts.lerobot_eval import eval_main
+from lerobot.utils.import_utils import register_third_party_plugins
 from safetensors.torch import load_file
 
 from poco_vla import load_adapter
@@ -26,33 +30,30 @@ SMALL += ("--demonstrations.workers", "1", "--eval.episodes", "1", "--eval.no-vi
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pi05_recipe")]
 
 
-def launch(folder, *arguments):
-    """The recipe in `folder`; what it printed."""
-    # Rays draw these small pictures faster than a CPU's OpenGL, and on every machine.
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MUJOCO_GL": "disable"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return subprocess.run(
-        [*command, RECIPE, *arguments],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("recipe")
+    """The working folder of all runs, where rays draw: faster than a CPU's OpenGL, and on every machine."""
+    made = tmp_path_factory.mktemp("recipe")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("MUJOCO_GL", "disable")
+        yield made
+
+
+def recipe_of(*arguments):
+    """Run the recipe by its command line, in this process; test_recipes.py starts one by the launcher."""
+    run_recipe(runpy.run_path(str(RECIPE))["config"](), arguments, tiny=True)
 
 
 @pytest.fixture(scope="module")
 def run(folder):
     """A finished run, and what it printed."""
-    done = launch(folder, "--tiny", *SMALL, "--output-dir", "run")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "run", done.stdout + done.stderr
+    shown = io.StringIO()
+    with redirect_stdout(shown):
+        recipe_of("--tiny", *SMALL, "--output-dir", "run")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder / "run", shown.getvalue()
 
 
 def stages(run):
@@ -86,32 +87,23 @@ def test_the_head_alone_gives_the_exported_policy_again(run):
     ).stat().st_size / 3
 
 
-def test_lerobots_own_command_runs_the_exported_policy(run, tmp_path):
-    """By the command line that the run printed."""
-    path, shown = run
-    line = next(line for line in shown.splitlines() if line.strip().startswith("lerobot-eval"))
-    program = Path(sys.executable).parent / "lerobot-eval"
-    done = subprocess.run(
-        f"{program} {line.strip().removeprefix('lerobot-eval')} --output_dir={tmp_path}",
-        shell=True,
-        cwd=path.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MUJOCO_GL": "disable"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "All keys loaded successfully!" in done.stdout
+def test_lerobots_own_command_runs_the_exported_policy(run, tmp_path, monkeypatch, capsys):
+    """By the command line that the run printed, in this process; test_lerobot_commands.py starts one."""
+    _, shown = run
+    (line,) = (line for line in shown.splitlines() if line.strip().startswith("lerobot-eval"))
+    short = "--env.episode_length=10"  # each frame of its film costs half a second
+    monkeypatch.setattr(sys, "argv", [*shlex.split(line), short, f"--output_dir={tmp_path}"])
+    register_third_party_plugins()
+    eval_main()
+    assert "All keys loaded successfully!" in capsys.readouterr().out
     assert json.loads((tmp_path / "eval_info.json").read_text())["overall"]["n_episodes"] == 1
 
 
 @pytest.fixture
-def recipe(run, folder, monkeypatch):
-    """The recipe by its command line, in this process and in the run's folder."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    config = runpy.run_path(str(RECIPE))["config"]()
-    return lambda *arguments: run_recipe(config, arguments, tiny=True)
+def recipe(run):
+    """The recipe by its command line, on the data of the first run."""
+    yield recipe_of
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.exhaustive
