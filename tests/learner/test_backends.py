@@ -182,12 +182,14 @@ def test_processes_with_a_store_each_make_the_run_without_bit_for_bit(root, ddp)
     assert all(path.stat().st_size > 1000 for path in folder.glob("*.data"))
 
 
+@pytest.mark.exhaustive
 @slow
 @pytest.mark.parametrize("run", ["fsdp", "fsdp_since_ddp"])
 def test_fsdp_on_two_processes_is_the_run_of_one(run, root, one, fsdp):
     assert_same_run(root / run, one)
 
 
+@pytest.mark.exhaustive
 @slow
 @pytest.mark.parametrize("run", ["zero", "zero_since_fsdp"])
 def test_zero_on_two_processes_is_the_run_of_one(run, root, one, zero):
@@ -195,9 +197,12 @@ def test_zero_on_two_processes_is_the_run_of_one(run, root, one, zero):
 
 
 @slow
-@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero"])
-def test_a_vla_trains_its_head_as_in_one_process_and_its_backbone_stays(backend, root, vla_one, zero):
+@pytest.mark.parametrize(
+    "backend", ["ddp", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("fsdp", "zero"))]
+)
+def test_a_vla_trains_its_head_as_in_one_process_and_its_backbone_stays(backend, root, vla_one, request):
     """The processes themselves looked at their weights; see launched.py."""
+    request.getfixturevalue(backend)
     assert_same_updates(root / f"vla_{backend}", vla_one)
 
 
