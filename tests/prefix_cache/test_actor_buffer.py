@@ -84,12 +84,23 @@ def test_pictures_that_the_pool_shrinks_are_found_as_well():
         assert _alike(entry, Entry.of(tensors))
 
 
-@pytest.mark.parametrize("what", ["picture", "state", "task"])
-def test_whatever_differs_is_not_found(what):
-    policy = short(VLAS[0])
-    acted, actor = acting(policy, store())
+@pytest.fixture(scope="module")
+def encoded():
+    """A policy, an episode of three steps that it acted on, and what its actor told of each step."""
+    policy, noted = short(VLAS[0]), []
+    actor = Actor(policy, seed=0)
+    actor.on_encoded = lambda *told: noted.append(told)
     played = shrunk(policy, episode(policy, 3, 2))
     act_on(actor, played, range(3))
+    return policy, played, noted
+
+
+@pytest.mark.parametrize("what", ["picture", "state", "task"])
+def test_whatever_differs_is_not_found(what, encoded):
+    policy, played, noted = encoded
+    acted, _ = acting(policy, store())
+    for told in noted:
+        acted.add(*told)
     obs = {key: column.copy() for key, column in played.obs.items()}
     other = replace(played, obs=obs, task="another" if what == "task" else played.task)
     if what == "picture":
