@@ -25,6 +25,7 @@ STEPS = ("--sft-steps", "4", "--warmup-steps", "3", "--online-steps", "100", "--
 # One environment in the run's own process: a worker would import LeRobot for seconds. Its first episode has 80 steps.
 SMALL = (*STEPS, "--log-every", "2", "--env.num-envs", "1", "--env.in-process", "--demonstrations.episodes", "2")
 SMALL += ("--demonstrations.workers", "1", "--eval.episodes", "1", "--eval.no-videos")
+SMALL += ("--env.options.image-size", "32")
 
 # One worker runs them all: each leans on the run of the first.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pi05_recipe")]
@@ -73,7 +74,7 @@ def test_the_demonstrations_are_a_lerobot_dataset_with_two_cameras_as_video(run)
     dataset = LeRobotDataset(f"local/{root.name}", root=root)
     cameras = ["observation.images.front", "observation.images.wrist"]
     assert dataset.meta.video_keys == cameras
-    assert [tuple(dataset[0][key].shape) for key in cameras] == [(3, 64, 64)] * 2
+    assert [tuple(dataset[0][key].shape) for key in cameras] == [(3, 32, 32)] * 2
 
 
 def test_the_head_alone_gives_the_exported_policy_again(run):
