@@ -22,7 +22,8 @@ def write_run(root, name, seed, successes, *, policy="runs/sft/policy", finished
     folder.mkdir(parents=True)
     env = EnvSpec(task=TASK)
     config = TrainConfig(env=env, algorithm=name, seed=seed, policy=policy, sft_steps=0, horizon=horizon)
-    config = to_json(config) | {"warmup_steps": 100}
+    config = to_json(config) | {"warmup_steps": 100, "algorithm_options": {"tau": 0.1} if name == "qc" else {}}
+    config["poco"]["zeta"] = 0.5
     evaluations = [
         {"env_steps": 1000 * i, "successes": n, "episodes": episodes, "success_rate": n / episodes}
         | {"interval_95": [0.0, 1.0], "mean_length": 9.0, "label": "x", "update": 1000 * i}
@@ -83,6 +84,7 @@ def test_figures_are_those_of_the_runs(root):
     assert qc["cpu_seconds"] == 42.0, "of a run that began anew, and was resumed once"
     assert qc["ms_per_update"] == pytest.approx(5.0), "5 s over 1,100 updates, 100 of them of the warm-up"
     assert (qc["restored_heads"], qc["seconds"]) == (3, 61.0)
+    assert (qc["options"], poco["options"]) == ({"algorithm_options.tau": 0.1}, {"poco.zeta": 0.5})
     assert (poco["seeds"], poco["unfinished"], poco["final"]) == ([0, 1], [2], 0.75)
     assert (rlpd["shared_sft"], rlpd["horizon"], rlpd["start"]) == (False, 1, 0.0)
 

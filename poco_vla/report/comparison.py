@@ -41,6 +41,11 @@ class Entry:
         """Return the algorithm's name in tables and pictures."""
         return self.group.title
 
+    @property
+    def horizon(self) -> int | None:
+        """Return the control steps of its runs' chunks; None where a run does not tell."""
+        return self.group.runs[0].config.get("horizon")
+
     @cached_property
     def curve(self) -> Curve | None:
         """Return the mean over finished seeds; None if none is finished."""
@@ -72,12 +77,12 @@ class Entry:
         after, (successes, episodes) = self.rates("after"), self.episodes()
         low, high = (float(ends[0]) for ends in bootstrap_interval(after[:, None]))
         wilson = wilson_interval(successes, episodes)
-        config = finished[0].config
+        own = ("algorithm_options.", f"{self.name}.")
         return {
             "title": self.title,
             "seeds": self.seeds,
             "unfinished": [run.result["seed"] for run in self.group.unfinished],
-            "horizon": config.get("horizon"),
+            "horizon": self.horizon,
             "shared_sft": self.shares_sft,
             "start": float(self.rates("before").mean()),
             "final": float(after.mean()),
@@ -95,7 +100,7 @@ class Entry:
             "seconds": _mean([run.result["seconds"] for run in finished]),
             "cpu_seconds": _mean(list(self.cpu_seconds.values())),
             "ms_per_update": _mean([ms for run in finished if (ms := _ms_per_update(run)) is not None]),
-            "options": {name: value for name, value in config.items() if name.startswith(("algorithm_options.",))},
+            "options": {name: value for name, value in finished[0].differences.items() if name.startswith(own)},
             "curve": {name: getattr(curve, name).tolist() for name in ("steps", "mean", "low", "high")},
         }
 

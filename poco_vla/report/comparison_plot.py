@@ -119,4 +119,5 @@ def _draw(axes: Axes, entry: Entry, place: int) -> list[Label]:
         zorder=6 if main else 5,
         clip_on=False,
     )
-    return [(float(curve.mean[-1]), f"{entry.title} {100 * curve.mean[-1]:.0f} %", colour)]
+    title = entry.title + (" (H = 1)" if entry.horizon == 1 else "")
+    return [(float(curve.mean[-1]), f"{title} {100 * curve.mean[-1]:.0f} %", colour)]
