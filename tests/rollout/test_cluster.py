@@ -39,7 +39,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 HERE = Path(__file__).parent
 FIRST_SEED = 100
 NODE = {"num_cpus": 2, "node_ip_address": "127.0.0.1"}
-PATIENCE = 180
+PATIENCE = 600
 """Seconds that workers may take on a busy machine."""
 
 

@@ -146,7 +146,7 @@ def test_a_robots_wild_episode_is_refused_with_the_reason_and_good_ones_go_on(tm
         assert INTERVENTION in trainer.collector.recorder._disk.info.features
     finally:
         trainer.close()
-    robots[0].join(timeout=20)
+    robots[0].join(timeout=60)
     assert robots[0].done, robots[0].error
     assert len(robots[0].refused) == len(robots[0].sent) == len(episodes)
     assert "set aside" in robots[0].refused[0]

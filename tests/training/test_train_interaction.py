@@ -292,7 +292,7 @@ def test_robots_act_with_ever_newer_weights_and_lose_no_episode(tmp_path, data):
     finally:
         trainer.close()
     for robot in robots:
-        robot.join(timeout=20)
+        robot.join(timeout=60)
         assert robot.done, robot.error
     assert result.env_steps >= 800
     sent = [episode for robot in robots for episode in robot.sent]
