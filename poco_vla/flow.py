@@ -17,7 +17,7 @@ class VelocityField(Protocol):
     """Anything with a velocity: a policy, or a closed form in a test."""
 
     def velocity(
-        self, prefix: Any, x: Float[Tensor, "B N H A"], t: Float[Tensor, "B N"]
+        self, prefix: Any, x: Float[Tensor, "B N H A"], t: Float[Tensor, "#B #N"]
     ) -> Float[Tensor, "B N H A"]: ...
 
 
@@ -41,14 +41,18 @@ def integrate(
 ) -> Float[Tensor, "B N H A"]:
     """Euler's method from t = 0 to t = 1 in `steps` equal steps. Neither clips nor stops gradients.
 
-    All chunks share each step's time. It comes as one number expanded to [B, N] (strides 0), so that a network can tell
-    without looking at the values and embed it once.
+    All chunks share each step's time: see `shared_time`.
     """
     x = noise
     for k in range(steps):
-        t = x.new_full((1, 1), k / steps).expand(x.shape[:2])
-        x = x + policy.velocity(prefix, x, t) / steps
+        x = x + policy.velocity(prefix, x, shared_time(policy, x, k / steps)) / steps
     return x
+
+
+def shared_time(policy: VelocityField, x: Float[Tensor, "B N H A"], time: float) -> Float[Tensor, "#B #N"]:
+    """Return one time of all chunks: [1, 1] for a policy that `takes_shared_time` and embeds it once, else [B, N]."""
+    t = x.new_full((1, 1), time)
+    return t if getattr(policy, "takes_shared_time", False) else t.expand(x.shape[:2])
 
 
 def uniform_time(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:

@@ -65,6 +65,7 @@ class FlowPolicy(nn.Module):
         lerobot_arguments: what LeRobot's commands need beside ``--policy.path`` to load what `save_pretrained` writes.
         option_record: dataclass whose fields are options beside the arguments of `from_pretrained` and `from_dataset`;
             `--help-all` takes types, defaults and descriptions of the options from there.
+        takes_shared_time: `velocity` also takes one time [1, 1] that all chunks share, and embeds it once.
         names: names of the numbers of raw states and actions, by column (``action``, ``observation.state``), in the
             order that `preprocess` takes and `postprocess` gives; columns without names are left out.
     """
@@ -81,6 +82,7 @@ class FlowPolicy(nn.Module):
     lerobot_arguments: tuple[str, ...] = ()
     names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     option_record: type[Any] | None = None
+    takes_shared_time: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -176,7 +178,7 @@ class FlowPolicy(nn.Module):
         return None
 
     def velocity(
-        self, prefix: Prefix, x: Float[Tensor, "B N H A"], t: Float[Tensor, "B N"]
+        self, prefix: Prefix, x: Float[Tensor, "B N H A"], t: Float[Tensor, "#B #N"]
     ) -> Float[Tensor, "B N H A"]:
         """v(x, t | state), every candidate with a time of its own, all N attending to the one prefix of their state."""
         raise NotWrittenError(f"{type(self).__name__} has no velocity: its adapter has to write it")

@@ -49,6 +49,22 @@ def test_euler_asks_at_the_left_end_of_every_step():
     torch.testing.assert_close(x1, torch.full_like(x1, 0.4))
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_policy_that_declares_it_gets_the_time_that_all_share_as_one_number(n):
+    """Declared, not told by strides: those of one number expanded to [B, 1] are (0, 1), as of B different ones."""
+
+    class Embeds(ClosedForm):
+        takes_shared_time = True
+
+    shapes = []
+    chunks = [
+        integrate(kind(lambda x, t: shapes.append(t.shape[:2]) or t.expand_as(x)), None, torch.zeros(2, n, 1, 1), 5)
+        for kind in (ClosedForm, Embeds)
+    ]
+    assert torch.equal(*chunks)
+    assert shapes == [(2, n)] * 5 + [(1, 1)] * 5
+
+
 def test_a_constant_field_is_exact_in_one_step():
     noise, action = normal(2, 1, 3, 2), normal(2, 1, 3, 2, seed=1)
     field = ClosedForm(lambda x, t: target_velocity(noise, action))

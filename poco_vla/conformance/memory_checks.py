@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from poco_vla.conformance.probe import CannotGoOnError, Probe
+from poco_vla.flow import shared_time
 from poco_vla.policy import FlowPolicy, Prefix, copy_policy
 
 
@@ -14,7 +15,7 @@ def check_memory(probe: Probe) -> Iterator[str]:
     if probe.untouched is None:
         return  # another check's finding
     x, t = probe.x, probe.t
-    early, late = (t.new_full((1, 1), time).expand(t.shape) for time in (0.1, 0.9))  # as `integrate` gives them
+    early, late = (shared_time(probe.untouched, x, time) for time in (0.1, 0.9))  # as `integrate` gives them
     pairs = {"time": ((x, t), (x, 1 - t)), "shared time": ((x, early), (x, late)), "chunk": ((x, t), (-x, t))}
     found: dict[str, list[str]] = {}
     for what, (before, now) in pairs.items():
@@ -45,9 +46,9 @@ def _remembered(
     """Return where the request of `before` is kept, if it changes the answer to `now`."""
 
     def ask(policy: FlowPolicy, prefix: Prefix, question: tuple[Tensor, Tensor]) -> Tensor:
-        # A time that is expanded from one number stays so; a policy that writes into its input is another's finding.
+        # Copies: a policy that writes into its input is another's finding.
         x, t = question
-        return policy.velocity(prefix, x.clone(), t if t.stride() == (0, 0) else t.clone()).clone()
+        return policy.velocity(prefix, x.clone(), t.clone()).clone()
 
     def alone() -> Tensor:
         policy = copy_policy(untouched)

@@ -377,8 +377,9 @@ def test_fast_is_plain(head, inputs):
 
 @torch.no_grad()
 def test_one_time_for_all_and_one_embodiment_for_all(head, inputs):
-    inputs |= {"t": torch.full((1, 1), 0.5).expand(inputs["t"].shape), "embodiment": torch.tensor([7] * 3)}
+    inputs |= {"t": torch.full(inputs["t"].shape, 0.5), "embodiment": torch.tensor([7] * 3)}
     expected = plain(head, **inputs)
+    inputs["t"] = torch.full((1, 1), 0.5)
     torch.testing.assert_close(fast(head, **inputs), expected, rtol=0, atol=BOUND)
     torch.testing.assert_close(fast(head, **inputs | {"embodiment": 7}), expected, rtol=0, atol=BOUND)
 
@@ -496,7 +497,7 @@ def test_states_of_one_layout_need_no_mask(head):
 def test_modulations_are_made_once_for_one_time(head, shared, rows):
     inputs = head_inputs(head)
     if shared:
-        inputs["t"] = torch.full((1, 1), 0.25).expand(3, 5)
+        inputs["t"] = torch.full((1, 1), 0.25)
     shapes = []
     for module in (head.model.transformer_blocks[0].norm1["linear"], head.model.proj_out_1):
         module.register_forward_hook(lambda _, args, __: shapes.append(tuple(args[0].shape[:2])))

@@ -281,16 +281,18 @@ def rows_through_norms(policy, call):
 
 @torch.no_grad()
 def test_a_time_that_all_share_is_embedded_once(policy, obs):
+    """Also of one candidate per state, as at the bootstrap sample."""
     prefix, (x, _) = policy.encode(obs), draws(policy, 4)
-    shared = torch.full((1, 1), 0.3).expand(3, 4)
-    each = shared.contiguous()
+    shared = torch.full((1, 1), 0.3)
+    each = shared.repeat(3, 4)
     torch.testing.assert_close(
         policy.velocity(prefix, x, shared), policy.velocity(prefix, x, each), rtol=1e-5, atol=1e-5
     )
     norms = 2 * 3 + 1
     assert rows_through_norms(policy, lambda: policy.velocity(prefix, x, shared)) == [1] * norms
     assert rows_through_norms(policy, lambda: policy.velocity(prefix, x, each)) == [12] * norms
-    assert rows_through_norms(policy, lambda: integrate(policy, prefix, x, 10)) == [1] * norms * 10
+    for n in (4, 1):
+        assert rows_through_norms(policy, lambda n=n: integrate(policy, prefix, x[:, :n], 10)) == [1] * norms * 10
 
 
 def test_the_vlm_never_sees_padding(policy, obs):

@@ -340,10 +340,12 @@ class AnswerKeptInPrefix(FlowMlp):
 class SharedTimeKeptInPrefix(FlowMlp):
     """Embeds the time that all candidates share once for a prefix: once too few, since it changes with every step."""
 
+    takes_shared_time = True
+
     def velocity(self, prefix, x, t):
-        if t.stride() == (0, 0):
+        if t.shape == (1, 1):
             t = vars(prefix).setdefault("time", t)
-        return super().velocity(prefix, x, t)
+        return super().velocity(prefix, x, t.expand(x.shape[:2]))
 
 
 class MemoOfPolicy(FlowMlp):

@@ -83,6 +83,7 @@ class GrootN1d6Adapter(FlowPolicy):
         order: of the data's states and actions against the policy's own; None takes them as they come.
     """
 
+    takes_shared_time = True
     terms = (
         "Weights that derive from NVIDIA's GR00T N1.6 are under NVIDIA's licence of that model: non-commercial "
         "research and evaluation only. Whoever gets these gets them under the same terms."

@@ -90,7 +90,7 @@ class GrootN1d6Policy(PreTrainedPolicy):
         token = head.state_tokens(batch[STATE], slots, compute=self.compute)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return head.velocity(kv, token, x, t, slots, compute=self.compute)
+            return head.velocity(kv, token, x, t[:1], slots, compute=self.compute)  # `rollout` gives all one time
 
         return rollout(velocity, noise[:, None], self.sizes.head.flow_steps)[:, 0]
 

@@ -102,6 +102,7 @@ class Pi05(LeRobotVla):
     input_steps = processors.INPUT_STEPS
     output_steps = processors.OUTPUT_STEPS
     options_class = Pi05Options
+    takes_shared_time = True
 
     def __init__(
         self,
@@ -161,10 +162,8 @@ class Pi05(LeRobotVla):
         return Pi05Prefix.unpack(states)
 
     def velocity(self, prefix: Any, x: Tensor, t: Tensor) -> Tensor:
-        # A time that is expanded from one number, as `integrate` gives it, stays so.
-        time = (1 - t[:1, :1]).expand_as(t) if t.stride() == (0, 0) else 1 - t
         with torch.autocast(self.device.type, enabled=False):
-            return -expert.velocity(self.policy.model, prefix, x, time, compute=self.compute, recompute=self.recompute)
+            return -expert.velocity(self.policy.model, prefix, x, 1 - t, compute=self.compute, recompute=self.recompute)
 
     def resize_images(self, images: np.ndarray) -> np.ndarray:
         """Return pictures at the model's resolution, by LeRobot's own letterbox, rounded to uint8."""

@@ -25,7 +25,7 @@ def velocity(
     model: PI05Pytorch,
     prefix: Pi05Prefix,
     x: Float[Tensor, "B N H A"],
-    time: Float[Tensor, "B N"],
+    time: Float[Tensor, "#B #N"],
     *,
     compute: torch.dtype = torch.float32,
     recompute: bool = True,
@@ -36,13 +36,12 @@ def velocity(
         model: LeRobot's core model.
         prefix: B encoded states.
         x: noisy chunks, padded to the model's action width.
-        time: one per candidate. A tensor expanded from a single number says that all are equal: adaRMS modulations are
-            then computed once.
+        time: one per candidate, or one [1, 1] for all: adaRMS modulations are then computed once.
         compute: dtype of the matrix products; residuals, norms and the four projections stay in float32.
         recompute: when gradients are recorded, keep one tensor per layer and compute the rest again in backward.
     """
     expert = cast("Any", model.paligemma_with_expert.gemma_expert.model)
-    condition = _condition(model, time[:1, :1] if time.stride() == (0, 0) else time)
+    condition = _condition(model, time)
     hidden = model.action_in_proj(x)
     positions = prefix.lengths[:, None] + torch.arange(x.shape[2], device=x.device)
     cos, sin = (
@@ -60,7 +59,7 @@ def velocity(
     return model.action_out_proj(hidden)
 
 
-def _condition(model: PI05Pytorch, time: Float[Tensor, "B N"]) -> Float[Tensor, "B N 1 C"]:
+def _condition(model: PI05Pytorch, time: Float[Tensor, "#B #N"]) -> Float[Tensor, "#B #N 1 C"]:
     """Return the adaRMS condition of each time: silu(W_out silu(W_in sincos(t)))."""
     config = model.config
     device: Any = time.device  # annotated as str

@@ -92,7 +92,7 @@ class ActionHead(nn.Module):
         kv: tuple[Memory, ...],
         state_tokens: Float[Tensor, "B 1 C"],
         x: Float[Tensor, "B N H A"],
-        t: Float[Tensor, "B N"],
+        t: Float[Tensor, "#B #N"],
         embodiment: Embodiment,
         *,
         compute: torch.dtype = torch.float32,
@@ -104,8 +104,8 @@ class ActionHead(nn.Module):
             kv: from `cross_kv`, one set per state that all N candidates attend to.
             state_tokens: from `state_tokens`.
             x: noisy chunks, all padded steps and dimensions included; the caller slices after denoising.
-            t: time of each candidate, in float32. A tensor expanded from a single number (strides 0) says that all are
-                equal: the time is then embedded, and AdaLN's modulations computed, once.
+            t: time of each candidate, in float32, or one [1, 1] for all: it is then embedded, and AdaLN's modulations
+                computed, once.
             embodiment: slot of each state, or one int for all.
             compute: dtype of the matrix products; residuals, norms and what touches actions stay in float32.
             recompute: when gradients are recorded, keep one tensor per layer and compute the rest again in backward.
@@ -114,7 +114,7 @@ class ActionHead(nn.Module):
             ValueError: the embodiment has no slot, or the chunks are longer than the position embedding.
         """
         self._check(embodiment)
-        buckets = self.buckets(t[:1, :1] if t.stride() == (0, 0) else t)
+        buckets = self.buckets(t)
         hidden = self._embed(state_tokens, x, buckets, embodiment, compute)
         hidden = self.model(hidden, buckets, kv, dtype=compute, recompute=recompute)
         return self.action_decoder(hidden[:, :, 1:], embodiment, compute)
