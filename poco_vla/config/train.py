@@ -145,6 +145,8 @@ class TrainConfig:
     """Updates between log lines."""
     mixed_precision: Literal["no", "bf16"] = method("no")
     """Accelerate's mixed precision for the policy; the critic stays in float32."""
+    precision: Literal["fp32", "tf32"] = method("fp32")
+    """How a GPU multiplies float32 numbers, as the critic's: as they are, or by TF32 (10 bits of mantissa)."""
     memory: str | None = machine(None)
     """Most memory that the learner takes on its GPU, such as "24GB" or "22.5GiB": an update is computed in parts
     that fit, whose size is measured at the first one. None: at once, on a CPU in parts that suit its caches."""

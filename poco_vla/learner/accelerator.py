@@ -41,6 +41,7 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
         backend="gloo" if zero and gloo else None,
         timeout=timedelta(hours=12),  # others wait while the main one makes demonstrations or evaluates
     )
+    tf32 = torch.backends.cuda.matmul.allow_tf32
     accelerator = Accelerator(
         cpu=gloo and not zero,
         mixed_precision=launched_precision(config),
@@ -49,6 +50,7 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
         # Before the critic learns, and while the actor is frozen, one of the two has no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True), group],
     )
+    torch.backends.cuda.matmul.allow_tf32 = tf32  # it switches TF32 on where a run is compiled; see `gpu_arithmetic`
     if fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU and gloo:
         _shard_on_cpus(accelerator)
     _check(accelerator, config, launched, fsdp=fsdp, zero=zero)

@@ -90,6 +90,7 @@ def figures(run: TrainingRun) -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version()} | installed_versions(PACKAGES),
         "device": run.context.accelerator.device.type,
+        "precision": config.precision,
         "prefixes": run.prefixes.figures() if run.prefixes is not None else {"on": False},
         "policy": "policy",
         "lerobot_arguments": [*policy.lerobot_arguments, *_discovery_arguments(run.data.env_config)],

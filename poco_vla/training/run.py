@@ -28,6 +28,7 @@ from poco_vla.experience.interactions import (
 from poco_vla.experience.prefixes import open_prefixes
 from poco_vla.experience.rollouts import Rollouts, open_rollouts
 from poco_vla.learner.accelerator import learner_of, open_accelerator
+from poco_vla.learner.arithmetic import arithmetic_told, gpu_arithmetic
 from poco_vla.learner.backends import Learner
 from poco_vla.learner.broadcast import Sharing
 from poco_vla.learner.failures import Failures
@@ -147,6 +148,7 @@ def build(config: TrainConfig) -> TrainingRun:
     context = RunContext(config, accelerator, display, folder, interruption, progress, logbook)
     failures = Failures(config.output_dir, accelerator.process_index, accelerator.num_processes)
     with ExitStack() as resources:
+        resources.enter_context(gpu_arithmetic(config.precision, accelerator.device))
         if accelerator.is_main_process and not config.output_dir.exists():
             resources.callback(checkpoint.remove_unused_folder, config.output_dir)
         lock = checkpoint.claim_folder(config.output_dir, lock=accelerator.is_main_process)
@@ -340,3 +342,6 @@ def _say_sizes(context: RunContext, updater: Updater, demos: list[Episode], repl
         f"{len(demos)} demonstrations ({sum(demo.succeeded for demo in demos)} succeed), {replay.num_demo_steps:,} "
         "steps"
     )
+    if context.accelerator.device.type == "cuda":
+        sampling = getattr(updater.algorithm.config, "sampling_dtype", None)
+        context.display.say(arithmetic_told(context.config.precision, sampling))
