@@ -63,7 +63,7 @@ def open_prefixes(
         beside = config.interaction.mode in ("asynchronous", "remote") and accelerator.mixed_precision == "no"
         apart = settings.ram_bytes // ACTED if beside else 0
         settings = replace(settings, ram_bytes=settings.ram_bytes - apart)
-        store = PrefixStore(settings, accelerator.device, folder)
+        store = PrefixStore(settings, accelerator.device, folder, beside=apart)
         if beside:
             acted = ActorPrefixBuffer(policy, store.to_ram, apart, settings.dtype)
         if folder is not None and store.num_kept:

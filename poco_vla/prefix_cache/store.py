@@ -1,25 +1,20 @@
 """The prefix cache: entries in the accelerator's memory, in RAM and on disk, each tier with a budget in bytes."""
 
-import mmap
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from poco_vla.config import PrefixConfig
 from poco_vla.data.replay import ONLINE
+from poco_vla.prefix_cache.arena import PageLockedArena
 from poco_vla.prefix_cache.entries import Entry
 from poco_vla.prefix_cache.entry_files import DiskBudget, DiskFullError, PersistentFiles, RingFile
-
-LOCKED_FROM = 1024**2
-"""Bytes from which on an entry's memory is page-locked, where there is a GPU: smaller ones share pages."""
 
 
 class MemoryTier:
@@ -98,15 +93,20 @@ class PrefixStore:
         config: budgets.
         device: where entries are wanted.
         folder: of the files, made for one identity; None keeps nothing on disk.
+        beside: bytes of RAM that others keep entries in which `to_ram` made.
     """
 
-    def __init__(self, config: PrefixConfig, device: torch.device, folder: Path | None = None) -> None:
+    def __init__(
+        self, config: PrefixConfig, device: torch.device, folder: Path | None = None, *, beside: int = 0
+    ) -> None:
         self.device = device
         self.loads = Loads()
         self.disk_is_full = False
         on_gpu = device.type == "cuda"
         self._fast = MemoryTier(config.device_bytes if on_gpu else 0)
         self._ram = MemoryTier(config.ram_bytes)
+        in_ram = config.ram_bytes + beside
+        self._arena = PageLockedArena(in_ram) if on_gpu and in_ram else None
         self._disk = DiskBudget(config.disk_bytes)
         self._persistent = self._file = None
         if folder is not None and config.disk_bytes:
@@ -172,7 +172,7 @@ class PrefixStore:
             for file in (self._persistent, self._file):
                 if file is not None:
                     file.close()
-            self._persistent = self._file = None
+            self._persistent = self._file = self._arena = None
             self._fast, self._ram = MemoryTier(0), MemoryTier(0)
 
     def __len__(self) -> int:
@@ -236,26 +236,13 @@ class PrefixStore:
             self.disk_is_full = self._disk.is_full
 
     def to_ram(self, entry: Entry) -> Entry:
-        """Return a copy of the entry in RAM, page-locked if there is a GPU to copy from it."""
-        if self._copying is None or entry.num_bytes < LOCKED_FROM:
+        """Return a copy of the entry in RAM, page-locked if there is a GPU to copy from it and room for it."""
+        memory = None if self._arena is None else self._arena.take(entry.num_bytes)
+        if memory is None:
             return Entry(entry.layout, entry.data.cpu())
-        data = torch.from_numpy(allocate_page_locked(entry.num_bytes))
-        return Entry(entry.layout, data.copy_(entry.data))
+        return Entry(entry.layout, torch.from_numpy(memory).copy_(entry.data))
 
     @contextmanager
     def _stream(self) -> Iterator[None]:
         with torch.cuda.stream(self._copying) if self._copying is not None else nullcontext():
             yield
-
-
-def allocate_page_locked(size: int) -> np.ndarray:
-    """Return uint8 [size] of page-locked memory. torch's own pinned memory comes in powers of two: up to twice the
-    bytes that a budget counts."""
-    memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)  # pages of its own: none is registered twice
-    runtime: Any = torch.cuda.cudart()
-    if int(runtime.cudaHostRegister(memory.ctypes.data, size, 0)) == 0:
-        weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data).atexit = False
-    else:
-        with suppress(RuntimeError):  # CUDA reports a refusal at the next call, whatever that is
-            torch.zeros(1, device="cuda")
-    return memory
