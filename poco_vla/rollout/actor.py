@@ -3,7 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -126,6 +126,10 @@ class ActingCopy(Actor):
 
     What is frozen (the backbone) is shared with the learner's policy, not copied.
 
+    On a GPU it has a stream of its own, of high priority: in the learner's a chunk would wait for all that is queued
+    there, up to an update. New weights are copied in the learner's stream, between two updates, into a second set, by
+    which the actor acts from the first chunk on that finds it complete.
+
     Args:
         actor: whose algorithm is learned meanwhile.
         weights: when these may be read.
@@ -140,22 +144,49 @@ class ActingCopy(Actor):
         self._pairs = list(pairs)
         for own, _ in self._pairs:
             own.requires_grad_(False)
+        self._stream = _own_stream(self._pairs[0][0].device)
+        self._arriving = [torch.empty_like(own) for own, _ in self._pairs] if self._stream is not None else []
+        self._copied: torch.cuda.Event | None = None
+        self._arriving_version = 0
         self._renew()
+        self._settle()
 
     @torch.no_grad()
     def chunks(
         self, obs: Mapping[str, np.ndarray], tasks: Sequence[str], *, best_of_n: int | None = None
     ) -> np.ndarray:
-        """Return what :meth:`Actor.chunks` returns, with the newest weights."""
-        if self._seen != self.weights.changes:
+        """Return what :meth:`Actor.chunks` returns, with the newest weights; on a GPU, the newest that are there."""
+        if self._seen != self.weights.changes and self._copied is None:
             self._renew()
-        return super().chunks(obs, tasks, best_of_n=best_of_n)
+        if self._copied is not None and self._copied.query():
+            self._settle()
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            return super().chunks(obs, tasks, best_of_n=best_of_n)
 
     def _renew(self) -> None:
+        """Copy the learner's weights; on a GPU, begin to."""
         with torch.no_grad(), self.weights.lock:
-            for own, learned in self._pairs:
-                own.copy_(learned)
-            self.weights_version, self._seen = self.weights.version, self.weights.changes
+            self._arriving_version, self._seen = self.weights.version, self.weights.changes
+            targets = self._arriving if self._stream is not None else [own for own, _ in self._pairs]
+            for target, (_, learned) in zip(targets, self._pairs, strict=True):
+                target.copy_(learned)
+            if self._stream is None:
+                self.weights_version = self._arriving_version
+            else:
+                self._copied = torch.cuda.Event()
+                self._copied.record()
+
+    def _settle(self) -> None:
+        """Act with the weights that have arrived. The actor's stream is idle: chunks leave the GPU with their call."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            for i, (own, _) in enumerate(self._pairs):
+                own.data, self._arriving[i] = self._arriving[i], own.data
+            self._copied, self.weights_version = None, self._arriving_version
+
+
+def _own_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
 
 def learned_parameters(algorithm: Algorithm) -> list[nn.Parameter]:

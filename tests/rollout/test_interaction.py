@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from poco_vla import load_adapter
 from poco_vla.errors import NonFiniteError
 from poco_vla.recording.recorder import EpisodeRecorder
 from poco_vla.rollout import Actor, EnvPool
+from poco_vla.rollout import actor as actor_module
 from poco_vla.rollout.actor import ActingCopy, WeightsVersion
 from poco_vla.rollout.interaction import AsynchronousInteraction, SynchronousInteraction
 
@@ -73,6 +75,40 @@ def wait_until(holds, seconds=20):
     while not holds():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
+
+
+# -- an actor's own weights -------------------------------------------------------------------------------------------
+
+
+def test_on_a_gpu_acting_waits_neither_for_the_learner_nor_for_its_weights(policy, monkeypatch):
+    """The stream and the copy are stood in for: new weights are acted with as soon as they have arrived, not before."""
+    arrived, entered = [], []
+
+    class Event:
+        def record(self):
+            pass
+
+        def query(self):
+            return bool(arrived)
+
+        def synchronize(self):
+            assert self.query() or not entered, "a chunk waits for weights"
+
+    monkeypatch.setattr(actor_module, "_own_stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered.append(stream) or nullcontext())
+    weights, obs = WeightsVersion(), {"observation.state": np.zeros((1, 4), np.float32)}
+    copy, untrained = ActingCopy(Actor(policy, 0), weights, 1), Actor(point_policy(), 1)
+    with torch.no_grad(), weights.change(1):
+        for p in policy.head.parameters():
+            p.mul_(2)
+    assert np.array_equal(copy.chunks(obs, [""]), untrained.chunks(obs, [""]))
+    assert (copy.weights_version, entered) == (0, ["stream"])
+    arrived.append(True)
+    trained = Actor(policy, 1)
+    trained.generator.set_state(untrained.generator.get_state())
+    assert np.array_equal(copy.chunks(obs, [""]), trained.chunks(obs, [""]))
+    assert copy.weights_version == 1
 
 
 # -- in step ----------------------------------------------------------------------------------------------------------
