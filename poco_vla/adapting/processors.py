@@ -270,8 +270,8 @@ def check_batch(batch: Mapping[str, Any], cameras: Sequence[str], state: str, co
             raise DataError(f'"{key}" has {batch[key].shape[-1]} dimensions, the policy knows {feature.shape[0]}')
     for key in (*cameras, state, ACTION):
         column = batch.get(key)
-        if not isinstance(column, Tensor):
-            continue
+        if not isinstance(column, Tensor) or (key in cameras and column.is_cuda):
+            continue  # on a GPU it was made of uint8, and a look at it would make the host wait
         if key in cameras and not column.is_floating_point():
             raise DataError(
                 f'"{key}" is {column.dtype}; LeRobot hands images over as float32 in [0, 1], and {model} reads them so'
