@@ -18,11 +18,11 @@ class FiniteWatch:
     Args:
         optimizer: torch's own, `fused` where `late`.
         anywhere: of a flag [] on this process, how many processes have it; called on all of them together.
-        late: see above.
+        late: see above. What `error` holds then stays in memory while the next update is computed.
     """
 
     def __init__(self, optimizer: Optimizer, anywhere: Callable[[Tensor], Tensor], *, late: bool) -> None:
-        self._optimizer, self._anywhere, self._late = optimizer, anywhere, late
+        self._optimizer, self._anywhere, self.late = optimizer, anywhere, late
         self._bad: Tensor | None = None
         self._failed: Callable[[], Exception] | None = None
 
@@ -35,12 +35,12 @@ class FiniteWatch:
         """
         # Torch's optimizers leave the weights alone at 1 exactly.
         bad = (self._anywhere((~torch.isfinite(loss.detach())).float()) > 0).float()
-        if self._late:
+        if self.late:
             self.look()
             bad = bad if self._bad is None else torch.maximum(self._bad, bad)
             self._optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
         self._bad, self._failed = bad, error
-        if not self._late:
+        if not self.late:
             self.look()
 
     def see_gradients(self, norms: Mapping[str, Tensor]) -> None:
@@ -53,11 +53,11 @@ class FiniteWatch:
         if norms and self._bad is not None:
             bad = (~torch.isfinite(torch.stack(list(norms.values())))).any().float()
             self._bad = torch.maximum(self._bad, bad.to(self._bad.device))
-            if self._late:
+            if self.late:
                 self._optimizer.found_inf = self._bad  # pyright: ignore[reportAttributeAccessIssue]
                 return
             self.look()
-        if not self._late:
+        if not self.late:
             self._bad = self._failed = None  # it holds the batch
 
     def look(self) -> None:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -114,7 +115,8 @@ class Updater:
         for i, phase in enumerate(phases):
             with self._explain_out_of_memory():
                 loss, found = self.learner.backward(batch, phase, self.budget.part)
-                self.finite.see(loss, partial(self._not_finite, f"{stage} update {number}", batch, loss, found))
+                kept = _without_pictures(batch) if self.finite.late else batch
+                self.finite.see(loss, partial(self._not_finite, f"{stage} update {number}", kept, loss, found))
                 if i == 0:
                     self.progress.update += 1
                     self.versions.cover(self.progress.version)
@@ -214,6 +216,28 @@ class Updater:
             f"{name}: {what} ({', '.join(f'{k} {v.item():.3g}' for k, v in metrics.items())}); nothing was changed by "
             "it. " + (f"The batch is kept in {kept}." if kept.is_file() else "There was no room to keep the batch.")
         )
+
+
+@dataclass(frozen=True)
+class _Features:
+    """A prefix without its keys and values."""
+
+    features: Tensor
+
+
+def _without_pictures(batch: ChunkBatch) -> ChunkBatch:
+    """Return what is kept of a batch until its loss is looked at: on a GPU that is while the next batch is learned
+    from, and pictures or prefixes of both would be there at once."""
+    small = {
+        name: {key: value for key, value in getattr(batch, name).items() if value.ndim <= 2}
+        for name in ("obs", "next_obs")
+    }
+    prefixes = {
+        name: _Features(prefix.features)
+        for name in ("prefix", "next_prefix")
+        if (prefix := getattr(batch, name)) is not None
+    }
+    return replace(batch, **small, **prefixes)
 
 
 def _cosine(start: float, end: float | None, progress: float) -> float:
