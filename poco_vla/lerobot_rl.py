@@ -132,18 +132,19 @@ class PocoAlgorithm(RLAlgorithm):
             optimizer.zero_grad()
         self.poco.after_step(stage)
         self.optimization_step += 1
-        values = {name: value.item() for name, value in metrics.items()}
+        values = _numbers(metrics)
         losses = {name: values.pop(name) for name in list(values) if name.endswith("_loss")}
         return TrainingStats(losses=losses, grad_norms=norms, extra=values)
 
     def _clipped(self) -> dict[str, float]:
         """Clip the gradient of each part by itself; the norms of those that there were."""
-        norms, limit = {}, self.config.grad_clip_norm or float("inf")
+        norms: dict[str, Tensor] = {}
+        limit = self.config.grad_clip_norm or float("inf")
         for name, optimizer in (self.optimizers or self.make_optimizers_and_scheduler()).items():
             trained = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
             if trained:  # before its stage begins, a part has no gradient
-                norms[name] = torch.nn.utils.clip_grad_norm_(trained, limit).item()
-        return norms
+                norms[name] = torch.nn.utils.clip_grad_norm_(trained, limit)
+        return _numbers(norms)
 
     def make_optimizers_and_scheduler(self) -> dict[str, Optimizer]:
         """Make one Adam for each group of parameters: the flow head, and the critic."""
@@ -194,3 +195,8 @@ def _chunks(batch: BatchType) -> ChunkBatch:
             f"a batch of {', '.join(batch)}; POCO learns from chunks of several steps, which LeRobot's replay buffer "
             "does not have: give the RLTrainer a poco_vla.lerobot_rl.ChunkMixer and no preprocessor"
         ) from error
+
+
+def _numbers(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """Read scalars [] back from their device, all at once: each time that the host waits for a GPU, the GPU idles."""
+    return dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True)) if scalars else {}

@@ -21,6 +21,7 @@ from groot_folders import (
     raw_batch,
 )
 from lerobot_policy_groot_n1d6.adapter import GrootN1d6Adapter
+from lerobot_policy_groot_n1d6.model import tokens
 from lerobot_policy_groot_n1d6.processing.steps import EMBODIMENT_ID
 from lerobot_policy_groot_n1d6.processing.steps import STATE as PROCESSED_STATE
 from plain_groot import plain_velocity
@@ -156,6 +157,20 @@ def test_padding_does_not_reach_the_features(policy, obs):
     alone = {key: value[:1] for key, value in obs.items()}
     longer = policy.encode(obs).features[:1]
     torch.testing.assert_close(policy.encode(alone).features, longer, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_keys_are_padded_to_whole_tiles_on_a_gpu(policy, obs, monkeypatch):
+    """Tokens of prompts that differ in length; what is padded is masked, from `encode` and from the store alike."""
+    expected, (x, t) = policy.encode(obs), draws(policy, 2)
+    monkeypatch.setattr(tokens, "tile_on", lambda device: 64)
+    found = policy.encode(obs)
+    longest = expected.tokens.text.tokens.shape[1]
+    assert found.tokens.text.tokens.shape[1] == -(-longest // 64) * 64 > longest
+    assert found.tokens.image.mask is None
+    for prefix in (found, policy.unpack(policy.pack(expected))):
+        assert prefix.tokens.text.tokens.shape == found.tokens.text.tokens.shape
+        torch.testing.assert_close(policy.velocity(prefix, x, t), policy.velocity(expected, x, t), rtol=1e-5, atol=1e-5)
 
 
 # -- what is cached ---------------------------------------------------------------------------------------------------

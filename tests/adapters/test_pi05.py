@@ -15,10 +15,12 @@ from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from poco_vla_pi05 import checkpoint, expert
+from poco_vla_pi05 import prefix as prefix_module
 from poco_vla_pi05.adapter import Pi05
 from poco_vla_pi05.architecture import TINY, Architecture, empty_policy, lerobot_builds
-from poco_vla_pi05.prefix import Pi05Prefix
+from poco_vla_pi05.prefix import Pi05Prefix, encode
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
 from poco_vla import check_policy, flow_errors, integrate, propose
 from poco_vla.adapting import weights
@@ -321,6 +323,33 @@ def test_prompts_of_one_length_need_no_mask(policy, obs):
         policy.velocity(prefix, x, t)[:1], policy.velocity(one, x[:1], t[:1]), rtol=1e-5, atol=1e-5
     )
     assert prefix.select(slice(0, 2)).mask is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("same", [True, False])
+def test_prefixes_are_padded_to_whole_tiles_or_not_masked(policy, obs, same, monkeypatch):
+    """As on a GPU. What is padded is masked; states of one length are not padded, and their attention gets no mask."""
+    obs = {key: value[:1].expand(3, *value.shape[1:]) for key, value in obs.items()} if same else obs
+    expected, (x, t) = policy.encode(obs), draws(policy, 2)
+    masks, attend = [], F.scaled_dot_product_attention
+
+    def watched(q, k, v, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return attend(q, k, v, attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    found = encode(policy.policy, obs, tile=64)
+    assert all((mask is None) == same for mask in masks[-3:])  # the VLM's three layers
+    longest = int(expected.lengths.max())
+    assert found.keys[0].shape[1] == (longest if same else -(-longest // 64) * 64)
+    assert (found.mask is None) == same
+    torch.testing.assert_close(found.features, expected.features, rtol=1e-5, atol=1e-5)
+    velocities = [policy.velocity(prefix, x, t) for prefix in (found, expected)]
+    torch.testing.assert_close(*velocities, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(prefix_module, "tile_on", lambda device: 64)
+    again = policy.unpack(policy.pack(expected))
+    assert again.keys[0].shape == found.keys[0].shape
+    torch.testing.assert_close(policy.velocity(again, x, t), velocities[1], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

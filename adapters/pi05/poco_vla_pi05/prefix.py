@@ -10,11 +10,17 @@ from jaxtyping import Bool, Float, Int
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+TILE = 64
+"""Number of tokens to whose multiples prefixes that differ in length are padded on a GPU: few shapes, whole tiles."""
 
 
 @dataclass(frozen=True)
 class Pi05Prefix:
-    """B encoded states. P is the longest state's number of valid tokens: padding is left out before the VLM runs.
+    """B encoded states. P is the longest state's number of valid tokens: padding is left out before the VLM runs. On a
+    GPU, of states that differ in length, it is the next multiple of `TILE`.
 
     Attributes:
         features: [B, D] what the critic sees: the mean of the VLM's last hidden states over valid tokens, as they are,
@@ -55,11 +61,10 @@ class Pi05Prefix:
         """Any states together again, padded with zeros to the longest."""
         lengths = [state["kv"].shape[2] for state in states]
         layers, _, _, width = states[0]["kv"].shape
-        same = min(lengths) == max(lengths)
+        device, dtype = states[0]["kv"].device, states[0]["kv"].dtype
+        same, size = min(lengths) == max(lengths), padded_length(lengths, tile_on(device))
         make = torch.empty if same else torch.zeros
-        kv = make(
-            layers, 2, len(states), max(lengths), width, dtype=states[0]["kv"].dtype, device=states[0]["kv"].device
-        )
+        kv = make(layers, 2, len(states), size, width, dtype=dtype, device=device)
         for row, state in enumerate(states):
             kv[:, :, row, : lengths[row]] = state["kv"]
         on_device = torch.tensor(lengths, device=kv.device)
@@ -68,16 +73,28 @@ class Pi05Prefix:
             keys=tuple(kv[:, 0]),
             values=tuple(kv[:, 1]),
             lengths=on_device,
-            mask=None if same else torch.arange(max(lengths), device=kv.device) < on_device[:, None],
+            mask=None if same else torch.arange(size, device=kv.device) < on_device[:, None],
         )
 
 
+def tile_on(device: torch.device) -> int:
+    """Return the number to whose multiples prefixes are padded on a device."""
+    return TILE if device.type == "cuda" else 1
+
+
+def padded_length(lengths: Sequence[int], tile: int) -> int:
+    """Return P of states of these lengths: as it is where all are the same, since then nothing is masked."""
+    longest = max(lengths)
+    return longest if min(lengths) == longest else -(-longest // tile) * tile
+
+
 @torch.no_grad()
-def encode(policy: PI05Policy, obs: Mapping[str, Any]) -> Pi05Prefix:
+def encode(policy: PI05Policy, obs: Mapping[str, Any], *, tile: int | None = None) -> Pi05Prefix:
     """SigLIP and the VLM over the valid tokens of each state.
 
     Cameras of the policy that `obs` lacks are left out; `<camera>_is_pad` [B] says in which states one that is there
-    shows nothing. Both count as LeRobot's masked cameras do: their tokens neither attend nor advance positions.
+    shows nothing. Both count as LeRobot's masked cameras do: their tokens neither attend nor advance positions. `tile`
+    is what states that differ in length are padded to; None chooses by the device.
     """
     model: Any = policy.model  # LeRobot's annotations are narrower than what it takes
     device = next(policy.parameters()).device
@@ -93,9 +110,11 @@ def encode(policy: PI05Policy, obs: Mapping[str, Any]) -> Pi05Prefix:
         embedded, valid, _ = model.embed_prefix(
             images, present, obs[OBS_LANGUAGE_TOKENS], obs[OBS_LANGUAGE_ATTENTION_MASK]
         )
-    embedded, lengths, mask = _without_padding(embedded, valid)
+    tile = tile_on(device) if tile is None else tile
+    embedded, lengths, mask, same = _without_padding(embedded, valid, tile)
 
-    language_model.config._attn_implementation = "sdpa"  # LeRobot sets "eager" by itself where it wants it
+    # LeRobot sets "eager" by itself where it wants it. On a GPU a mask rules the fastest kernels out.
+    language_model.config._attn_implementation = UNMASKED if same and tile > 1 else "sdpa"
     (hidden, _), cache = model.paligemma_with_expert.forward(
         inputs_embeds=[embedded, None],
         attention_mask=mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1),  # every token sees every valid one
@@ -108,8 +127,20 @@ def encode(policy: PI05Policy, obs: Mapping[str, Any]) -> Pi05Prefix:
         keys=tuple(layer.keys[:, 0] for layer in cache.layers),
         values=tuple(layer.values[:, 0] for layer in cache.layers),
         lengths=lengths,
-        mask=None if bool(mask.all()) else mask,
+        mask=None if same else mask,
     )
+
+
+def _attend_to_all(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention, where the mask that the model insists on leaves nothing out."""
+    attended = F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+UNMASKED = "poco_vla_unmasked"
+AttentionInterface.register(UNMASKED, _attend_to_all)
 
 
 @contextmanager
@@ -124,11 +155,16 @@ def _tf32(wanted: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _without_padding(embedded: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each state's valid tokens first, in their order, cut to the longest state. Attention does not mind their place:
+def _without_padding(embedded: Tensor, valid: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Return each state's valid tokens first, in their order, cut to the longest state or padded to a multiple of
+    `tile`, with their numbers, mask, and True if all numbers are the same. Attention does not mind their place:
     positions count valid tokens only, here as in LeRobot."""
     lengths = valid.sum(dim=1)
-    longest = int(lengths.max())
-    order = valid.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    extremes = torch.stack([lengths.min(), lengths.max()]).tolist()  # the one time that the host waits for the device
+    size = padded_length(extremes, tile)
+    order = valid.int().argsort(dim=1, descending=True, stable=True)[:, :size]
     packed = embedded.gather(1, order[..., None].expand(-1, -1, embedded.shape[-1]))
-    return packed, lengths, torch.arange(longest, device=valid.device) < lengths[:, None]
+    if size > packed.shape[1]:
+        packed = F.pad(packed, (0, 0, 0, size - packed.shape[1]))
+    mask = torch.arange(size, device=valid.device) < lengths[:, None]
+    return packed, lengths, mask, extremes[0] == extremes[1]

@@ -51,8 +51,10 @@ class SmolVlaPrefix:
     def pack(self) -> list[dict[str, Tensor]]:
         """Each state by itself: `features` [D], and `kv` [layers, 2, G, valid tokens, D]."""
         kv = torch.stack([torch.stack(pair) for pair in zip(self.keys, self.values, strict=True)])
-        rows = enumerate(zip(self.features, self.mask, strict=True))
-        return [{"features": features, "kv": kv[:, :, row, :, mask]} for row, (features, mask) in rows]
+        order = self.mask.int().argsort(dim=1, descending=True, stable=True)  # valid tokens first
+        kv = kv.gather(4, order[None, None, :, None, :, None].expand_as(kv))
+        rows = enumerate(zip(self.features, self.mask.sum(dim=1).tolist(), strict=True))
+        return [{"features": features, "kv": kv[:, :, row, :, :length]} for row, (features, length) in rows]
 
     @classmethod
     def unpack(cls, states: Sequence[Mapping[str, Tensor]]) -> Self:

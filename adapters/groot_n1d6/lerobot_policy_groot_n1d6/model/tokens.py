@@ -10,6 +10,10 @@ from typing import Any, Self
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
+
+TILE = 64
+"""Number of tokens to whose multiples a GPU pads prompts that differ in length: few shapes, whole tiles."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,14 @@ class Group:
     def join(cls, states: Sequence[Float[Tensor, "_ C"]]) -> Self:
         """Any states' tokens, padded with zeros to the longest."""
         counts = [len(tokens) for tokens in states]
-        longest = max(1, *counts)  # attention needs one key, if only a masked one
-        joined = states[0].new_zeros(len(states), longest, states[0].shape[-1])
+        size = _size(min(counts), max(counts), states[0].device)
+        joined = states[0].new_zeros(len(states), size, states[0].shape[-1])
         for row, tokens in enumerate(states):
             joined[row, : counts[row]] = tokens
-        if min(counts) == longest:
+        if min(counts) == size:
             return cls(joined, None)
         lengths = torch.tensor(counts, device=joined.device)[:, None]
-        return cls(joined, torch.arange(longest, device=joined.device) < lengths)
+        return cls(joined, torch.arange(size, device=joined.device) < lengths)
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,31 @@ class Tokens:
 
 
 def sort_tokens(features: Float[Tensor, "B S C"], image_mask: Bool[Tensor, "B S"], mask: Bool[Tensor, "B S"]) -> Tokens:
-    """Splits features into text and images and leaves padding out. Reads the counts back from the accelerator."""
-    return Tokens(text=_gather(features, mask & ~image_mask), image=_gather(features, mask & image_mask))
+    """Split features into text and images and leave padding out. The host waits once, for the counts of both."""
+    kinds = mask & ~image_mask, mask & image_mask
+    counts = [chosen.sum(dim=1) for chosen in kinds]
+    extremes = torch.stack([torch.stack([count.min(), count.max()]) for count in counts]).tolist()
+    text, image = (_gather(features, *kind) for kind in zip(kinds, counts, extremes, strict=True))
+    return Tokens(text, image)
 
 
-def _gather(features: Tensor, chosen: Bool[Tensor, "B S"]) -> Group:
-    counts = chosen.sum(dim=1)
-    longest = max(1, int(counts.max()))  # attention needs one key, if only a masked one
-    order = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+def _gather(features: Tensor, chosen: Bool[Tensor, "B S"], counts: Tensor, extremes: tuple[int, int]) -> Group:
+    size = _size(*extremes, features.device)
+    order = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :size]
     tokens = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
-    mask = torch.arange(longest, device=chosen.device) < counts[:, None]
-    return Group(tokens, None if bool(mask.all()) else mask)
+    if extremes[0] == size:
+        return Group(tokens, None)
+    if size > tokens.shape[1]:
+        tokens = F.pad(tokens, (0, 0, 0, size - tokens.shape[1]))
+    return Group(tokens, torch.arange(size, device=chosen.device) < counts[:, None])
+
+
+def tile_on(device: torch.device) -> int:
+    """Return the number to whose multiples prompts are padded on a device."""
+    return TILE if device.type == "cuda" else 1
+
+
+def _size(fewest: int, most: int, device: torch.device) -> int:
+    """Return L: attention needs one key, if only a masked one, and whole tiles where keys are masked."""
+    tile = tile_on(device) if fewest != most else 1
+    return max(1, -(-most // tile) * tile)
