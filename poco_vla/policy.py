@@ -5,7 +5,7 @@ An adapter subclasses :class:`FlowPolicy`; :func:`poco_vla.check_policy` tells i
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from types import MappingProxyType
@@ -183,6 +183,11 @@ class FlowPolicy(nn.Module):
         """v(x, t | state), every candidate with a time of its own, all N attending to the one prefix of their state."""
         raise NotWrittenError(f"{type(self).__name__} has no velocity: its adapter has to write it")
 
+    def sampling(self) -> AbstractContextManager[None]:
+        """Return the context of a sample's Euler steps, in which no weight changes and no gradient is recorded: an
+        adapter may keep there what its weights make that each step needs."""
+        return nullcontext()
+
     def sample_time(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """Flow times from the distribution this model trains with (t = 1 is the action)."""
         return uniform_time(shape, generator)
@@ -274,9 +279,10 @@ def propose(
     if noise is None:
         noise = initial_noise(policy, prefix, n, generator)
     steps, blocks = steps or policy.spec.flow_steps, row_blocks(noise)
-    if len(blocks) == 1:
-        return policy.spec.limit(integrate(policy, prefix, noise, steps))
-    parts = [integrate(policy, prefix.select(rows), noise[rows], steps) for rows in blocks]
+    with policy.sampling():
+        if len(blocks) == 1:
+            return policy.spec.limit(integrate(policy, prefix, noise, steps))
+        parts = [integrate(policy, prefix.select(rows), noise[rows], steps) for rows in blocks]
     return policy.spec.limit(torch.cat(parts))
 
 

@@ -93,14 +93,14 @@ def fake_gpu(answers=()):
         return made
 
     with FakeTensorMode(allow_non_fake_inputs=True), watch:
-        torch.tensor, torch.nn.Module._apply = tensor, _apply
+        torch.tensor, torch.nn.Module._apply = tensor, apply_to_fakes
         try:
             yield watch
         finally:
             torch.tensor, torch.nn.Module._apply = make, apply
 
 
-def _apply(self, fn, recurse=True):
+def apply_to_fakes(self, fn, recurse=True):
     """nn.Module._apply, which cannot swap FakeTensors in place: a parameter that changes becomes a new object."""
     for module in self.modules() if recurse else (self,):
         for table in (module._parameters, module._buffers):

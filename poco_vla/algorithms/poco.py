@@ -93,12 +93,13 @@ class Poco(Algorithm):
         cfg, noise = self.config, noise or self.draw_noise(batch, "online")
         prefix = self.encode(batch)
 
-        # Critic (Eq. 14)
-        critic_loss, metrics = self.critic_loss(prefix, batch, noise)
-
-        # E-step (Eq. 17): candidates are plain samples of the current policy, weighed by the target critic
+        # E-step (Eq. 17): candidates are plain samples of the current policy, weighed by the target critic. They come
+        # first: a GPU works on them while the host is busy with the many small kernels of the bootstrap sample.
         with sampling_precision(cfg.sampling_dtype, batch.actions.device):
             x = self._propose(prefix, noise.candidate_noise)
+
+        # Critic (Eq. 14)
+        critic_loss, metrics = self.critic_loss(prefix, batch, noise)
         with torch.no_grad():
             q = self._aggregate(self.target_critic(prefix.features, x))
         w, eta_loss, eta_metrics = self._posterior(q)

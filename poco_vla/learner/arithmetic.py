@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -31,7 +31,8 @@ def gpu_arithmetic(precision: Literal["fp32", "tf32"], device: torch.device) -> 
         raise ConfigError(
             f"precision is tf32, which NVIDIA GPUs have from Ampere on, and this run is on {device}: leave it out"
         )
-    matmul, convolution, cuda = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.cuda
+    backends: Any = torch.backends  # whose modules annotate none of these settings
+    matmul, convolution, cuda = backends.cuda.matmul, backends.cudnn, backends.cuda
     before = matmul.allow_tf32, convolution.allow_tf32, cuda.cudnn_sdp_enabled()
     try:
         if device.type == "cuda":

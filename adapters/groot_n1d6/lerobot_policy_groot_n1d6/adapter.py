@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
@@ -34,6 +35,7 @@ from lerobot_policy_groot_n1d6.processor_groot_n1d6 import make_groot_n1d6_pre_p
 from poco_vla import ActionSpec, FlowPolicy, Lora, PolicyError, atomic_folder, inject_lora, merge_lora, raw
 from poco_vla.adapting import camera_names, naming, normalization, processors
 from poco_vla.adapting.lerobot_checkpoint import check_choice, tiny_features, tiny_stats
+from poco_vla.adapting.rounding import rounded_weights
 from poco_vla.pretrained import heads
 
 
@@ -196,6 +198,9 @@ class GrootN1d6Adapter(FlowPolicy):
                 memories = self.head.cross_kv(prefix.tokens, compute=compute)
                 token = self.head.state_tokens(prefix.state, slot, compute=compute)
             return self.head.velocity(memories, token, x, t, slot, compute=compute, recompute=self.recompute)
+
+    def sampling(self) -> AbstractContextManager[None]:
+        return rounded_weights(self.head)
 
     def sample_time(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         return sample_time(shape, self.policy.sizes.head, generator)

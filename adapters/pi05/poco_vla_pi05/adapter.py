@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -26,6 +27,7 @@ from poco_vla.adapting.lerobot_checkpoint import (
     tiny_stats,
 )
 from poco_vla.adapting.lerobot_vla import TRANSFORMER_LAYERS, LeRobotVla
+from poco_vla.adapting.rounding import rounded_weights
 from poco_vla.adapting.weights import Weights
 from poco_vla.pretrained import heads
 from poco_vla_pi05 import checkpoint, expert, processors
@@ -164,6 +166,9 @@ class Pi05(LeRobotVla):
     def velocity(self, prefix: Any, x: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
             return -expert.velocity(self.policy.model, prefix, x, 1 - t, compute=self.compute, recompute=self.recompute)
+
+    def sampling(self) -> AbstractContextManager[None]:
+        return rounded_weights(self.head)
 
     def resize_images(self, images: np.ndarray) -> np.ndarray:
         """Return pictures at the model's resolution, by LeRobot's own letterbox, rounded to uint8."""

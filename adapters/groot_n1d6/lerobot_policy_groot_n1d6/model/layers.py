@@ -10,11 +10,14 @@ from torch.nn import functional as F
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
-    """A projection in `x`'s dtype: weights of another one are rounded for this product only."""
-    if type(module) is nn.Linear and module.weight.dtype != x.dtype:
-        bias = None if module.bias is None else module.bias.to(x.dtype)
-        return F.linear(x, module.weight.to(x.dtype), bias)
-    return module(x)
+    """A projection in `x`'s dtype: weights of another one are rounded for this product only, or, while poco_vla's
+    `rounded_weights` is entered, once."""
+    if type(module) is not nn.Linear or module.weight.dtype == x.dtype:
+        return module(x)
+    kept = {} if torch.is_grad_enabled() else vars(module).get("_rounded", {})
+    if x.dtype not in kept:
+        kept[x.dtype] = module.weight.to(x.dtype), None if module.bias is None else module.bias.to(x.dtype)
+    return F.linear(x, *kept[x.dtype])
 
 
 def layer_norm(x: Tensor, module: nn.LayerNorm | None = None, eps: float = 1e-5) -> Float[Tensor, "..."]:
