@@ -22,7 +22,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint typecheck pytest bench benchpi benchgroot format pins clean FORCE
+.PHONY: help setup demo test test-all lint typecheck pytest bench benchpi benchgroot counts gpu format pins clean FORCE
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r verb text; do printf '  make %-10s %s\n' "$$verb" "$$text"; done
@@ -62,6 +62,12 @@ benchpi: $(STAMP)  ## measure pi0.5 against LeRobot's own code (minutes); option
 
 benchgroot: $(STAMP)  ## measure GR00T N1.6 with and without its shared prefix (minutes); options go into ARGS="--device cuda"
 	$(PYTHON) tests/benchmarks/bench_groot.py $(ARGS)
+
+counts: $(STAMP)  ## count FLOPs, bytes, launches and memory of an update at full size, without a GPU (minutes)
+	$(PYTHON) tests/benchmarks/bench_counts.py $(ARGS)
+
+gpu:  ## measure all that needs a GPU (25 minutes, resumable); ARGS=--rehearse runs it on a CPU, tiny
+	@bash .ci/gpu $(ARGS)
 
 format: $(STAMP)  ## put the style right where ruff can
 	.venv/bin/ruff check --fix
