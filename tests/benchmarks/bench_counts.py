@@ -48,8 +48,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fake_cuda import apply_to_fakes
 
 KEPT = Path(__file__).parent / "results" / "counts.json"
-BOUNDS = {"pi05": {"ideal": 0.335, "eager": 0.45, "launches": 21_000}, "pi05_cold": {"eager": 1.2}}
-"""Most seconds on an H200 and most launches of an update."""
+BOUNDS = {"pi05": {"ideal": 0.335, "eager": 0.45, "launches": 21_000}, "pi05_cold": {"eager": 1.37}}
+"""Most seconds on an H200 and most launches of an update, a hair above what was counted: a regression is seen."""
 RATES = {
     "H200": {"bf16": 790e12, "tf32": 400e12, "fp32": 67e12, "bytes": 4.3e12},
     "A100 80 GB": {"bf16": 280e12, "tf32": 140e12, "fp32": 19.5e12, "bytes": 1.8e12},
