@@ -1,8 +1,8 @@
 """Success rate with its confidence interval."""
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from poco_vla.algorithms import Algorithm
@@ -22,24 +22,47 @@ class SuccessRate:
         successes: episodes that succeeded.
         episodes: episodes in all.
         mean_length: control steps per episode.
+        tasks: of a suite, each task's name and rate; empty for a single task.
     """
 
     successes: int
     episodes: int
     mean_length: float
+    tasks: tuple[tuple[str, "SuccessRate"], ...] = ()
+
+    @classmethod
+    def of(cls, episodes: Sequence[Episode], suite: Sequence[str] = ()) -> "SuccessRate":
+        """Count episodes. Of a `suite` of several tasks, an episode's seed modulo their number is its task."""
+        lengths = [len(episode) for episode in episodes]
+        played: list[list[Episode]] = [[] for _ in suite]
+        for episode in episodes if len(suite) > 1 else ():
+            played[(episode.seed or 0) % len(suite)].append(episode)
+        tasks = [(name, cls.of(own)) for name, own in zip(suite, played, strict=True) if own]
+        return cls(sum(e.succeeded for e in episodes), len(lengths), sum(lengths) / len(lengths), tuple(tasks))
+
+    @classmethod
+    def from_figures(cls, figures: Mapping[str, Any]) -> "SuccessRate":
+        """Read what :meth:`figures` gives."""
+        tasks = [(name, cls.from_figures(one)) for name, one in figures.get("tasks", {}).items()]
+        return cls(figures["successes"], figures["episodes"], figures["mean_length"], tuple(tasks))
 
     @property
     def rate(self) -> float:
+        """Return the share of successes; of a suite the mean over its tasks."""
+        if self.tasks:
+            return sum(one.rate for _, one in self.tasks) / len(self.tasks)
         return self.successes / self.episodes
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the rate."""
-        return wilson_interval(self.successes, self.episodes)
+        """95 % interval of the rate, Wilson's of all episodes: of a suite whose tasks differ, a little too wide."""
+        return wilson_interval(self.rate * self.episodes if self.tasks else self.successes, self.episodes)
 
     def figures(self) -> dict[str, Any]:
         """Plain figures for result.json."""
-        return asdict(self) | {"success_rate": self.rate, "interval_95": list(self.interval)}
+        own = {name: getattr(self, name) for name in ("successes", "episodes", "mean_length")}
+        own |= {"success_rate": self.rate, "interval_95": list(self.interval)}
+        return own | ({"tasks": {name: one.figures() for name, one in self.tasks}} if self.tasks else {})
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -53,22 +76,23 @@ class EvalResult:
     Attributes:
         episodes: those that were played to their end.
         failures: episodes that the simulator failed in, which are left out.
+        suite: names of the tasks that the episodes cycled over.
     """
 
     episodes: tuple[Episode, ...]
     failures: int = 0
+    suite: tuple[str, ...] = ()
 
     @property
     def success(self) -> SuccessRate:
-        lengths = [len(episode) for episode in self.episodes]
-        return SuccessRate(sum(e.succeeded for e in self.episodes), len(lengths), sum(lengths) / len(lengths))
+        return SuccessRate.of(self.episodes, self.suite)
 
 
 class EvaluationStopped(Exception):  # noqa: N818 (no error)
     """Raised by an evaluation whose environments were told to give up."""
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: float | int, trials: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's score interval of a proportion (1927); z = 1.96 is 95 %. Holds its coverage near 0 and 1."""
     if trials == 0:
         return 0.0, 1.0
@@ -88,13 +112,13 @@ def evaluate(
     trained: bool = True,
     on_episode: Callable[[int], None] = lambda done: None,
 ) -> EvalResult:
-    """Run `episodes` episodes, open loop within each chunk.
+    """Run `episodes` episodes of each task, open loop within each chunk.
 
     Args:
         policy: the policy to evaluate, which acts by plain samples; or an algorithm, which acts by its `act`
             (`best_of_n` is for training alone).
         env: the environment, or a pool of it that is already running (its episodes are abandoned).
-        episodes: how many.
+        episodes: how many; of a suite, of each task.
         seed: episode i starts from seed + i; the policy's noise is seeded too, so that an evaluation repeats.
         trained: False for an algorithm that has learned nothing beyond SFT, which acts by `act_untrained`.
         on_episode: told after each finished episode.
@@ -107,6 +131,7 @@ def evaluate(
         with EnvPool(env, (policy.policy if isinstance(policy, Algorithm) else policy).spec.horizon) as pool:
             return evaluate(policy, pool, episodes=episodes, seed=seed, trained=trained, on_episode=on_episode)
     actor = Actor(policy, seed, 1 if trained else UNTRAINED)
+    episodes *= env.num_tasks
     env.reset(seed, episodes)
     finished: list[Episode] = []
     failures = env.failures
@@ -122,4 +147,4 @@ def evaluate(
         raise SimulatorError(f"{env.name} failed in all {episodes} episodes: success cannot be told")
     if failures:
         env.say(f"{env.name} failed in {failures} of {episodes} episodes, which are left out of the success rate")
-    return EvalResult(tuple(sorted(finished, key=lambda episode: episode.seed or 0)), failures)
+    return EvalResult(tuple(sorted(finished, key=lambda episode: episode.seed or 0)), failures, tuple(env.suite))

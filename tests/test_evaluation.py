@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import tiny_env  # noqa: F401 (registers the environments)
 from lerobot_policy_flow_mlp.adapter import FlowMlp
 from pointmass import pointmass
 
+from poco_vla.config import EnvSpec
+from poco_vla.data import Episode
 from poco_vla.evaluation import EvalResult, SuccessRate, evaluate, wilson_interval
 from poco_vla.rollout import EnvPool
 
@@ -102,3 +105,37 @@ def test_the_figures_of_an_evaluation_count_its_episodes(policy):
     result = evaluate(policy, pointmass(num_envs=2, options={"episode_length": 9}), episodes=3, seed=1)
     assert result.success == SuccessRate(0, 3, mean_length=9.0)
     assert not any(episode.terminal.any() for episode in result.episodes)
+
+
+def test_a_suite_is_as_good_as_its_tasks_on_average_whatever_their_episodes():
+    """Tasks a and b take the even and odd seeds. 1 of 4 and, two episodes of it lost, 1 of 2: the mean over tasks is
+    (.25 + .5) / 2, not 2 of 6."""
+
+    def played(seed, success):
+        rows = np.zeros(10)
+        signals = {"reward": rows, "success": rows + success > 0, "terminal": rows > 0}
+        return Episode(obs={}, action=np.zeros((10, 2)), **signals, task="", seed=seed)
+
+    episodes = [played(seed, seed in (0, 5)) for seed in (0, 2, 4, 6, 5, 7)]
+    rate = SuccessRate.of(episodes, ["a", "b"])
+    assert rate.rate == 0.375
+    assert rate.interval == wilson_interval(0.375 * 6, 6)
+    figures = rate.figures()
+    assert {name: (one["successes"], one["episodes"]) for name, one in figures["tasks"].items()} == {
+        "a": (1, 4),
+        "b": (1, 2),
+    }
+    assert figures["tasks"]["b"]["interval_95"] == list(wilson_interval(1, 2))
+    assert SuccessRate.from_figures(figures) == rate
+    assert "tasks" not in SuccessRate.of(episodes, ["a"]).figures()
+
+
+def test_each_task_of_a_suite_is_evaluated_from_as_many_starts(policy):
+    """Two tasks by three environments side by side; the time limit is three steps."""
+    spec = EnvSpec("tiny_point", "reach,wander", {"episode_length": 3}, num_envs=3, in_process=True)
+    done = []
+    result = evaluate(policy, spec, episodes=4, seed=11, on_episode=done.append)
+    assert (len(result.episodes), done[-1]) == (8, 8)
+    assert {name: one.episodes for name, one in result.success.tasks} == {"reach": 4, "wander": 4}
+    for episode in result.episodes:
+        assert episode.obs["observation.environment_state"][0].argmax() == episode.seed % 2

@@ -83,6 +83,29 @@ def shown(*runs):
     return console.export_text()
 
 
+def of_suite(successes, env_steps):
+    """An evaluation of two tasks, 20 episodes each."""
+    tasks = tuple((name, SuccessRate(number, 20, 30.0)) for name, number in successes.items())
+    total = sum(successes.values())
+    return {"label": "", "env_steps": env_steps} | SuccessRate(total, 40, 30.0, tasks).figures()
+
+
+def test_a_suite_has_a_row_and_a_bar_for_each_task_and_lerobot_counts_episodes_per_task(tmp_path, capsys):
+    """8 and 12 of 20, then 18 and 12: 40 % and 60 %, 90 % and 60 %; the mean goes from 50 to 75."""
+    evaluations = [of_suite({"reach": 8, "push": 12}, 0), of_suite({"reach": 18, "push": 12}, 9_000)]
+    run = configured(tmp_path / "run", evaluations=evaluations)
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    report.finish(run, console)
+    text = console.export_text()
+    assert re.search(r"run .*50 \[.*75 \[", text)
+    assert re.search(r"reach +40 \[22, 61\] +90 \[70, 97\] +\+50", text)
+    assert re.search(r"push +60 .* +60 .* \+0", text)
+    assert "--eval.n_episodes=20" in text
+    page = report.write_page([run], tmp_path / "page.html").read_text()
+    for name, rates in {"reach": "from 40 to 90 %", "push": "from 60 to 60 %"}.items():
+        assert re.search(rf"<td>{name}</td>.*?{rates}", page, re.DOTALL)
+
+
 # -- table and command lines ----------------------------------------------------------------------------------------
 
 

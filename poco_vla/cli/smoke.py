@@ -24,8 +24,16 @@ from poco_vla.files import atomic_folder
 
 
 def tiny_pick_task(config: TrainConfig) -> TrainConfig:
-    """`config` with a tiny base model, made here, and the simulated pick task in the place of the robot's."""
+    """`config` with a tiny base model, made here, and a simulated task: the recipe's own where it is seen by cameras,
+    else the pick task in the place of the robot's."""
     from poco_vla.registry import load_adapter  # loads torch, for which no recipe's --help waits
+    from poco_vla.simulators import num_tasks
+
+    env = config.env
+    if env is None or not env.options.get("cameras"):
+        env = EnvSpec(type="ogbench", task="cube-single-singletask-task1-v0", options={"cameras": ["front", "wrist"]})
+    env = replace(env, options={"episode_length": 80} | env.options | {"image_size": 64}, num_envs=2)
+    tasks = num_tasks(env)
 
     root = Path("runs/tiny")
     policy, options = None, config.policy_options
@@ -40,19 +48,14 @@ def tiny_pick_task(config: TrainConfig) -> TrainConfig:
         policy_options=options,
         statistics="dataset",
         dataset=DatasetConfig(),
-        demonstrations=DemonstrationConfig(episodes=8, root=root / "data"),
-        env=EnvSpec(
-            type="ogbench",
-            task="cube-single-singletask-task1-v0",
-            options={"cameras": ["front", "wrist"], "image_size": 64, "episode_length": 80},
-            num_envs=2,
-        ),
+        demonstrations=DemonstrationConfig(episodes=-(-8 // tasks), root=root / "data"),
+        env=env,
         interaction=InteractionConfig() if config.interaction.mode == "remote" else config.interaction,
         # The paper's clip is for a pretrained model, whose flow error is a hundred times smaller.
         poco=replace(config.poco, num_candidates=4, zeta="auto", critic_hidden=(64, 64)),
         algorithm_options=_tiny_options(config),
         optim=replace(config.optim, batch_size=16, actor_lr=1e-3),
-        eval=EvalConfig(episodes=4),
+        eval=EvalConfig(episodes=-(-4 // tasks)),
         sft_steps=200,
         warmup_steps=100,
         online_steps=640,

@@ -18,7 +18,8 @@ class EnvSpec:
     type: str = method(DEFAULT_ENV)
     """LeRobot environment type (an `EnvConfig` choice), such as "ogbench" or "pusht"."""
     task: str = method("")
-    """Its task; empty takes the type's own default."""
+    """Its task; empty takes the type's own default. Several with commas between them, or the name of a suite where the
+    type has some, are one environment: episodes cycle over the tasks."""
     options: dict[str, Any] = method({})
     """Further fields of that EnvConfig, such as {"episode_length": 120}."""
     num_envs: int = method(4)
@@ -40,6 +41,8 @@ class EnvSpec:
     max_failures: int = machine(5)
     """Failures of one environment in a row (errors, NaN, hung or dead workers), without a finished episode in between,
     after which the run stops."""
+    trust_remote_code: bool = machine(False)
+    """Consent to download and run a Hub environment's code (LeRobot's own flag)."""
 
     def __post_init__(self) -> None:
         if not self.task and self.type == DEFAULT_ENV:
@@ -121,7 +124,7 @@ class EvalConfig:
     """Evaluation by success rate."""
 
     episodes: int = method(50)
-    """Episodes per evaluation (paper: 50 in simulation)."""
+    """Episodes per evaluation (paper: 50 in simulation); of a suite, of each of its tasks."""
     every: int = method(0)
     """Environment steps between evaluations while online; 0 evaluates only after SFT and at the end."""
     seed: int = method(100_000)

@@ -84,7 +84,7 @@ class DemonstrationConfig:
     kind: Literal["expert", "play", "noisy"] = method("expert")
     """"expert" solves the task; "play" and "noisy" do something or other, as OGBench's published sets (state only)."""
     episodes: int = method(30)
-    """Episodes to record; of an expert the successful ones."""
+    """Episodes to record; of an expert the successful ones. Of a suite, of each of its tasks."""
     noise: float = method(0.1)
     """The expert's own noise level (OGBench: its oracle's `noise`; 0.1 in the published sets)."""
     recovery: float = method(0.0)

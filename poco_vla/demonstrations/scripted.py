@@ -10,12 +10,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from filelock import FileLock
 
@@ -24,11 +25,11 @@ from poco_vla.data import Episode
 from poco_vla.demonstrations.attempts import Attempts
 from poco_vla.errors import ConfigError, DataError, NonFiniteError, SimulatorError
 from poco_vla.recording.recorder import write_dataset
-from poco_vla.rollout.chunk_env import UNLIMITED, TimeLimits, declared_limit, read_instruction, read_success
-from poco_vla.rollout.env_workers import make_env
+from poco_vla.rollout.chunk_env import UNLIMITED, TimeLimits, declared_limit, read_success
 from poco_vla.rollout.workers import Failure, time_limit
-from poco_vla.simulators import environment, name_of
+from poco_vla.simulators import env_source, environment, name_of
 from poco_vla.simulators.observations import ObservationReader, flat_observation
+from poco_vla.simulators.suite import read_instruction
 
 logger = logging.getLogger(__name__)
 HOPELESS = 50
@@ -79,11 +80,11 @@ def ensure_demonstrations(
         logger.info("demonstrations: using %s", root)
         return root
     parts, lock = (root.with_name(f".{root.name}.{name}") for name in ("attempts", "lock"))
-    env = environment(spec)
+    source = env_source(spec)
     limits = TimeLimits(spec.step_timeout, spec.reset_timeout, spec.max_episode_steps)
-    build = partial(Collector, env.package_name, env.gym_id, env.gym_kwargs, limits, name_of(spec))
+    build = partial(Collector, source.make, limits, name_of(spec))
     workers, local = _num_workers(config), not needs_processes(spec, config)
-    attempts = Attempts(build, workers, getattr(env, "preload", ()), limits, local=local)
+    attempts = Attempts(build, workers, source.preload, limits, local=local)
     with closing(attempts):
         try:
             _refuse_without_expert(spec, config, attempts)
@@ -93,7 +94,13 @@ def ensure_demonstrations(
                 parts.mkdir(exist_ok=True)
                 if not is_made(spec, config):
                     kept = _collect(spec, config, attempts, parts, on_episode)
-                    write_dataset(map(_read, kept), root, fps=env.fps, repo_id=f"local/{root.name}", video=config.video)
+                    write_dataset(
+                        map(_read, kept),
+                        root,
+                        fps=environment(spec).fps,
+                        repo_id=f"local/{root.name}",
+                        video=config.video,
+                    )
         finally:
             lock.unlink(missing_ok=True)
             if is_made(spec, config):
@@ -118,9 +125,12 @@ def _num_workers(config: DemonstrationConfig) -> int:
 def _collect(
     spec: EnvSpec, config: DemonstrationConfig, attempts: Attempts, parts: Path, on_episode: Callable[[int], None]
 ) -> list[Path]:
-    """Files of the first `config.episodes` attempts that are kept."""
+    """Files of the first `config.episodes` attempts that are kept; of a suite, of each task."""
+    names: list[str] = attempts.first("tasks")
+    left = dict.fromkeys(range(len(names)), config.episodes)  # attempts cycle over the tasks
     kept: list[Path] = []
-    attempt, in_a_row, most = 0, 0, 20 + 10 * config.episodes
+    attempt, in_a_row, most = 0, 0, len(names) * (20 + 10 * config.episodes)
+    hopeless = len(names) * HOPELESS
     for attempt, path in enumerate(attempts.made("attempt", config, parts), 1):
         if isinstance(path, Failure):
             in_a_row += 1
@@ -129,17 +139,20 @@ def _collect(
         in_a_row = 0
         with np.load(path, allow_pickle=False) as file:
             succeeded = bool(file["success"].any())
-        if config.kind != "expert" or succeeded:
+        task = (attempt - 1) % len(names)
+        if (config.kind != "expert" or succeeded) and left[task]:
+            left[task] -= 1
             kept.append(path)
             on_episode(len(kept))
-        if len(kept) == config.episodes:
+        if not any(left.values()):
             return kept
-        if attempt == (most if kept else min(most, HOPELESS)):
+        if attempt == (most if kept else min(most, hopeless)):
             break
     shutil.rmtree(parts)
+    lacking = [names[task] for task, number in left.items() if number]
     raise ConfigError(
         f"the expert succeeded in {len(kept)} of {attempt} attempts at noise {config.noise:g}; lower it, or allow "
-        "longer episodes"
+        "longer episodes" + (f" (too few of {', '.join(lacking)})" if len(names) > 1 else "")
     )
 
 
@@ -249,12 +262,16 @@ def _num_cores() -> int:
 class Collector:
     """The environment of a process that collects demonstrations."""
 
-    def __init__(self, package: str, gym_id: str, kwargs: Mapping[str, Any], limits: TimeLimits, name: str) -> None:
+    def __init__(self, make: Callable[[], gym.Env], limits: TimeLimits, name: str) -> None:
         self.limits, self.name = limits, name
-        self.env: Any = make_env(package, gym_id, kwargs).unwrapped
+        self.env: Any = make().unwrapped
         # On the instance, so that an expert's own steps are limited as well.
         self.env.step = _limited(self.env.step, limits.step)
         self.env.reset = _limited(self.env.reset, limits.reset)
+
+    def tasks(self) -> list[str]:
+        """List the names of the tasks that attempts cycle over: one without a name for a single task."""
+        return list(getattr(self.env, "names", ())) or [""]
 
     def offers(self, method: str) -> bool:
         """Return True if the environment has this method."""
@@ -268,10 +285,10 @@ class Collector:
         rng = np.random.default_rng([config.seed, attempt])
         if config.kind == "expert":
             known = {"limits": self.limits, "name": self.name}
-            episode = demonstrate(self.env, config.noise, rng, seed=int(rng.integers(2**31)), **known)
+            episode = demonstrate(self.env, config.noise, rng, seed=self._seed(rng, attempt), **known)
             if rng.random() < config.recovery:
                 moment = int(rng.integers(1, max(2, len(episode))))
-                seed = int(rng.integers(2**31))
+                seed = self._seed(rng, attempt)
                 episode = demonstrate(self.env, config.noise, rng, seed=seed, disturb_at=moment, **known)
         else:
             episode = self.env.play(config.kind, config.noise, config.steps, rng)
@@ -286,6 +303,11 @@ class Collector:
 
     def close(self) -> None:
         self.env.close()
+
+    def _seed(self, rng: np.random.Generator, attempt: int) -> int:
+        """Draw the seed of an episode; of a suite one that chooses the attempt's task."""
+        drawn, tasks = int(rng.integers(2**31)), len(self.tasks())
+        return drawn - drawn % tasks + attempt % tasks
 
 
 def _limited(act: Callable[..., Any], seconds: float) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from poco_vla.policy import FlowPolicy
 from poco_vla.progress import Display
 from poco_vla.registry import load_adapter
 from poco_vla.rollout.compatibility import check_fit, check_inputs
-from poco_vla.simulators import environment
+from poco_vla.simulators import env_source, environment, num_tasks
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,13 @@ def open_data(config: TrainConfig, accelerator: Accelerator, display: Display) -
     """
     where = config.dataset
     env_config = environment(config.env) if config.env is not None else None
+    if config.env is not None:
+        env_source(config.env)  # says what is not installed
     if config.demonstrations is not None and not (config.dataset.root or config.dataset.repo_id):
         assert config.env is not None
         root = demonstrations_root(config.env, config.demonstrations)
         if accelerator.is_main_process and not (root / "meta" / "info.json").is_file():
-            with display.stage("demonstrations", config.demonstrations.episodes) as bar:
+            with display.stage("demonstrations", config.demonstrations.episodes * num_tasks(config.env)) as bar:
                 ensure_demonstrations(config.env, config.demonstrations, bar.to)
         accelerator.wait_for_everyone()
         where = replace(config.dataset, repo_id=f"local/{root.name}", root=root)

@@ -10,7 +10,7 @@ from poco_vla.data.episode import first_of_each_task
 from poco_vla.learner.broadcast import Sharing
 from poco_vla.policy import FlowPolicy
 from poco_vla.rollout import EnvPool
-from poco_vla.rollout.compatibility import check_env_pictures, check_pictures, check_rollout
+from poco_vla.rollout.compatibility import check_env_pictures, check_observations, check_pictures, check_rollout
 from poco_vla.run.context import RunContext
 from poco_vla.simulators.instructions import settle_instruction
 
@@ -48,8 +48,9 @@ def open_environments(
         envs = EnvPool(spec, config.horizon, say=say, give_up=context.interruption.is_requested)
         resources.callback(envs.close)
         envs.reset(config.eval.seed)
-        spec = settle_instruction(spec, envs.tasks, first_of_each_task(demos), say)
+        spec = settle_instruction(spec, envs.instructions or envs.tasks, first_of_each_task(demos), say)
         envs.set_instruction(spec.instruction)
+        check_observations(policy, demos[0].obs, envs)
         check_env_pictures(policy, envs)
         preprocess_obs(policy, envs.obs, envs.tasks)
         check_pictures(policy, demos[0].obs, envs.obs)

@@ -32,7 +32,7 @@ class Experience:
         prefixes: gets what acting has encoded.
         admission: decides which episodes are learned from.
         provenance: digests of the data.
-        watch: is told of every episode whether it succeeded.
+        watch: is told of every episode whether it succeeded, and its instruction.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Experience:
         prefixes: PrefixSource | None,
         admission: Admission,
         provenance: Provenance,
-        watch: Callable[[bool], None],
+        watch: Callable[[bool, str], None],
     ) -> None:
         self.config, self.accelerator, self.progress = context.config, context.accelerator, context.progress
         self.folder, self.display, self.logbook = context.folder, context.display, context.logbook
@@ -66,7 +66,7 @@ class Experience:
             now.episodes += 1
             now.recent = [*now.recent, episode.succeeded][-report.WINDOW :]
             self.logbook.episode(len(episode), episode.succeeded)
-            self.watch(episode.succeeded)
+            self.watch(episode.succeeded, episode.task)
 
     def state(self) -> dict[str, Any]:
         """Return digests of all that was learned from; the episodes themselves are on disk already."""

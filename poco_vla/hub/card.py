@@ -130,6 +130,7 @@ def _success(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str
     elif practised:
         yield _row(f"after: {title}", results["after"])
     yield ""
+    yield from _task_rows(results["before"], _figures(artifact.about))
     from poco_vla.report.commands import acting_note  # its package loads pandas
 
     note = acting_note(artifact.about)
@@ -144,6 +145,23 @@ def _success(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str
     if (artifact.folder / PLOT).exists():
         yield ""
         yield f"![Success against environment steps]({PLOT})"
+
+
+def _task_rows(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield a table of a suite's tasks; nothing for a single task."""
+    if not before.get("tasks"):
+        return
+    yield "The figures above are means over the suite's tasks:"
+    yield ""
+    yield "| Task | before | 95 % interval | after | 95 % interval |"
+    yield "|---|---|---|---|---|"
+    for name, one in before["tasks"].items():
+        cells = []
+        for figures in (one, (after or {}).get("tasks", {}).get(name)):
+            low, high = figures["interval_95"] if figures else (0, 0)
+            cells += [f"{figures['success_rate']:.0%}", f"{low:.0%} to {high:.0%}"] if figures else ["-", "-"]
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield ""
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> str:
@@ -191,7 +209,7 @@ def _use(artifact: Artifact, repo_id: str, licence: Licence) -> Iterator[str]:
         yield f"`--policy.path={path}` and the `--env.*` arguments of yours."
     else:
         figures = _figures(about) or results["before"] or {"episodes": 50}
-        arguments, episodes = results["lerobot_arguments"], figures["episodes"]
+        arguments, episodes = results["lerobot_arguments"], figures["episodes"] // max(1, len(figures.get("tasks", ())))
         command = lerobot_eval(path, results["env"], arguments=arguments, episodes=episodes)
         if command is None:
             yield "The run's own script registered its environment type, which LeRobot's commands do not find."

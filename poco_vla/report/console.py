@@ -30,6 +30,8 @@ def finish(run: Path, console: Console) -> None:
     curve = draw_curves([run], run / "curve.png")
     console.print(result_table([run]))
     result = read_result(run)
+    if (result["before"] or {}).get("tasks"):
+        console.print(_task_table(result["before"]["tasks"], result["after"]["tasks"]))
     console.print(f"learning curve  {curve}")
     for name in ("failure_before.mp4", "success_after.mp4"):
         if (run / name).exists():
@@ -68,6 +70,19 @@ def result_table(runs: Sequence[Path]) -> RenderableType:
         )
         rows.append(dict(zip(COLUMNS, cells, strict=True)))
     return Lines(_ResultTable(rows, f"after {titles.pop()}" if len(titles) == 1 else "after"), *notes)
+
+
+def _task_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
+    """Return success of each task of a suite, before and after."""
+    table = Table(title="each task", title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("task", overflow="fold")
+    for name in ("SFT", "after", "gain"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, first in before.items():
+        last = after.get(name)
+        gain = f"{100 * (last['success_rate'] - first['success_rate']):+.0f}" if last else "-"
+        table.add_row(name, _rate(first), _rate(last), gain)
+    return table
 
 
 @dataclass(frozen=True)

@@ -157,10 +157,18 @@ def interval_label(seeds: int, episodes: int) -> str:
     return f"95 % Wilson, {episodes} episodes" + (" of 2 seeds" if seeds > 1 else "")
 
 
-def rate_of(group: Group, when: str) -> tuple[float, float, float] | None:
-    """Return mean and 95 % interval over a group's finished seeds of "before" or "after"; None if nothing was
-    evaluated."""
+def tasks_of(group: Group) -> list[str]:
+    """List the tasks of a group's suite; none where there is a single task."""
+    figures = [run.result["before"] for run in group.finished]
+    return list(dict.fromkeys(name for f in figures if f for name in f.get("tasks", ())))
+
+
+def rate_of(group: Group, when: str, task: str | None = None) -> tuple[float, float, float] | None:
+    """Return mean and 95 % interval over a group's finished seeds of "before" or "after", of one `task` of a suite;
+    None if nothing was evaluated."""
     figures = [run.result[when] for run in group.finished]
+    if task is not None:
+        figures = [(f or {}).get("tasks", {}).get(task) for f in figures]
     if not figures or any(f is None for f in figures):
         return None
     rates, episodes = (np.array([[float(f[name])] for f in figures]) for name in ("success_rate", "episodes"))

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from poco_vla.files import atomic_file
 from poco_vla.report.commands import shown
-from poco_vla.report.curves import WINDOW, curve_of, rate_of
+from poco_vla.report.curves import WINDOW, curve_of, rate_of, tasks_of
 from poco_vla.report.plots import COLOURS, METRICS, NAMED, UNFINISHED, curve_svg, metric_svg, short
 from poco_vla.report.published import published, source
 from poco_vla.report.runs import (
@@ -129,6 +129,7 @@ def _section(group: Group, videos: Videos) -> dict[str, Any]:
         "demonstration_steps": steps if isinstance(steps, int) else None,
         "curves": _curves(group),
         "published": _published(group),
+        "tasks": [(task, rate_of(group, "before", task), rate_of(group, "after", task)) for task in tasks_of(group)],
         "metrics": {title: svg for name, title in METRICS.items() if (svg := metric_svg(group, name))},
         "videos": [found for run in group.runs if (found := _run_videos(run, videos))],
         "settings": [(name, shown(value)) for name, value in first.config.items()],

@@ -334,13 +334,13 @@ def eval_command(run: Path) -> str | None:
     env = result["env"]
     if env is None:
         return None
-    evaluated = result["after"] or result["before"] or {"episodes": 50}
+    evaluated: dict[str, Any] = result["after"] or result["before"] or {"episodes": 50}
     return lerobot_eval(
         run / result["policy"],
         env,
         arguments=result.get("lerobot_arguments", ()),
         device=result.get("device", "cpu"),
-        episodes=evaluated["episodes"],
+        episodes=evaluated["episodes"] // max(1, len(evaluated.get("tasks", ()))),  # LeRobot counts a task's
     )
 
 

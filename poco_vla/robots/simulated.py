@@ -10,11 +10,11 @@ from lerobot.robots import Robot, RobotConfig
 from lerobot.utils.decorators import check_if_already_connected, check_if_not_connected
 
 from poco_vla.errors import ConfigError
+from poco_vla.rendering.render import render
 from poco_vla.robots.safety import ActionError
 from poco_vla.simulators.cameras import check_image_size, checked_cameras
 from poco_vla.simulators.ogbench_gym import CAMERAS, OGBenchEnv
 from poco_vla.simulators.ogbench_tasks import FPS, PROPRIOCEPTION, dimensions
-from poco_vla.simulators.rendering.render import render
 
 STATE = (
     *(f"joint_{i}.pos" for i in range(1, 7)),

@@ -11,7 +11,10 @@ from gymnasium.vector.utils import batch_space
 from poco_vla.errors import ConfigError, NonFiniteError
 from poco_vla.rollout.workers import time_limit
 from poco_vla.simulators.observations import ObservationReader
+from poco_vla.simulators.suite import read_instruction
 
+SUCCESS_KEYS = ("is_success", "success", "succeed")
+"""Entries of `info` that tell success, the first that is there: LeRobot's, many simulators' own, gym-hil's."""
 UNLIMITED = 2000
 """Control steps after which an episode is cut off where neither the environment nor `env.max_episode_steps` says."""
 
@@ -31,31 +34,23 @@ class TimeLimits:
     steps: int | None = None
 
 
-def read_instruction(env: Any) -> str:
-    """Return the instruction of an environment as it is now: LeRobot's `task_description`, else `task`, else ""."""
-    for name in ("task_description", "task"):
-        text = getattr(env, name, None)
-        if isinstance(text, str) and text:
-            return text
-    return ""
-
-
 def read_success(info: Any, name: str) -> bool | None:
-    """Return info["is_success"]; None if it is missing. NaN is no success.
+    """Return info["is_success"], else "success" or "succeed" (gym-hil); None if all are missing. NaN is no success.
 
     Raises:
         ConfigError: info is no dict, or the value is no truth value.
     """
     if not isinstance(info, Mapping):
         raise ConfigError(f'{name} returns {_shown(info)} as info; expected a dict, with "is_success" at the end')
-    value = info.get("is_success")
-    if value is None:
+    key = next((key for key in SUCCESS_KEYS if info.get(key) is not None), None)
+    if key is None:
         return None
-    number = _single(value, f'{name} returns info["is_success"]', "True or False")
+    value = info[key]
+    number = _single(value, f'{name} returns info["{key}"]', "True or False")
     if number != number:
         return False
     if number not in (0, 1):
-        raise ConfigError(f'{name} returns info["is_success"] = {_shown(value)}; expected True or False')
+        raise ConfigError(f'{name} returns info["{key}"] = {_shown(value)}; expected True or False')
     return bool(number)
 
 
@@ -156,8 +151,14 @@ class ChunkEnv(gym.Env):
         return text
 
     def describe(self) -> dict[str, Any]:
-        """Return the action dimension and step limits of the environment."""
-        return {"action_dim": self.env.action_space.shape[-1], "declared": self.declared, "limit": self.most_steps}  # type: ignore[index]
+        """Return the action dimension, the step limits and the tasks of the environment, with their instructions."""
+        return {
+            "action_dim": self.env.action_space.shape[-1],  # type: ignore[index]
+            "declared": self.declared,
+            "limit": self.most_steps,
+            "tasks": list(getattr(self.env, "names", ())),
+            "instructions": list(getattr(self.env, "instructions", ())),
+        }
 
     def begin(self, first: int, end: int | None = None) -> dict[str, Any]:
         """Begin the episode of seed `first`; seeds of `end` and beyond are not played."""

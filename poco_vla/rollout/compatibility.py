@@ -9,6 +9,7 @@ import numpy as np
 from poco_vla.data import DatasetInfo
 from poco_vla.errors import DataError
 from poco_vla.policy import FlowPolicy
+from poco_vla.simulators import declared_features
 from poco_vla.simulators.observations import require_pictures
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ def check_fit(info: DatasetInfo, env: Any) -> None:
         env: LeRobot EnvConfig.
     """
     from lerobot.configs.types import FeatureType
-    from lerobot.envs.utils import env_to_policy_features
 
     if "action" not in info.features:
         raise DataError(f"{info.repo_id} has no column action. Its columns: {', '.join(sorted(info.features))}.")
@@ -41,7 +41,7 @@ def check_fit(info: DatasetInfo, env: Any) -> None:
             f"{info.repo_id} was recorded at {info.fps} fps, the environment runs at {env.fps}: a chunk would last "
             "another time. Use data of the same rate."
         )
-    for key, feature in env_to_policy_features(env).items():
+    for key, feature in declared_features(env).items():
         if feature.type is FeatureType.VISUAL or key not in info.features:
             continue  # images are resized on their way in; what a policy reads is its own affair
         shape = tuple(info.features[key]["shape"])
@@ -60,11 +60,9 @@ def check_inputs(policy: FlowPolicy, info: DatasetInfo, env: Any | None) -> None
         info: of the dataset.
         env: LeRobot EnvConfig, None where there is none.
     """
-    from lerobot.envs.utils import env_to_policy_features
-
     offers = {"the dataset": set(info.features)}
-    if env is not None:
-        offers[f'the environment "{env.type}"'] = set(env_to_policy_features(env))
+    if env is not None and (declared := declared_features(env)):
+        offers[f'the environment "{env.type}"'] = set(declared)
     for where, keys in offers.items():
         missing = sorted(set(policy.input_keys) - keys)
         if missing:
@@ -72,6 +70,26 @@ def check_inputs(policy: FlowPolicy, info: DatasetInfo, env: Any | None) -> None
     action_dim = info.features["action"]["shape"][0]
     if action_dim != policy.spec.action_dim:
         raise DataError(f"the policy acts in {policy.spec.action_dim} dimensions, {info.repo_id} in {action_dim}")
+
+
+def check_observations(policy: FlowPolicy, demos: Mapping[str, np.ndarray], env: "EnvPool") -> None:
+    """Raise DataError unless the observations that an environment gives have what a policy reads, as the data have it.
+
+    Args:
+        policy: the policy to train.
+        demos: columns of a demonstration.
+        env: environments whose episodes have begun.
+    """
+    missing = sorted(set(policy.input_keys) - env.obs.keys())
+    if missing:
+        raise DataError(f"the policy reads {', '.join(missing)}, which {env.name} does not offer: {sorted(env.obs)}")
+    for key in policy.input_keys:
+        mine, shown = demos[key], env.obs[key]
+        if mine.dtype != np.uint8 and mine.shape[1:] != shown.shape[1:]:
+            raise DataError(
+                f'"{key}" has shape {mine.shape[1:]} in the dataset and {shown.shape[1:]} in {env.name}: the data '
+                "comes from another robot, task, suite of tasks or choice of cameras"
+            )
 
 
 def check_pictures(policy: FlowPolicy, demos: Mapping[str, np.ndarray], env: Mapping[str, np.ndarray]) -> None:

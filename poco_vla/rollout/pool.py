@@ -14,7 +14,7 @@ from poco_vla.errors import ConfigError, SimulatorError
 from poco_vla.rollout.chunk_env import TimeLimits
 from poco_vla.rollout.env_workers import Environments, make_chunk_env
 from poco_vla.rollout.workers import Failure, wait
-from poco_vla.simulators import environment, name_of
+from poco_vla.simulators import env_source, environment, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class EnvPool:
 
     Attributes:
         failures: episodes that were dropped.
+        suite: names of the tasks that episodes cycle over by their seeds; empty where there is one without a name.
+        instructions: of each of these, as far as it is known before an episode begins.
         tasks: [num_envs] instruction of the episode that each environment is in.
         brought: [num_envs] what the last chunk brought: ``reward``, ``success`` and ``terminal`` of its steps, and
             ``ended``; None of an environment that failed or took no step.
@@ -88,10 +90,9 @@ class EnvPool:
         self._chunks: np.ndarray | None = None
         self.brought: list[Mapping[str, Any] | None] = []
         self._versions = [0] * spec.num_envs
-        which = (config.package_name, config.gym_id, config.gym_kwargs)
-        make = partial(make_chunk_env, *which, horizon, self.stride, self._limits, self.name)
-        preload = getattr(config, "preload", ())
-        self._envs = Environments(make, spec.num_envs, preload, self._limits, in_process=spec.in_process)
+        source = env_source(spec)
+        make = partial(make_chunk_env, source.make, horizon, self.stride, self._limits, self.name)
+        self._envs = Environments(make, spec.num_envs, source.preload, self._limits, in_process=spec.in_process)
         try:
             found = self._describe()
         except BaseException:
@@ -100,6 +101,8 @@ class EnvPool:
         self.action_dim: int = found["action_dim"]
         self.time_limit: int | None = found["declared"]
         self.most_steps: int = found["limit"]
+        self.suite: list[str] = found["tasks"]
+        self.instructions: list[str] = found["instructions"]
 
     def __enter__(self) -> "EnvPool":
         return self
@@ -125,6 +128,11 @@ class EnvPool:
     def tasks(self) -> list[str]:
         """List the instruction of each environment's present episode; `spec.instruction` where it is given."""
         return [self._task(state) for state in self._states]
+
+    @property
+    def num_tasks(self) -> int:
+        """Return the number of tasks that episodes cycle over."""
+        return max(1, len(self.suite))
 
     @property
     def idle(self) -> np.ndarray:

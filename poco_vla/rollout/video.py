@@ -1,10 +1,11 @@
 """Videos of recorded episodes, and encoders kept quiet."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 
 from poco_vla.config import EnvSpec
@@ -12,9 +13,8 @@ from poco_vla.data import Episode
 from poco_vla.errors import SimulatorError
 from poco_vla.recording.encoding import silent_stderr
 from poco_vla.rollout.chunk_env import TimeLimits
-from poco_vla.rollout.env_workers import make_env
 from poco_vla.rollout.workers import LocalWorker, Worker, close_all, time_limit, wait, worker_context
-from poco_vla.simulators import environment, name_of
+from poco_vla.simulators import env_source, environment, name_of
 from poco_vla.simulators.observations import as_picture
 
 
@@ -33,25 +33,26 @@ def write_episode_video(episode: Episode, env: EnvSpec, path: Path, *, every: in
     """
     from lerobot.utils.io_utils import write_video
 
-    config = environment(env)
-    frames = _replay_frames(episode, env, config, every)
+    fps = environment(env).fps
+    frames = _replay_frames(episode, env, every)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
     try:
         with silent_stderr():
-            write_video(partial, frames + [frames[-1]] * hold, config.fps // every)
+            write_video(partial, frames + [frames[-1]] * hold, fps // every)
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
     return path
 
 
-def _replay_frames(episode: Episode, env: EnvSpec, config: Any, every: int) -> list[np.ndarray]:
+def _replay_frames(episode: Episode, env: EnvSpec, every: int) -> list[np.ndarray]:
     """Yield the frames of an episode that is played again, in a worker process unless the environment runs in this
     one."""
     limits = TimeLimits(env.step_timeout, env.reset_timeout)
-    build = partial(_Player, config.package_name, config.gym_id, config.gym_kwargs, limits)
-    context = worker_context(getattr(config, "preload", ()))
+    source = env_source(env)
+    build = partial(_Player, source.make, limits)
+    context = worker_context(source.preload)
     worker = LocalWorker(build) if env.in_process else Worker(context, build, "video", within=limits.reset)
     try:
         worker.ask("begin", episode.seed, within=limits.reset)
@@ -70,8 +71,8 @@ def _replay_frames(episode: Episode, env: EnvSpec, config: Any, every: int) -> l
 class _Player:
     """An environment that shows what it plays."""
 
-    def __init__(self, package: str, gym_id: str, kwargs: Mapping[str, Any], limits: TimeLimits) -> None:
-        self.sim: Any = make_env(package, gym_id, kwargs).unwrapped
+    def __init__(self, make: Callable[[], gym.Env], limits: TimeLimits) -> None:
+        self.sim: Any = make().unwrapped
         self.limits = limits
 
     def begin(self, seed: int | None) -> np.ndarray:

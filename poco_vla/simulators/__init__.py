@@ -13,7 +13,8 @@ from typing import Any
 
 from poco_vla.config import EnvSpec
 from poco_vla.errors import ConfigError, UnknownNameError
-from poco_vla.simulators.supported import check_supported
+from poco_vla.simulators.sources import EnvSource, is_made_by_id, source_of
+from poco_vla.simulators.suite import TASK_KEY
 
 
 def name_of(spec: EnvSpec) -> str:
@@ -22,22 +23,68 @@ def name_of(spec: EnvSpec) -> str:
 
 
 def environment(spec: EnvSpec) -> Any:
-    """The LeRobot EnvConfig that a spec names.
+    """Return the LeRobot EnvConfig that a spec names; of several tasks that of the first.
 
     Raises:
         UnknownNameError: no such type, or an option names what there is not; the message lists what there is.
-        ConfigError: an option that the type does not have, its simulator is not installed, or it has no Gymnasium id.
+        ConfigError: an option that the type does not have.
     """
+    return _configs(spec)[0]
+
+
+def env_source(spec: EnvSpec) -> EnvSource:
+    """Return how the environments of a spec are made.
+
+    Raises:
+        UnknownNameError, ConfigError: as :func:`environment`; its simulator is not installed, or it runs code of the
+            Hub without consent.
+    """
+    return source_of(spec, _configs(spec))
+
+
+def num_tasks(spec: EnvSpec) -> int:
+    """Return the number of tasks that a spec names, as far as its configuration tells."""
+    configs = _configs(spec)
+    return max(len(configs), len(getattr(configs[0], "tasks", ())))
+
+
+def _configs(spec: EnvSpec) -> list[Any]:
+    """Return the LeRobot EnvConfig of each task that a spec names. A type that makes its environments itself reads a
+    list of tasks itself."""
+    from lerobot.envs.configs import EnvConfig
+
     kind = config_class(spec.type)
     _check_options(spec, kind)
+    several = "," in spec.task and kind.create_envs is EnvConfig.create_envs
+    tasks = [task.strip() for task in spec.task.split(",") if task.strip()] if several else [spec.task]
     try:
-        config = kind(**({"task": spec.task} if spec.task else {}), **spec.options)
+        configs = [kind(**({"task": task} if task else {}), **spec.options) for task in tasks]
     except UnknownNameError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f'environment "{spec.type}": {error}') from error
-    check_supported(config)
-    return config
+    if several:
+        _declare_tasks(configs[0], len(configs))
+    return configs
+
+
+def _declare_tasks(config: Any, tasks: int) -> None:
+    """Add to a configuration's features what a suite of tasks adds to the observations."""
+    from lerobot.configs.types import FeatureType, PolicyFeature
+    from lerobot.utils.constants import OBS_ENV_STATE
+
+    own = config.features.get(TASK_KEY)
+    size = tasks + (own.shape[0] if own is not None else 0)
+    config.features = config.features | {TASK_KEY: PolicyFeature(FeatureType.ENV, (size,))}
+    config.features_map = config.features_map | {TASK_KEY: OBS_ENV_STATE}
+
+
+def declared_features(config: Any) -> dict[str, Any]:
+    """Return the features that an EnvConfig declares, by LeRobot's keys. Empty where they cannot be known before an
+    environment is there: the type makes its environments itself, or has processors of its own."""
+    from lerobot.envs.utils import env_to_policy_features
+
+    return env_to_policy_features(config) if is_made_by_id(config) else {}
 
 
 def default_task(kind: str) -> str:
@@ -57,6 +104,7 @@ def config_class(kind: str) -> Any:
 
     import_module("poco_vla.simulators.ogbench")
     import_module("poco_vla.simulators.robosuite")
+    import_module("poco_vla.simulators.metaworld")
     known = EnvConfig.get_known_choices()
     if kind not in known:
         register_third_party_plugins()

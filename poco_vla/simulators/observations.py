@@ -16,6 +16,8 @@ def lerobot_key(name: str) -> str:
     """Return LeRobot's name of a Gymnasium observation, as lerobot.envs.utils.preprocess_observation has it."""
     if name == "pixels":
         return "observation.image"
+    if name.startswith("observation."):  # an environment behind LeRobot's processors
+        return name
     if name.startswith("pixels."):
         return f"observation.images.{name.removeprefix('pixels.')}"
     return {"agent_pos": "observation.state"}.get(name, f"observation.{name}")
@@ -31,10 +33,11 @@ def flat_observation(observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def leaves(observation: Mapping[str, Any]) -> dict[str, Any]:
-    """Names with a dot for what lies one level deeper: {"pixels": {"top": x}} -> {"pixels.top": x}."""
+    """Name what lies deeper with dots: {"pixels": {"top": x}} -> {"pixels.top": x}."""
     out: dict[str, Any] = {}
     for name, value in observation.items():
-        out |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
+        nested = isinstance(value, Mapping)
+        out |= {f"{name}.{key}": leaf for key, leaf in leaves(value).items()} if nested else {name: value}
     return out
 
 
@@ -138,10 +141,7 @@ class ObservationReader:
                 "(agent_pos, ...)"
             )
         self.name = name
-        self._leaves: dict[str, gym.Space] = {}
-        for key, value in space.items():
-            nested = value.items() if isinstance(value, gym.spaces.Dict) else ()
-            self._leaves |= {f"{key}.{k}": v for k, v in nested} if nested else {key: value}
+        self._leaves: dict[str, gym.Space] = leaves(space)
         self.space = gym.spaces.Dict({lerobot_key(k): _stored(lerobot_key(k), v) for k, v in self._leaves.items()})
         self.converted: dict[str, str] = {}
         self._highest = {k: _declared_white(v) for k, v in self._leaves.items()}

@@ -9,6 +9,7 @@ import numpy as np
 
 from poco_vla.data import Episode
 from poco_vla.errors import ConfigError
+from poco_vla.rendering.render import render
 from poco_vla.simulators.cameras import checked_cameras
 from poco_vla.simulators.ogbench_expert import PlanExpert
 from poco_vla.simulators.ogbench_play import Play, relabelled
@@ -20,7 +21,6 @@ from poco_vla.simulators.ogbench_tasks import (
     sentence,
     time_limit,
 )
-from poco_vla.simulators.rendering.render import render
 
 GYM_ID = "poco_vla/OGBench-v0"
 CAMERAS = {"front": "front", "wrist": "ur5e/robotiq/wrist"}

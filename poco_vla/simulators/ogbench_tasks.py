@@ -12,7 +12,7 @@ from poco_vla.errors import ConfigError, UnknownNameError
 
 # OGBench builds its action space from float64 bounds, several times an episode; Gymnasium warns each time.
 warnings.filterwarnings("ignore", message=".*Box (high|low)'s precision lowered")
-# MuJoCo's viewer looks for a display at import; poco_vla.simulators.rendering.render finds its own way to draw.
+# MuJoCo's viewer looks for a display at import; poco_vla.rendering.render finds its own way to draw.
 warnings.filterwarnings("ignore", module="glfw")
 
 FPS = 20

@@ -13,8 +13,8 @@ import gymnasium as gym
 import numpy as np
 
 from poco_vla.errors import ConfigError, UnknownNameError
+from poco_vla.rendering.render import render
 from poco_vla.simulators.cameras import checked_cameras
-from poco_vla.simulators.rendering.render import render
 from poco_vla.simulators.seeding import draw_seed, numpy_seed
 
 if TYPE_CHECKING:

@@ -1,78 +1,71 @@
-"""Which of LeRobot's environment types can be used here, and what an absent simulator needs."""
+"""Simulators of LeRobot's environment types: which package each needs, and how that is installed."""
 
-import re
-from importlib.metadata import PackageNotFoundError, distribution
+import importlib
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 from poco_vla.errors import ConfigError
 
 
-def check_supported(config: Any) -> None:
-    """Raise ConfigError unless an environment type can be made by a Gymnasium id.
+@dataclass(frozen=True)
+class Simulator:
+    """What an environment type needs beside LeRobot.
 
-    Args:
-        config: LeRobot EnvConfig.
+    Attributes:
+        package: its name for a person.
+        module: what is imported.
+        install: how it is installed.
     """
-    from lerobot.envs.configs import EnvConfig, HubEnvConfig
 
-    kind = type(config)
-    if isinstance(config, HubEnvConfig):
+    package: str
+    module: str
+    install: str
+
+
+GUIDE = "see LeRobot's page on it, https://huggingface.co/docs/lerobot"
+SIMULATORS = {
+    "aloha": Simulator("gym-aloha", "gym_aloha", 'pip install "lerobot[aloha]"'),
+    "pusht": Simulator("gym-pusht", "gym_pusht", 'pip install "lerobot[pusht]"'),
+    "libero": Simulator(
+        "hf-libero",
+        "libero",
+        'pip install "lerobot[libero]", in an environment without poco-vla[robomimic]: it needs robosuite 1.4.0',
+    ),
+    "libero_plus": Simulator("LIBERO-plus", "libero", f"clone github.com/sylvestf/LIBERO-plus; {GUIDE}/libero_plus"),
+    "metaworld": Simulator("metaworld", "metaworld", 'pip install "poco-vla[metaworld]"'),
+    "metaworld_mt": Simulator("metaworld", "metaworld", 'pip install "poco-vla[metaworld]"'),
+    "gym_manipulator": Simulator("gym-hil", "gym_hil", 'pip install "lerobot[hilserl]"'),
+    "robocasa": Simulator("robocasa", "robocasa", f"clone github.com/robocasa/robocasa; {GUIDE}/robocasa"),
+    "vlabench": Simulator("VLABench", "VLABench", f"clone github.com/OpenMOSS/VLABench; {GUIDE}/vlabench"),
+    "robotwin": Simulator("RoboTwin 2.0", "sapien", f"clone github.com/RoboTwin-Platform/RoboTwin; {GUIDE}/robotwin"),
+    "robomme": Simulator("robomme", "robomme", f"clone github.com/RoboMME/robomme_benchmark; {GUIDE}/robomme"),
+    "isaaclab_arena": Simulator("Isaac Lab Arena", "isaaclab", f"{GUIDE}/envhub_isaaclab_arena"),
+}
+"""Of each type that does not come with an installed simulator."""
+
+
+def check_installed(config: Any) -> None:
+    """Raise ConfigError where the simulator of a LeRobot EnvConfig is not installed."""
+    needed = SIMULATORS.get(config.type)
+    if needed is not None and find_spec(needed.module) is None:
         raise ConfigError(
-            f'the environment type "{config.type}" runs code of the Hub repository {config.hub_path} and registers no '
-            f"Gymnasium id: it is not supported here. {ADVICE}"
+            f'the environment type "{config.type}" needs the package {needed.package}, which is not installed: '
+            f"{needed.install}"
         )
-    own_factory = kind.create_envs is not EnvConfig.create_envs
-    if kind.__module__.startswith("lerobot.") and (own_factory or not _can_be_imported(config)):
+
+
+def import_package(package: str, gym_id: str) -> None:
+    """Import the package that registers a Gymnasium id.
+
+    Raises:
+        ConfigError: it is not installed, or imports another that is not.
+    """
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        missing = error.name or package
+        through = "" if missing.split(".")[0] == package.split(".")[0] else f", which imports {missing}"
         raise ConfigError(
-            f'the environment type "{config.type}" registers no Gymnasium id (LeRobot makes its environments by a '
-            f"function of its own): it is not supported here{_missing(config.type)}. {ADVICE}"
-        )
-
-
-ADVICE = (
-    "Register a Gymnasium environment that wraps it and an EnvConfig of your own with its gym_id (guide: simulators), "
-    "or train on its dataset without an environment (--no-env)."
-)
-
-
-def install_command(kind: str) -> str:
-    """Name the pip command for the simulator of one of LeRobot's types, "" where LeRobot has no extra for it."""
-    return f'pip install "lerobot[{kind}]"' if kind in _extras() else ""
-
-
-def _can_be_imported(config: Any) -> bool:
-    """Return True for a package that is installed, or that one of LeRobot's extras would install."""
-    package = config.package_name
-    return bool(install_command(config.type)) or find_spec(package.split(".")[0]) is not None
-
-
-def _missing(kind: str) -> str:
-    """Name the packages of LeRobot's extra for this type that are not installed."""
-    if kind not in _extras():
-        return ""
-    absent = [name for name in _extras()[kind] if not _installed(name)]
-    return f"; {', '.join(absent)} is not installed either ({install_command(kind)})" if absent else ""
-
-
-def _extras() -> dict[str, list[str]]:
-    """Packages that each extra of the installed LeRobot asks for by itself."""
-    try:
-        lerobot = distribution("lerobot")
-    except PackageNotFoundError:
-        return {}
-    out: dict[str, list[str]] = {name: [] for name in lerobot.metadata.get_all("Provides-Extra") or ()}
-    for line in lerobot.requires or ():
-        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", line)
-        name = re.match(r"[\w.-]+", line)
-        if extra and name and name[0] != "lerobot":
-            out.setdefault(extra[1], []).append(name[0])
-    return out
-
-
-def _installed(name: str) -> bool:
-    try:
-        distribution(name)
-    except PackageNotFoundError:
-        return False
-    return True
+            f'the environment "{gym_id}" needs the package {package}{through}, which is not installed'
+        ) from error

@@ -41,16 +41,16 @@ class CollapseRecovery:
         if episodes:
             self.guard.reference = (successes, episodes)
 
-    def add(self, success: bool) -> None:
+    def add(self, success: bool, task: str) -> None:
         """Take an online episode in."""
         if self.progress.stage_update <= self.config.warmup_steps:
             self._extend_reference(success)
         elif not self.progress.stopped:
-            self.watch(success)
+            self.watch(success, task)
 
-    def watch(self, success: bool) -> None:
+    def watch(self, success: bool, task: str = "") -> None:
         """Let the guard see an episode of the policy that learns, and do as it says."""
-        verdict = self.guard.add(success)
+        verdict = self.guard.add(success, task)
         if verdict == "good":
             self.keep_head()
         elif verdict == "collapsed":

@@ -8,7 +8,7 @@ from typing import Any
 from poco_vla.algorithms import Algorithm
 from poco_vla.data import Episode
 from poco_vla.errors import SimulatorError
-from poco_vla.evaluation import EvalResult, EvaluationStopped, evaluate
+from poco_vla.evaluation import EvalResult, EvaluationStopped, SuccessRate, evaluate
 from poco_vla.hub.rate import note_run
 from poco_vla.rollout import EnvPool
 from poco_vla.rollout.video import write_episode_video
@@ -56,7 +56,8 @@ class Evaluations:
             return None
         settings, now = self.config.eval, self.progress
         trained = now.stage == "online" and now.stage_update > self.config.warmup_steps
-        with self.display.stage(f"evaluating {label}", settings.episodes) as bar, self.interruption.simulators():
+        total = settings.episodes * self.envs.num_tasks
+        with self.display.stage(f"evaluating {label}", total) as bar, self.interruption.simulators():
             try:
                 return evaluate(
                     self.algorithm,
@@ -73,8 +74,10 @@ class Evaluations:
     def note(self, label: str, result: EvalResult, videos: str | None) -> None:
         """Note a result; write videos with `videos` in their names, and the policy if none was better before."""
         settings, now = self.config.eval, self.progress
-        self.display.say(f"success {label}: {result.success} of {settings.episodes} episodes")
-        figures = {"label": label, "env_steps": now.env_steps, "update": now.update} | result.success.figures()
+        success = result.success
+        asked = settings.episodes * max(1, len(result.suite))
+        self.display.say(f"success {label}: {success} of {asked} episodes" + _by_task(success))
+        figures = {"label": label, "env_steps": now.env_steps, "update": now.update} | success.figures()
         now.evaluations.append(figures)
         self.outlook.evaluated(now)
         self.logbook.evaluated(figures)
@@ -105,6 +108,12 @@ class Evaluations:
                     write_episode_video(episode, self.config.env, path, every=1 + len(episode) // 200)
                 except SimulatorError as error:
                     self.display.say(f"{path.name} is not written: {error}")
+
+
+def _by_task(success: SuccessRate) -> str:
+    """Return each task's rate, of a suite."""
+    rates = ", ".join(f"{name} {one.rate:.0%}" for name, one in success.tasks)
+    return f", mean over {len(success.tasks)} tasks: {rates}" if rates else ""
 
 
 def export(save: Callable[[Path], None], folder: Path, about: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ def finish(run: TrainingRun) -> TrainResult:
     context, policy = run.context, run.policy
     now, folder = context.progress, context.folder
     policy_dir, about = folder.path / "policy", run.evaluations.about
-    rates = [SuccessRate(e["successes"], e["episodes"], e["mean_length"]) for e in now.evaluations]
+    rates = [SuccessRate.from_figures(e) for e in now.evaluations]
     before, after = (rates[0], rates[-1]) if rates else (None, None)
     run.updater.gather()
     if context.accelerator.is_main_process:

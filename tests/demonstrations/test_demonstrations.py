@@ -337,3 +337,15 @@ def test_a_simulator_that_fails_in_every_demonstration_ends_the_making_of_them(t
 def test_a_demonstration_that_never_ends_is_a_failed_attempt(tmp_path):
     spec = faulty_spec("endless", seeds=FIRST_SEEDS[:1], in_process=True, max_episode_steps=30)
     assert len(read(ensure_demonstrations(spec, wanted(tmp_path, episodes=1)))) == 1
+
+
+def test_of_a_suite_every_task_has_its_demonstrations_whatever_fails(tmp_path):
+    """At this noise and limit some attempts fail; the one-hot vector of the observation tells the task."""
+    options = {"kind": "ExpertPoint", "episode_length": 5}
+    spec = EnvSpec("tiny_point", "reach,wander", options, in_process=True)
+    root = ensure_demonstrations(spec, wanted(tmp_path, episodes=3, noise=0.5, workers=1))
+    config = DatasetConfig(repo_id="local/demos", root=root)
+    episodes = read_episodes(open_dataset(config), config, ["observation.environment_state"])
+    tasks = [int(episode.obs["observation.environment_state"][0].argmax()) for episode in episodes]
+    assert sorted(tasks) == [0, 0, 0, 1, 1, 1]
+    assert all(episode.succeeded for episode in episodes)

@@ -103,7 +103,7 @@ def test_failures_in_a_row_end_in_one_sentence_and_leave_a_state_to_go_on_from()
         ("no info", "returns None as info; expected a dict"),
         ("two successes", r'info\["is_success"\] = array.*expected True or False'),
         ("four values", "returns 4 values from step; expected five"),
-        ("other name", r"without info\[\"is_success\"\].*info has 'success', which is not the name"),
+        ("other name", r"without info\[\"is_success\"\].*info has 'was_successful', which is not the name"),
     ],
 )
 def test_a_rule_that_an_environment_breaks_is_named_with_the_environment(fault, words):
@@ -118,6 +118,9 @@ def test_numbers_of_numpy_tell_success_and_end():
     assert read_success({"is_success": np.float64(0)}, "it") is False
     assert read_success({"is_success": np.nan}, "it") is False
     assert read_success({}, "it") is None
+    assert read_success({"success": 1.0}, "Meta-World") is True
+    assert read_success({"succeed": True}, "gym-hil") is True
+    assert read_success({"success": 1.0, "is_success": False}, "LeRobot's name comes first") is False
     with pytest.raises(ConfigError, match=r"= 0.4; expected True or False"):
         read_success({"is_success": 0.4}, "it")
 

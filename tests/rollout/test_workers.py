@@ -17,7 +17,6 @@ from poco_vla.data import Episode
 from poco_vla.rollout import workers
 from poco_vla.rollout.video import _replay_frames
 from poco_vla.rollout.workers import Worker, close_all, wait, worker_context
-from poco_vla.simulators import environment
 
 
 def build():
@@ -88,9 +87,7 @@ def test_an_episode_whose_actions_and_frames_would_fill_the_pipes_is_played_agai
     episode = Episode({}, np.zeros((length, 2), np.float32), zeros, zeros > 0, zeros > 0, task="", seed=0)
     spec = faulty_spec("none", step_timeout=60.0)
     frames = []
-    play = threading.Thread(
-        target=lambda: frames.extend(_replay_frames(episode, spec, environment(spec), every)), daemon=True
-    )
+    play = threading.Thread(target=lambda: frames.extend(_replay_frames(episode, spec, every)), daemon=True)
     play.start()
     play.join(60)
     assert len(frames) == 1 + length // every

@@ -141,7 +141,7 @@ class FaultyEnv(PointEnv):
             "no info": (observation, reward, False, False, None),
             "two successes": (observation, reward, False, False, {"is_success": np.array([True, False])}),
             "four values": (observation, reward, False, info),
-            "other name": (observation, reward, True, False, {"success": True}),
+            "other name": (observation, reward, True, False, {"was_successful": True}),
         }
         return answer.get(self.fault, (observation, reward, terminated, truncated, info))
 

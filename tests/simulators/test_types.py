@@ -5,7 +5,6 @@ import inspect
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import draccus
 import gymnasium as gym
@@ -370,24 +369,3 @@ def test_lerobots_evaluation_reads_failure_at_the_time_limit(config):
     assert (terminated.tolist(), truncated.tolist()) == ([False] * 2, [True] * 2)
     assert info["final_info"]["is_success"].tolist() == [False, False]
     vector.close()
-
-
-@pytest.mark.parametrize(
-    "kind", ["libero", "libero_plus", "metaworld", "robocasa", "vlabench", "robotwin", "robomme", "isaaclab_arena"]
-)
-def test_a_type_that_registers_no_gymnasium_id_says_so(kind):
-    with pytest.raises(ConfigError, match=f'type "{kind}" .*registers no Gymnasium id.*not supported here') as caught:
-        environment(EnvSpec(type=kind, task="libero_10"))
-    assert not re.search(r"gym_(?!id\b)", str(caught.value)), "no package of that name exists"
-    if kind in ("libero", "metaworld"):
-        assert f'pip install "lerobot[{kind}]"' in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", ["pusht", "aloha"])
-def test_a_simulator_of_lerobots_that_is_not_installed_is_named_with_its_extra(kind):
-    if find_spec(f"gym_{kind}"):
-        pytest.skip("it is installed")
-    with pytest.raises(
-        ConfigError, match=f'needs the package gym_{kind}, which is not installed: pip install "lerobot'
-    ):
-        EnvPool(EnvSpec(type=kind, num_envs=1, in_process=True), 4)

@@ -71,6 +71,21 @@ def test_after_a_restoration_it_looks_at_new_episodes_alone_and_gives_up_in_the_
     assert not fed([0] * 20, action="stop")[0].restored()
 
 
+def test_of_a_suite_the_mean_over_tasks_counts_and_not_the_task_with_the_most_episodes():
+    """15 episodes of a task that succeeds and 5 of one that never does: 75 % of the episodes, 50 % over tasks, which
+    is below the 70 % after SFT: no head is kept."""
+    guard = CollapseGuard(GuardConfig(window=20), (35, 50))
+    verdicts = [guard.add(task == "easy", task) for task in ["easy", "easy", "hard", "easy"] * 5]
+    assert "good" not in verdicts
+    assert "good" in [guard.add(success=True, task=task) for task in ["easy", "hard"] * 10]
+
+
+def test_a_state_of_an_older_version_knows_of_one_task():
+    guard = CollapseGuard(GuardConfig(window=20))
+    guard.load({"reference": [35, 50], "recent": [True] * 19, "since_good": 19, "restores": 0})
+    assert guard.add(success=True) == "good"
+
+
 def test_its_state_goes_through_json():
     guard, _ = fed([1, 0, 1] * 9)
     other = CollapseGuard(GuardConfig())

@@ -26,7 +26,7 @@ from jaxtyping import UInt8
 if TYPE_CHECKING:
     import mujoco
 
-    from poco_vla.simulators.rendering.raycast import RayCaster
+    from poco_vla.rendering.raycast import RayCaster
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class SceneRenderer:
                 self._gl_context = self._mjr = None
                 logger.warning("OpenGL failed (%s); rendering by ray casting from here on.", error)
         if self._caster is None:
-            from poco_vla.simulators.rendering.raycast import RayCaster
+            from poco_vla.rendering.raycast import RayCaster
 
             self._caster = RayCaster(self.model, height=self.height, width=self.width)
         return self._caster.draw(data, self._scene, self._option.geomgroup)

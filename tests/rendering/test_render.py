@@ -6,8 +6,8 @@ import pytest
 
 mujoco = pytest.importorskip("mujoco")
 
-from poco_vla.simulators.rendering import render as module  # noqa: E402
-from poco_vla.simulators.rendering.render import SceneRenderer, render  # noqa: E402
+from poco_vla.rendering import render as module  # noqa: E402
+from poco_vla.rendering.render import SceneRenderer, render  # noqa: E402
 
 XML = """
 <mujoco>
