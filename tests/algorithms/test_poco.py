@@ -330,9 +330,9 @@ def test_candidates_in_bfloat16_are_close_and_their_errors_and_values_are_still_
             kept.append(Poco._propose(of, prefix, noise)) or kept[-1]
         )
         loss, _ = poco(batch, "online")
-        seen[dtype] = proposed[1]
+        seen[dtype], bootstrap = proposed
         assert all(g.dtype == torch.float32 for g in grads(loss, policy))
-        assert torch.equal(proposed[0], seen.setdefault("bootstrap", proposed[0]))
+        assert torch.equal(bootstrap, seen.setdefault("bootstrap", bootstrap))
     gap = (seen["float32"] - seen["bfloat16"]).abs().max().item()
     assert seen["bfloat16"].dtype == torch.float32
     assert 0 < gap < 0.05
