@@ -37,9 +37,8 @@ def tiny_pick_task(config: TrainConfig) -> TrainConfig:
 
     root = Path("runs/tiny")
     policy, options = None, config.policy_options
-    if config.policy is None:  # a small network in the place of a large one, random like that
-        encoder = _written(root / "encoder", _save_encoder)
-        options = options | {"hidden_dims": [32, 32], "num_inference_steps": 2, "vision_encoder": str(encoder)}
+    if config.policy is None and (small := _small_network(config)):  # in the place of a large one, random like that
+        options = options | small | {"vision_encoder": str(_written(root / "encoder", _save_encoder))}
     else:
         policy = str(_written(root / f"{config.adapter}_base", load_adapter(config.adapter).tiny().save_pretrained))
     return replace(
@@ -61,6 +60,16 @@ def tiny_pick_task(config: TrainConfig) -> TrainConfig:
         online_steps=640,
         output_dir=root / config.adapter / "{time}",
     )
+
+
+def _small_network(config: TrainConfig) -> dict[str, Any]:
+    """Return options of a network that takes milliseconds, where the adapter builds its policy from a dataset; none
+    where it starts from a pretrained one."""
+    from poco_vla.registry import load_adapter
+
+    small = {"hidden_dims": [32, 32], "num_inference_steps": 2}
+    names = load_adapter(config.adapter).option_names(pretrained=False)
+    return small if names is not None and small.keys() <= names else {}
 
 
 def _tiny_options(config: TrainConfig) -> dict[str, Any]:
@@ -98,7 +107,7 @@ def smoke_run(config: TrainConfig) -> TrainConfig:
     limit = 250 if demos is None or demos.kind == "expert" else 30
     if demos is not None:
         demos = replace(demos, episodes=2, steps=60, recovery=0.0, root=root / "data")
-    policy, options = None, config.policy_options | {"hidden_dims": [32, 32], "num_inference_steps": 2}
+    policy, options = None, config.policy_options | _small_network(config)
     if config.policy:  # what an earlier run of a sweep has written, which has its sizes; or somebody's own
         swept = Path(config.policy).parts[0] == "runs"
         policy, options = str(_below(root, Path(config.policy))) if swept else config.policy, config.policy_options

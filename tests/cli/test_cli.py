@@ -20,6 +20,7 @@ from published_files import collect, save_npz
 from poco_vla import available_adapters
 from poco_vla.cli import main, run_recipe, run_sweep
 from poco_vla.cli.errors import guarded
+from poco_vla.cli.smoke import smoke_run, tiny_pick_task
 from poco_vla.config import EnvSpec, TrainConfig
 from poco_vla.terminal import first_to_say
 from poco_vla.training import train
@@ -388,6 +389,16 @@ def test_serve_answers_a_client_until_it_is_interrupted(run):
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=30) == 130
+
+
+@pytest.mark.parametrize(("adapter", "has_base"), [("flow_mlp", False), ("pi05", True)])
+def test_a_tiny_run_has_a_base_where_the_model_starts_from_one(adapter, has_base, tmp_path, monkeypatch):
+    """As `--adapter pi05 --tiny` gives it to a recipe whose own policy is a small network."""
+    monkeypatch.chdir(tmp_path)
+    recipe = TrainConfig(adapter=adapter, env=EnvSpec())
+    tiny, smoke = tiny_pick_task(recipe), smoke_run(recipe)
+    assert (tiny.policy is not None) == has_base
+    assert ("hidden_dims" in tiny.policy_options) == ("hidden_dims" in smoke.policy_options) == (not has_base)
 
 
 def test_tiny_is_offered_by_recipes_of_large_models_only(capsys):
