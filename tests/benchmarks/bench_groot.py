@@ -451,11 +451,7 @@ class Flops:
         self, memories: tuple[Memory, ...], token: torch.Tensor, *, one_time: bool = False, recompute: bool = False
     ) -> torch.Tensor:
         x = torch.empty(self.states, self.candidates, self.horizon, self.sizes.head.action_dim, device="meta")
-        t = (
-            torch.empty(1, 1, device="meta").expand(x.shape[:2])
-            if one_time
-            else torch.empty(x.shape[:2], device="meta")
-        )
+        t = torch.empty((1, 1) if one_time else x.shape[:2], device="meta")
         return self.network.action_head.velocity(memories, token, x, t, SLOT, recompute=recompute)
 
     def _plain(self, token: torch.Tensor) -> torch.Tensor:

@@ -692,7 +692,7 @@ def stock_head(trainer: Trainer) -> Iterator[None]:
     model, last = policy.policy.model, []
 
     def velocity(prefix: Any, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        n = t.shape[1]
+        n, t = x.shape[1], t.expand(x.shape[:2])  # [1, 1] where all chunks share a time
         if not last or last[0] is not prefix or last[1] != n:  # LeRobot's sampler, too, makes its cache once
             columns = tuple((k[:, None], v[:, None], None) for k, v in zip(prefix.keys, prefix.values, strict=True))
             places = torch.arange(prefix.keys[0].shape[1], device=t.device)
