@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,12 +89,21 @@ def compare(path, root, *words):
     return [program, "compare", str(path), "--output", str(root), *words]
 
 
-def wait_for(holds, process, seconds=300):
+def wait_for(holds, process=None, seconds=300):
     end = time.monotonic() + seconds
     while not holds():
-        assert process.poll() is None, process.stdout.read()
+        assert process is None or process.poll() is None, process.stdout.read()
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def runs_in(root):
+    """Return the command lines of the runs that are at work below a folder."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            lines.append(path.read_bytes().decode(errors="replace"))
+    return [line for line in lines if f"--output-dir\0{root}/" in line]
 
 
 def started(command, folder):
@@ -111,6 +121,7 @@ def test_a_comparison_that_is_killed_goes_on_and_another_algorithm_runs_alone(tm
         wait_for(lambda begun=begun: set(root.glob("*/seed*/checkpoints/[0-9]*")) - begun, process)
         os.kill(process.pid, number)
         assert process.wait(300) == ended
+        wait_for(lambda: not runs_in(root))  # they save once they notice that they are alone
     whole = subprocess.run(first, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     lines = [json.loads(line) for line in (root / "attempts.jsonl").read_text().splitlines()]
