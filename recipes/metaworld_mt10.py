@@ -1,8 +1,7 @@
 """Ten tasks of Meta-World with one policy: imitates its scripted experts, then succeeds more often.
 
     accelerate launch recipes/metaworld_mt10.py [--seeds 0 1 2] [--smoke] [--help]
-    accelerate launch recipes/metaworld_mt10.py --sees cameras --adapter pi05 --policy lerobot/pi05_base
-    accelerate launch recipes/metaworld_mt10.py --sees cameras --adapter pi05 --tiny
+    accelerate launch recipes/metaworld_mt10.py --sees cameras --adapter pi05 (--policy lerobot/pi05_base | --tiny)
 
 The MLP reads the state and the task as a one-hot vector (`observation.environment_state`), a VLA (pi05, smolvla,
 groot_n1d6) two cameras and the instruction. With --tiny a VLA has small random weights. What differs from the paper's
