@@ -131,8 +131,7 @@ def values_for_actor(
 
 
 type Aggregation = Literal["mean", "min", "mean_minus_std"]
-AGGREGATIONS: tuple[Aggregation, ...] = ("mean", "min", "mean_minus_std")
-"""Ways in which an ensemble's values become one."""
+"""How an ensemble's values become one."""
 
 
 def aggregate(q: Float[Tensor, "E B N"], how: Aggregation = "mean", std_weight: float = 1.0) -> Float[Tensor, "B N"]:

@@ -36,7 +36,7 @@ class TdOptions:
 
 @dataclass(frozen=True)
 class CriticOptions(TdOptions):
-    """Those, and the critic's network."""
+    """Add the options of the critic's network."""
 
     critic_hidden: tuple[int, ...] = (512, 512, 512, 512)
     """Hidden widths of each critic (authors)."""

@@ -182,7 +182,7 @@ class Poco(Algorithm):
             return posterior_weights(q, eta=self.config.eta), 0.0, {}
         eta = dual_of(self.eta_parameter)[0]
         loss = temperature_loss(q, eta, epsilon=bound).mean()
-        return posterior_weights(q / eta.detach(), eta=1.0), loss, {"eta": eta.detach(), "eta_loss": loss.detach()}
+        return posterior_weights(q, eta=eta), loss, {"eta": eta.detach(), "eta_loss": loss.detach()}
 
     def _propose(self, prefix: Prefix, noise: Tensor | None) -> Float[Tensor, "B N H A"]:
         assert noise is not None, "the noise is of another phase"

@@ -94,7 +94,7 @@ OWN = ("--algorithms", "--seeds", "--jobs", "--output", "--report-only", "--no-r
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a comparison needs of a recipe.
+    """Hold what a comparison needs of a recipe.
 
     Attributes:
         config: its configuration, or a function that returns the one of the chosen values.

@@ -84,6 +84,17 @@ def _batch(policy: FlowPolicy, obs: Mapping[str, Any]) -> ChunkBatch:
     )
 
 
+def rollout_of(algorithm: OnPolicy, batch: ChunkBatch, generator: torch.Generator) -> RolloutBatch:
+    """Return a rollout's batch on the states of another, of chunks that the algorithm chooses to learn from; the values
+    are to become the batch's returns."""
+    prefix = algorithm.encode(batch)
+    chunk, acted = algorithm.explore(prefix, generator)
+    values, log_prob = algorithm.look_back(prefix, acted)
+    returns = batch.returns.to(values)
+    fields: dict[str, Any] = {**vars(batch), "actions": chunk, "acted": acted, "log_prob": log_prob}
+    return RolloutBatch(**fields, values=values, advantages=returns - values, value_targets=returns)
+
+
 @dataclass(frozen=True)
 class _Probe:
     """An algorithm's class and what it is tried on."""
@@ -107,12 +118,7 @@ class _Probe:
         """Return the batch of a phase: of an algorithm that learns from its latest rollouts one of its own chunks."""
         if not isinstance(algorithm, OnPolicy) or phase == "sft":
             return self.batch
-        prefix = algorithm.encode(self.batch)
-        chunk, acted = algorithm.explore(prefix, torch.Generator().manual_seed(3))
-        values, log_prob = algorithm.look_back(prefix, acted)
-        returns = self.batch.returns.to(values)
-        fields: dict[str, Any] = {**vars(self.batch), "actions": chunk, "acted": acted, "log_prob": log_prob}
-        return RolloutBatch(**fields, values=values, advantages=returns - values, value_targets=returns)
+        return rollout_of(algorithm, self.batch, torch.Generator().manual_seed(3))
 
     def phases(self, algorithm: Algorithm) -> list[Phase]:
         """Return every phase that a run has, each once."""

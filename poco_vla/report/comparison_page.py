@@ -22,7 +22,7 @@ from poco_vla.report.published import credit_of, published_by_source
 
 @dataclass(frozen=True)
 class WrittenComparison:
-    """What a comparison's report consists of.
+    """Hold what a comparison's report consists of.
 
     Attributes:
         table: for the console.

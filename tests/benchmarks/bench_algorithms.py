@@ -37,9 +37,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from poco_vla import ChunkBatch, GlobalBatchRNG
 from poco_vla.algorithms import available_algorithms, load_algorithm
 from poco_vla.algorithms.contract import Phase
+from poco_vla.algorithms.on_policy.contract import OnPolicy
+from poco_vla.conformance.algorithm import rollout_of
 from poco_vla.dense import CPU_ROWS
 from poco_vla.noise import micro_batches
-from poco_vla.types import RolloutBatch
 
 PERIOD = 20
 """Updates that are counted: no algorithm's pattern of phases is longer (RLPD: one actor in 20 critic updates)."""
@@ -118,7 +119,10 @@ class Measured:
         self.optimizer = torch.optim.Adam([dict(group) for group in self.algorithm.parameter_groups()], fused=True)
         self.batch = random_batch(size, device)
         self.state = self.batch.rows(slice(0, 1))
-        learned = self._rollout() if hasattr(self.algorithm, "explore") else self.batch
+        learned = self.batch
+        if isinstance(self.algorithm, OnPolicy):
+            with torch.no_grad():
+                learned = rollout_of(self.algorithm, self.batch, torch.Generator(device).manual_seed(0))
         patterns = [self.algorithm.phases("online", update) for update in range(PERIOD)]
         self.patterns = {phases: patterns.count(phases) / PERIOD for phases in dict.fromkeys(patterns)}
         self.work: dict[str, Callable[[], Any]] = {
@@ -159,17 +163,6 @@ class Measured:
     def mean_seconds(self, seconds: dict[str, float]) -> float:
         """Return the seconds of an update, the mean over a period."""
         return sum(share * seconds[f"{self.name} {' + '.join(phases)}"] for phases, share in self.patterns.items())
-
-    @torch.no_grad()
-    def _rollout(self) -> RolloutBatch:
-        """Return a minibatch of the algorithm's own chunks."""
-        algorithm: Any = self.algorithm
-        prefix = algorithm.encode(self.batch)
-        chunk, acted = algorithm.explore(prefix, torch.Generator(self.device).manual_seed(0))
-        values, log_prob = algorithm.look_back(prefix, acted)
-        fields: dict[str, Any] = {**vars(self.batch), "actions": chunk, "acted": acted, "log_prob": log_prob}
-        advantages = torch.randn_like(values)
-        return RolloutBatch(**fields, values=values, advantages=advantages, value_targets=values + advantages)
 
 
 def _product_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
