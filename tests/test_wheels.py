@@ -20,7 +20,7 @@ ADAPTERS = {
     for name, folder in DISTRIBUTIONS.items()
     if folder != ROOT
 }
-EXTRAS = {"deepspeed", "websockets", "msgpack", "mujoco", "ogbench", "robosuite", "metaworld", "h5py"}
+EXTRAS = {"deepspeed", "websockets", "msgpack", "mujoco", "ogbench", "robosuite", "h5py"}
 """Modules that an extra of poco-vla brings."""
 
 

@@ -5,13 +5,20 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from lerobot.envs import metaworld
 
 from poco_vla.rendering.render import render
 from poco_vla.simulators.metaworld_tasks import SEEN_DIM, STATE_DIM
 
+try:
+    from lerobot.envs.metaworld import MetaworldEnv
+except ModuleNotFoundError as error:
+    # LeRobot's discovery imports every module of this package, also where Meta-World is not installed.
+    if error.name != "metaworld":
+        raise
+    MetaworldEnv: Any = gym.Env
 
-class MetaWorldEnv(metaworld.MetaworldEnv):
+
+class MetaWorldEnv(MetaworldEnv):
     """One task, which ends at its first success.
 
     Args:
