@@ -523,16 +523,6 @@ def test_what_a_page_says_to_an_arm_is_understood_by_lerobot(name):
             assert teleop is None or teleop.port == "/dev/ttyACM1"
 
 
-def test_no_env_takes_the_environment_out_of_poco_vla_train_too(tmp_path, capsys):
-    """Of a recipe, the pages show it."""
-    from poco_vla.cli import main
-
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "--no-env", "--output-dir", str(tmp_path / "run")])
-    assert stop.value.code == 1
-    assert "there is no env to act in" in capsys.readouterr().err
-
-
 # -- the reading itself -----------------------------------------------------------------------------------------------
 
 

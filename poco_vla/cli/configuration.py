@@ -20,7 +20,7 @@ SHOWN_FIRST = (
 ABOUT = (
     "--help-all lists every option, with those of the adapter (--policy-options.NAME VALUE, in JSON or plain words), "
     "of the algorithm (--ALGORITHM.NAME VALUE) and of the environment (--env.options.NAME VALUE). --no-env takes the "
-    "environment out: for robots (--interaction.mode remote), or SFT alone (--online-steps 0)."
+    "environment out: SFT alone or, with --interaction.mode remote, robots."
 )
 SWITCHES = ("--help", "--help-all", "--no-env", "--seeds")
 
@@ -40,6 +40,7 @@ def parse_config(
     Another adapter than the configuration's begins without the configuration's options, and so does a pretrained policy
     where the configuration builds a new one; another environment type begins without its options, and with its own
     default task. `--env.` and `--demonstrations.` options begin from defaults where the configuration has none of them.
+    `--no-env` leaves SFT alone, unless robots act or online steps are asked for.
 
     Args:
         config: the values that hold where the command line gives none.
@@ -89,7 +90,11 @@ def parse_config(
         listed=_listed(config, chosen),
         others=(*SWITCHES, *(f"--{name}" for name in smaller)),
     )
-    return replace(parsed, env=None, demonstrations=None) if chosen.no_env else parsed
+    if not chosen.no_env:
+        return parsed
+    flags = {word.partition("=")[0].replace("_", "-") for word in rest}
+    acts = parsed.interaction.mode == "remote" or "--online-steps" in flags
+    return replace(parsed, env=None, demonstrations=None, online_steps=parsed.online_steps if acts else 0)
 
 
 def parse_env(record: Any, args: Sequence[str], prog: str) -> Any:

@@ -1,5 +1,6 @@
 """Parse a command line into a record, and show its `--help`."""
 
+import json
 from argparse import ArgumentParser
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass, replace
@@ -12,6 +13,7 @@ import tyro
 from tyro.constructors import (
     ConstructorRegistry,
     PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
     StructConstructorSpec,
     StructFieldSpec,
     StructTypeInfo,
@@ -21,7 +23,7 @@ from poco_vla.cli.errors import shown_once
 from poco_vla.cli.options import Option, docs_of, text_of
 from poco_vla.config import ALGORITHM_SECTIONS, TrainConfig
 from poco_vla.errors import ConfigError
-from poco_vla.hints import metavar_of
+from poco_vla.hints import fits, metavar_of
 
 OPEN = ("policy_options", "algorithm_options", "env.options")
 """Fields of a configuration whose names an adapter, an algorithm or an environment declares; the parser leaves them."""
@@ -148,6 +150,18 @@ def _registry(shown: Collection[str] | None, hidden: Collection[str], listed: Li
     """Return what tells tyro which fields of a configuration `--help` lists, and what it says of them."""
     registry = ConstructorRegistry()
 
+    @registry.primitive_rule
+    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type != dict[str, str]:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="JSON",
+            instance_from_str=lambda words: _names(words[0]),
+            is_instance=lambda value: fits(dict[str, str], value),
+            str_from_instance=lambda value: [json.dumps(value)],
+        )
+
     @registry.struct_rule
     def _(info: StructTypeInfo) -> StructConstructorSpec | None:
         prefix = _prefixes().get(info.type) if isinstance(info.type, type) else None
@@ -178,6 +192,17 @@ def _registry(shown: Collection[str] | None, hidden: Collection[str], listed: Li
         return StructConstructorSpec(instantiate, tuple(specs))
 
     return registry
+
+
+def _names(word: str) -> dict[str, str]:
+    """Return the JSON object of names that a word is. Raises ConfigError, which tyro shows with the flag."""
+    try:
+        value = json.loads(word)
+    except (json.JSONDecodeError, RecursionError):
+        value = None
+    if not isinstance(value, dict) or not fits(dict[str, str], value):
+        raise ConfigError(f'takes one JSON object of names, such as \'{{"actions": "action"}}\', not {word}')
+    return value
 
 
 def _is_shown(name: str, shown: Collection[str] | None) -> bool:

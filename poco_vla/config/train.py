@@ -88,6 +88,9 @@ class TrainConfig:
     """The adapter's own options, such as {"hidden_dims": [512, 512, 512, 512]} for flow_mlp."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     """Offline demonstrations."""
+    rename_map: dict[str, str] = method({}, resume="same data")
+    """Columns of the dataset -> the names by which they are read, such as {"actions": "action", "state":
+    "observation.state"} for openpi's. As LeRobot's, but for actions too; environments and robots have the new names."""
     demonstrations: DemonstrationConfig | None = None
     """Make the dataset with the environment's scripted expert when it is not there yet; a `dataset` that is given comes
     before it."""

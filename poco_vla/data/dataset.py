@@ -15,6 +15,7 @@ from poco_vla.data.features import check_columns, feature_table, is_picture
 from poco_vla.data.folder import check_episodes, check_folder, check_rows, damaged_tables, old_format
 from poco_vla.data.numbers import read_column, read_columns
 from poco_vla.data.pictures import read_pictures
+from poco_vla.data.rename import name_in_files, rename_columns
 from poco_vla.data.signals import DONE, REWARD, SUCCESS, TRUNCATED, read_signals
 from poco_vla.data.statistics import vector_statistics
 from poco_vla.errors import DataError, PocoError
@@ -53,14 +54,19 @@ class DatasetInfo:
     fps: int
 
 
-def open_dataset(config: DatasetConfig) -> Any:
+def open_dataset(config: DatasetConfig, rename_map: Mapping[str, str] | None = None) -> Any:
     """Open the LeRobotDataset that `config` names, from a local folder or the Hub.
 
     A folder is read as it is and never completed from the Hub: neither `dataset.root`, nor a recording in LeRobot's
     own folder of datasets.
 
+    Args:
+        config: the dataset.
+        rename_map: columns that get other names, name in the dataset -> name that policies read.
+
     Raises:
-        ConfigError: `dataset.episodes` names episodes that it does not have.
+        ConfigError: `dataset.episodes` names episodes that it does not have, or `rename_map` two columns alike.
+        UnknownNameError: `rename_map` names a column that it does not have.
         DataError: it is not there or cannot be read; the message says where it was looked for.
     """
     if config.root is None and not config.repo_id:
@@ -76,6 +82,8 @@ def open_dataset(config: DatasetConfig) -> Any:
     except Exception as error:  # LeRobot, datasets, the Hub client and the network each raise their own
         raise DataError(f"the dataset {name} cannot be opened: {_explain(error, config, root)}") from error
     check_rows(dataset, name)
+    if rename_map:
+        rename_columns(dataset, rename_map)
     dataset.cameras = config.cameras
     return dataset
 
@@ -279,8 +287,9 @@ def _reward_reader(dataset: Any) -> Callable[[], np.ndarray] | None:
         from pyarrow.parquet import read_table
 
         files = sorted((dataset.root / "data").glob("*/*.parquet"))
-        table = concat_tables([read_table(file, columns=[REWARD]) for file in files], promote_options="permissive")
-        return read_column(table, REWARD, dataset.meta.features[REWARD])
+        name = name_in_files(dataset.meta, REWARD)
+        table = concat_tables([read_table(file, columns=[name]) for file in files], promote_options="permissive")
+        return read_column(table, name, dataset.meta.features[REWARD])
 
     return read
 

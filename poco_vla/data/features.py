@@ -1,5 +1,6 @@
 """The feature table that policies are built from: a dataset's own, with what it leaves unsaid filled in."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,12 @@ AXES = ["height", "width", "channels"]
 """LeRobot's names of a picture's axes, in the order in which pictures are read."""
 CHANNELS = (1, 3, 4)
 """Numbers of channels by which the channel axis is known where the axes have no names: grey, RGB, RGBA."""
-OPENPI = {"actions": "action", "state": "observation.state", "image": "observation.images.image"}
+OPENPI = {
+    "actions": "action",
+    "state": "observation.state",
+    "image": "observation.images.image",
+    "wrist_image": "observation.images.wrist_image",
+}
 """Names of openpi's datasets -> LeRobot's."""
 
 
@@ -89,11 +95,7 @@ def check_columns(features: Mapping[str, Any], wanted: Sequence[str], name: str)
         theirs = {old: new for old, new in OPENPI.items() if old in features and new not in features}
         hint = ""
         if theirs:
-            renamed = ", ".join(f'"{old}" to "{new}"' for old, new in theirs.items())
-            hint = (
-                f" These are openpi's names: rename {renamed} in meta/info.json, meta/stats.json, the columns of data/ "
-                "and meta/episodes/, and the folders of videos/."
-            )
+            hint = f" These are openpi's names: give rename_map, such as --rename-map '{json.dumps(theirs)}'"
         raise DataError(f"{name} has no column {', '.join(missing)}. Its columns: {', '.join(sorted(features))}.{hint}")
 
 

@@ -6,12 +6,14 @@ A folder that was given is never completed from the Hub, and nothing that its fi
 import json
 import posixpath
 import re
+import shlex
 import string
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from poco_vla.data.rename import name_in_files
 from poco_vla.errors import ConfigError, DataError
 
 INFO = "meta/info.json"
@@ -200,6 +202,7 @@ def video_file(dataset: Any, number: int, key: str) -> Path:
 
 def video_files(dataset: Any, numbers: Sequence[int], key: str) -> list[Path]:
     """Return a camera's video file for each of these episodes. Raises DataError where the metadata do not say it."""
+    key = name_in_files(dataset.meta, key)
     names = [f"videos/{key}/chunk_index", f"videos/{key}/file_index"]
     try:
         # Whole rows hold every column's statistics: reading them takes milliseconds each.
@@ -257,7 +260,7 @@ def _check_version(root: Path, values: Mapping[str, Any]) -> None:
 
 def old_format(version: str, name: str, root: Path | None) -> str:
     """Return the message for a dataset of an older format, with LeRobot's conversion command."""
-    where = "" if root is None else f" --root={root} --push-to-hub=false"
+    where = "" if root is None else f" --root={shlex.quote(str(root.resolve()))} --push-to-hub=false"
     first = "" if version.startswith("v2.1") else " after LeRobot's older scripts have made v2.1 of it"
     return (
         f"it is of LeRobot's format {version}, v3.0 is needed. Convert it{first}: "

@@ -13,6 +13,7 @@ import numpy as np
 from poco_vla.data.features import pixel_axes
 from poco_vla.data.folder import check_videos, video_file
 from poco_vla.data.numbers import read_column
+from poco_vla.data.rename import name_in_files
 from poco_vla.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -176,7 +177,8 @@ class _Video(_Camera):
 
         index = int(self.episodes[begin])
         path = video_file(self.dataset, index, self.key)
-        offset = self.dataset.meta.episodes[index][f"videos/{self.key}/from_timestamp"]
+        key = name_in_files(self.dataset.meta, self.key)
+        offset = self.dataset.meta.episodes[index][f"videos/{key}/from_timestamp"]
         stamps = [offset + stamp for stamp in self.stamps[begin:end].tolist()]
         try:
             frames = decode_video_frames(path, stamps, self.dataset.tolerance_s, return_uint8=True)

@@ -9,6 +9,7 @@ from poco_vla.checkpointing.statistics import RunStatistics
 from poco_vla.config import DatasetConfig, TrainConfig
 from poco_vla.data import DatasetInfo, Episode, open_dataset, read_episodes
 from poco_vla.data.dataset import describe_dataset
+from poco_vla.data.folder import check_videos
 from poco_vla.data.signals import check_reward
 from poco_vla.data.statistics import meta_in_use
 from poco_vla.demonstrations.scripted import demonstrations_root, ensure_demonstrations
@@ -77,9 +78,12 @@ def open_data(config: TrainConfig, accelerator: Accelerator, display: Display) -
                 ensure_demonstrations(config.env, config.demonstrations, bar.to)
         accelerator.wait_for_everyone()
         where = replace(config.dataset, repo_id=f"local/{root.name}", root=root)
-    dataset = open_dataset(where)
+    dataset = open_dataset(where, config.rename_map)
     statistics = RunStatistics(config, describe_dataset(dataset), display.say)
     check_reward(statistics.info.features, config.reward)
+    if config.policy is None:  # the policy is built from all cameras; a pretrained one may leave some out
+        videos = [key for key, feature in statistics.info.features.items() if feature["dtype"] == "video"]
+        check_videos(dataset, videos, str(dataset.root))
     if env_config is not None:
         check_fit(statistics.info, env_config)
     return RunData(where, dataset, statistics, env_config)

@@ -240,7 +240,7 @@ def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
 WRONG = {
     "too long an instruction": (
         lambda b: b.update({"task": ["pick", "pick " * 40]}),
-        r"prompt of row 1 fills all 200 tokens.*\"tokenizer_max_length\": 400",
+        r"prompt of row 1 takes 342 tokens, and the policy reads 200.*\"tokenizer_max_length\": 400",
     ),
 }
 

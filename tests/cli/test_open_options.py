@@ -342,3 +342,22 @@ def test_a_mistyped_option_is_told_before_any_data_are_made(words, said, tmp_pat
     assert said in shown
     assert len(shown.strip().splitlines()) == 1
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        ([], 0),
+        (["--interaction.mode", "asynchronous"], 0),
+        (["--interaction.mode", "remote"], 200_000),
+        (["--interaction.mode", "remote", "--online_steps", "7"], 7),
+    ],
+)
+def test_no_env_leaves_sft_alone_unless_robots_act(words, steps):
+    config = parse_config(TrainConfig(env=EnvSpec(), demonstrations=DemonstrationConfig()), ["--no-env", *words])
+    assert (config.env, config.demonstrations, config.online_steps) == (None, None, steps)
+
+
+def test_online_steps_without_anything_to_act_in_are_refused():
+    with pytest.raises(ConfigError, match=r"online_steps is 5 but there is no env to act in"):
+        parse_config(TrainConfig(env=EnvSpec()), ["--no-env", "--online-steps=5"])

@@ -99,14 +99,6 @@ def test_a_camera_that_is_not_there_or_is_depth_is_refused():
         DatasetConfig(cameras=())
 
 
-def test_openpis_names_are_refused_with_how_to_rename_them():
-    features = {"actions": STATE_ONLY["action"], "state": STATE_ONLY["observation.state"], "image": camera()}
-    described = Described({})
-    described.features = features
-    with pytest.raises(DataError, match=r'no column action.*rename "actions" to "action", "state" to "observation.st'):
-        feature_table(described, "data")
-
-
 def with_pictures(root, pictures):
     """A dataset of one camera whose pictures are replaced in the table by these PIL images."""
     import io

@@ -147,7 +147,7 @@ class Pi05(LeRobotVla):
     # -- the contract -------------------------------------------------------------------------------------------
 
     def check_processed(self, processed: Mapping[str, Any]) -> None:
-        processors.check_prompts(processed, self.policy.config)
+        processors.check_prompts(processed, self.tokenizer_step)
 
     def check_prompts(self, tasks: Sequence[str]) -> None:
         """Raise DataError if an instruction and the longest state there can be do not fit the prompt."""

@@ -77,15 +77,24 @@ def build(
     return make_policy_processor_pipelines(inputs, outputs)
 
 
-def check_prompts(processed: Mapping[str, Any], config: PI05Config) -> None:
-    """Raise DataError for a prompt that LeRobot's tokenizer step may have cut off without a word."""
+def check_prompts(processed: Mapping[str, Any], words: TokenizerProcessorStep) -> None:
+    """Raise DataError for a prompt that LeRobot's tokenizer step has cut off without a word.
+
+    Args:
+        processed: a batch behind the pre-processor.
+        words: its step that makes tokens.
+    """
     full = processed[OBS_LANGUAGE_ATTENTION_MASK].all(dim=1)
-    if full.any():
-        raise DataError(
-            f"the prompt of row {int(full.nonzero()[0])} fills all {config.tokenizer_max_length} tokens: its end may "
-            "be cut off (the state is part of it): shorten the instruction, or give policy_options "
-            f'{{"tokenizer_max_length": {2 * config.tokenizer_max_length}}}.'
-        )
+    if not full.any():
+        return
+    for row in full.nonzero().flatten().tolist():
+        tokens, limit = len(words.input_tokenizer(processed["task"][row])["input_ids"]), words.max_length
+        if tokens > limit:
+            raise DataError(
+                f"the prompt of row {row} takes {tokens} tokens, and the policy reads {limit}: its end would be cut "
+                "off (the state is part of it): shorten the instruction, or give policy_options "
+                f'{{"tokenizer_max_length": {_longer(limit, tokens)}}}.'
+            )
 
 
 def check_longest_prompts(pipeline: Any, tasks: Sequence[str], config: PI05Config) -> None:
@@ -112,5 +121,10 @@ def check_longest_prompts(pipeline: Any, tasks: Sequence[str], config: PI05Confi
             raise DataError(
                 f"the instruction {task[:80]!r} with a state of {size} numbers takes up to {longest} tokens, and the "
                 f"prompt has {limit}: its end would be cut off. Shorten the instruction, or give policy_options "
-                f'{{"tokenizer_max_length": {limit * (1 + longest // limit)}}}.'
+                f'{{"tokenizer_max_length": {_longer(limit, longest)}}}.'
             )
+
+
+def _longer(limit: int, tokens: int) -> int:
+    """Return a multiple of a limit that is above a number of tokens."""
+    return limit * (1 + tokens // limit)

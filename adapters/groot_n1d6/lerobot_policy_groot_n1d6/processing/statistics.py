@@ -85,7 +85,9 @@ def from_metadata(embodiment: Embodiment, meta: Any) -> Statistics:
             "(LeRobotDataset does), or make the action keys ABSOLUTE."
         )
     wanted = ["episode_index", "frame_index", ACTION, *dict.fromkeys(key.column for key in embodiment.state)]
-    table = concat_tables([read_table(file, columns=wanted) for file in files])
+    in_files = getattr(meta, "names_in_files", {})
+    names = {in_files.get(name, name): name for name in wanted}
+    table = concat_tables([read_table(file, columns=list(names)).rename_columns(names) for file in files])
     episodes = getattr(meta, "episodes_in_use", None)
     episodes = range(meta.total_episodes) if episodes is None else episodes  # a file may be there before it counts
     table = table.filter(np.isin(table["episode_index"].to_numpy(), list(episodes)))
