@@ -3,11 +3,13 @@
 `aot_eager` is the tracing without a code generator, which would take half a minute per stage here.
 """
 
+import sys
+
 import torch
 from toy_policies import ToyPolicy, toy_batch
 
 from poco_vla import GlobalBatchRNG, Poco, PocoConfig
-from poco_vla.algorithms import STAGES, Stage
+from poco_vla.algorithms import Stage
 
 
 def compare(stage: Stage) -> None:
@@ -29,5 +31,4 @@ def compare(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    for one in STAGES:
-        compare(one)
+    compare(*sys.argv[1:])

@@ -2,8 +2,10 @@
 
 import gc
 import multiprocessing
+import uuid
 
 import pytest
+from datasets import arrow_dataset
 from shape_checks import check_again
 
 SIMULATORS = (
@@ -21,6 +23,16 @@ def _one_fork_server_for_all_simulators():
     multiprocessing.set_forkserver_preload = lambda names: preload(list(dict.fromkeys([*names, *SIMULATORS])))
     yield
     multiprocessing.set_forkserver_preload = preload
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_hash_of_each_episode():
+    """LeRobot makes each episode a `datasets.Dataset`, which hashes itself to name a cache that nobody reads here: a
+    third of the time in which an episode is recorded."""
+    name = arrow_dataset.generate_fingerprint
+    arrow_dataset.generate_fingerprint = lambda dataset: uuid.uuid4().hex
+    yield
+    arrow_dataset.generate_fingerprint = name
 
 
 @pytest.fixture(scope="session")
@@ -53,12 +65,20 @@ def pytest_runtest_setup():
     check_again()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Slow ones first, and of these the groups that one worker runs alone: else a minute's test that comes last keeps
-    one worker busy while the others have nothing left. Where there is no difference, files stay in their order."""
+    """The tests of a file run in one worker, so that what they share is made once; those that name a group are with
+    their group instead. Files and groups with a slow test come first: else a minute's file that comes last keeps one
+    worker busy while the others have nothing left."""
+    slow = set()
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if item.get_closest_marker("slow") is not None:
+            slow.add(group_of(item))
+    items.sort(key=lambda item: group_of(item) not in slow)
 
-    def rank(item):
-        slow = item.get_closest_marker("slow") is not None
-        return 0 if slow and item.get_closest_marker("xdist_group") else 1 if slow else 2
 
-    items.sort(key=rank)
+def group_of(item):
+    (name,) = item.get_closest_marker("xdist_group").args
+    return name

@@ -196,6 +196,7 @@ def test_an_exported_pi05_needs_nothing_of_ours(runs):
 # -- lerobot-rollout ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_lerobot_rollout_drives_the_simulated_arm_and_records_what_it_did(runs, tmp_path):
     """Strategy "episodic". The recorded actions, given to the environment that the arm stands for, lead through the
     recorded states: the policy saw and moved what it was trained on. LeRobot records neither reward nor success, so

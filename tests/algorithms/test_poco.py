@@ -1,11 +1,11 @@
 """Poco: the losses of the three stages, their stop-gradients and options, and a task whose answer is known."""
 
 import math
-import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch import nn
@@ -302,10 +302,13 @@ def test_the_micro_batches_of_an_update_add_up_to_the_whole(stage, options, size
     torch.testing.assert_close([p.grad for p in poco.parameters()], expected)
 
 
-def test_an_update_is_one_graph():
+@pytest.mark.parametrize(
+    "stage", [pytest.param(s, marks=() if s == "online" else pytest.mark.exhaustive) for s in STAGES]
+)
+def test_an_update_is_one_graph(stage):
     """A process of its own: the machine-checked signatures of the test run cannot be traced."""
     script = Path(__file__).parents[1] / "compiled_update.py"
-    subprocess.run([sys.executable, script], check=True)
+    forked.run([sys.executable, script, stage], check=True)
 
 
 def test_noise_that_is_given_is_the_one_that_would_be_drawn():

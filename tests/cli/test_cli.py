@@ -11,6 +11,7 @@ import sys
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -376,7 +377,7 @@ def test_serve_answers_a_client_until_it_is_interrupted(run):
         "--token",
         "secret",
     ]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    server = forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = next(line for line in server.stdout if line.startswith("serving"))  # LeRobot has something to say, too
         assert line.startswith("serving flow_mlp at ws://127.0.0.1:")

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from learner import Sink, Twitch, serve
@@ -44,7 +45,7 @@ class Terminal:
     def __init__(self, url, folder, *options):
         self.person, program = os.openpty()
         words = [Path(sys.executable).with_name("poco-vla"), "robot", "--url", url, *ARM, "--fps", "100"]
-        self.process = subprocess.Popen(
+        self.process = forked.Popen(
             [*words, "--spool", folder / "spool", *options],
             stdin=program,
             stdout=program,
@@ -172,7 +173,7 @@ def test_each_key_ends_an_episode_as_it_says_and_the_end_of_training_ends_the_pr
 def learner(folder, port):
     """In a process of its own, which is killed at the end. It serves when it is told to."""
     program = HERE / "robots" / "learner.py"
-    child = subprocess.Popen([sys.executable, program, folder, str(port)], stdin=subprocess.PIPE, text=True)
+    child = forked.Popen([sys.executable, program, folder, str(port)], stdin=subprocess.PIPE, text=True)
     try:
         yield child
     finally:

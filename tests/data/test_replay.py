@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import forked
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -585,7 +586,7 @@ replay = Replay(horizon=2, gamma=0.9, config=ReplayConfig(images="mapped", capac
 @pytest.mark.skipif(os.name != "posix", reason="other platforms delete the file when it is closed")
 def test_nothing_is_left_behind_by_a_process_that_is_killed(tmp_path):
     program = FILL + "replay.add(episode(50), is_demo=False)\nprint('filled', flush=True)\ntime.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", program, tmp_path / "pool"], stdout=subprocess.PIPE, text=True)
+    process = forked.Popen([sys.executable, "-c", program, tmp_path / "pool"], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "filled\n"
     process.send_signal(signal.SIGKILL)
     process.communicate()

@@ -1,9 +1,9 @@
 """Demonstrations by a simulator's own expert: successful, reproducible, made once."""
 
 import re
-import subprocess
 import sys
 
+import forked
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -128,7 +128,7 @@ def test_processes_that_want_the_same_dataset_make_it_once_together(tmp_path):
         "        os._exit(0)\n"
         "sys.exit(any([os.waitpid(child, 0)[1] for child in children]))\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    run = forked.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     root = demonstrations_root(expert_spec(), wanted(tmp_path, episodes=12))
     assert [line for line in run.stdout.splitlines() if line.startswith(str(tmp_path))] == [str(root)] * 3

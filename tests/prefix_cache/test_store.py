@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -233,7 +234,7 @@ while True:
 def test_a_writer_that_is_killed_leaves_only_whole_entries(tmp_path):
     """Three times over, each at another moment, and the next one goes on in the same files."""
     program = WRITER.format(here=str(Path(__file__).parent), folder=str(tmp_path))
-    writer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    writer = forked.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     try:
         assert writer.stdout is not None
         assert writer.stdout.readline() == b"writing\n"

@@ -467,7 +467,7 @@ def test_kills_at_random_moments_lose_at_most_the_episode_being_written(tmp_path
         return file.stat().st_size if file.exists() else 0
 
     found = 0
-    for kill in range(20):
+    for kill in range(8):
 
         def wait(added=kill % 2):
             deadline = time.monotonic() + 60
@@ -483,7 +483,7 @@ def test_kills_at_random_moments_lose_at_most_the_episode_being_written(tmp_path
             assert_survived(root, expected)
         found = EpisodeRecorder(root, FPS, tell=told.append).num_episodes
         assert found in (acknowledged, acknowledged + 1)
-    assert found >= 10
+    assert found >= 4  # each second kill waits for an episode
     assert_same(read(root), expected[:found])
 
 

@@ -159,10 +159,11 @@ def test_workers_play_what_pools_here_would_play_with_the_same_weights_up_to_the
         played(interaction, 1e9, lambda got: len(got) > 10_000)
 
 
-def test_a_killed_worker_and_a_killed_node_are_replaced_and_no_half_of_an_episode_is_kept(acting, nodes):
+@pytest.mark.parametrize("node_too", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_a_killed_worker_and_a_killed_node_are_replaced_and_no_half_of_an_episode_is_kept(acting, nodes, node_too):
     """SIGKILL to one of two workers, after some episodes: the seeds that it was in never come; later ones of its place
     do. Then to a whole node; another takes its place."""
-    interaction = acting(point_policy(), point_spec(2, in_process=False))
+    interaction = acting(point_policy(), point_spec(2, in_process=not node_too))
     received = played(interaction, 1e9, lambda got: len(episodes_of(got)) >= 4)
     os.kill(pid_of(interaction, 0), signal.SIGKILL)
     wait_until(lambda: interaction._slots[0].lives == 2, PATIENCE)
@@ -176,10 +177,11 @@ def test_a_killed_worker_and_a_killed_node_are_replaced_and_no_half_of_an_episod
         return mine and max(mine) >= first_of_second_life
 
     received += played(interaction, 1e9, both_go_on)
-    lives = sum(slot.lives for slot in interaction._slots)
-    nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
-    nodes.add_node(**NODE)
-    wait_until(lambda: sum(slot.lives for slot in interaction._slots) > lives, PATIENCE)
+    if node_too:
+        lives = sum(slot.lives for slot in interaction._slots)
+        nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+        nodes.add_node(**NODE)
+        wait_until(lambda: sum(slot.lives for slot in interaction._slots) > lives, PATIENCE)
     seen = max(episode.seed for episode in episodes_of(received))
     received += played(interaction, 1e9, lambda got: {e.seed % 2 for e in episodes_of(got) if e.seed > seen} == {0, 1})
     interaction.close()

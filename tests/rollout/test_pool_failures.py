@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from tiny_env import assert_same_episode, faulty_spec, homing_chunks
@@ -186,7 +187,7 @@ def test_workers_end_when_their_parent_is_killed_also_one_that_hangs(tmp_path):
     path = [str(Path(__file__).parent)]
     file = tmp_path / "program.py"
     file.write_text(PROGRAM.format(path=path))
-    process = subprocess.Popen([sys.executable, str(file)], stdout=subprocess.PIPE, text=True)
+    process = forked.Popen([sys.executable, str(file)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     workers = [int(word) for word in process.stdout.readline().split()]
     assert len(workers) == 2

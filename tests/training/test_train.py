@@ -13,6 +13,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -171,7 +172,8 @@ def start(config, *, script=(sys.executable, HERE / "pointmass_run.py"), ctrl_c_
         "--eval.every": config.eval.every,
     }
     command = [*script, *(word for pair in flags.items() for word in pair), *(["--resume"] if config.resume else [])]
-    return subprocess.Popen(
+    program = subprocess.Popen if ctrl_c_ignored else forked.Popen
+    return program(
         [str(word) for word in command],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,

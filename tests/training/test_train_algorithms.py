@@ -56,8 +56,8 @@ def interrupted(config, update):
 
 @pytest.mark.xdist_group("resume")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name == "rlpd" else name for name in LOGGED]
-)  # rlpd_ac is rlpd with chunks
+    "name", [name if name == "dsrl" else pytest.param(name, marks=pytest.mark.exhaustive) for name in LOGGED]
+)  # DSRL has the most networks of its own
 def test_a_run_trains_and_resumes_bit_for_bit(name, tmp_path, data):
     """Interrupted in its first stage, and online. Checkpoints hold the extra networks, none of which stands still."""
     whole, config = tmp_path / "whole", config_of(name, tmp_path / "run", data)

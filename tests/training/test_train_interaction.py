@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -127,7 +128,7 @@ def start(config):
         "--interaction.ahead": config.interaction.ahead,
     }
     words = [str(word) for pair in flags.items() for word in pair]
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, str(HERE / "pointmass_run.py"), *words],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

@@ -55,7 +55,9 @@ def interrupt_after(config, rounds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["reinflow", "dppo", "vmpo"])
+@pytest.mark.parametrize(
+    "name", ["reinflow", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("dppo", "vmpo"))]
+)
 def test_a_run_interrupted_within_a_rollout_resumes_bit_for_bit(name, tmp_path, data):
     """300 steps are 20 rounds of 3 environments, 5 to a rollout, with 4 updates each; the first 4 are the value's."""
     whole = on_policy(tmp_path / "whole", data, name)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 from poco_vla.checkpointing import checkpoint
@@ -23,7 +24,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("signals")]
 def started(run, data, *before):
     """A small run with an endless online stage, in a process group of its own."""
     words = ["--output-dir", run, "--demonstrations.root", data, "--online-steps", 10**6, "--checkpoint-every", 0]
-    return subprocess.Popen(
+    program = subprocess.Popen if before[1:] else forked.Popen
+    return program(
         [str(word) for word in (*before, HERE / "pointmass_run.py", *words)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
