@@ -154,8 +154,10 @@ def run_here(tmp_path, monkeypatch, fresh_accelerate):
 
 @pytest.mark.slow
 def test_smoke_runs_every_stage_of_a_recipe(run_here, tmp_path):
-    # A film costs half a second a frame where rays draw it; the run under the launcher makes some.
-    run_here("simulations.py", "--smoke", "--task", "scene", "--setting=offline_to_online", "--eval.no-videos")
+    # A film costs half a second a frame where rays draw it, a worker seconds to start; the run under the launcher has
+    # both.
+    few = ("--eval.no-videos", "--env.in-process", "--demonstrations.workers", "1")
+    run_here("simulations.py", "--smoke", "--task", "scene", "--setting=offline_to_online", *few)
     check_smoke("offline_to_online_scene", tmp_path)
 
 

@@ -703,11 +703,11 @@ def connected(server: HubServer):
         made.event_hooks["request"].append(to_server)  # some addresses are written out in huggingface_hub's code
         return made
 
-    before = {name: getattr(module, name) for module, name in holders(values)}
+    before = {name: getattr(module, name) for module, name in holders(values.keys())}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment().items():
             patch.setenv(name, value)
-        for module, name in holders(values):
+        for module, name in holders(values.keys()):
             patch.setattr(module, name, values[name])
         patch.setattr(hf_api.api, "endpoint", server.url)
         patch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", client)
@@ -716,7 +716,7 @@ def connected(server: HubServer):
         _http.close_session()
         yield server
         _http.close_session()
-    for module, name in holders(values):  # modules that were first imported within have copied what they found
+    for module, name in holders(values.keys()):  # modules that were first imported within have copied what they found
         if getattr(module, name) == values[name]:
             setattr(module, name, before[name])
 
@@ -724,7 +724,7 @@ def connected(server: HubServer):
 def holders(names):
     """(module, name) of every copy that there is of such a variable."""
     modules = [module for name, module in sys.modules.items() if module and name.split(".")[0] in COPIES]
-    return [(module, name) for module in modules for name in names if name in vars(module)]
+    return [(module, name) for module in modules for name in names & vars(module).keys()]
 
 
 @pytest.fixture
