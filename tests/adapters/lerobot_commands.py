@@ -13,16 +13,16 @@ BIN = Path(os.environ.get("LEROBOT_BIN", Path(sys.executable).parent))
 TASK = "cube-single-singletask-task1-v0"
 
 
-def run(command, *arguments, folder=BIN, home=None):
+def run(command, *arguments, folder=BIN, home=None, begin=subprocess.run):
     """Output of a command that has to succeed. Rays draw its small pictures, faster than a CPU's OpenGL."""
-    done = start(command, *arguments, folder=folder, home=home)
+    done = start(command, *arguments, folder=folder, home=home, begin=begin)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
-def start(command, *arguments, folder=BIN, home=None):
+def start(command, *arguments, folder=BIN, home=None, begin=subprocess.run):
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MUJOCO_GL": "disable"}
-    return subprocess.run(
+    return begin(
         [folder / command, *map(str, arguments)],
         env=env | ({"HOME": str(home)} if home else {}),
         stdin=subprocess.DEVNULL,

@@ -885,6 +885,7 @@ def test_statistics_are_checked_when_they_are_loaded(arm):
         DecodeStep(other).load_state_dict(EncodeStep(embodiment, statistics=table).state_dict())
 
 
+@pytest.mark.exhaustive
 def test_saved_pipelines_load_where_there_is_only_this_distribution(tmp_path, meta, batch):
     """A fresh interpreter, no poco_vla, no network: what a robot's computer has."""
     pre, _ = make_groot_n1d6_pre_post_processors(config(), meta.stats)

@@ -7,6 +7,7 @@ import re
 import subprocess
 from dataclasses import dataclass, fields
 
+import forked
 import numpy as np
 import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -118,9 +119,8 @@ def test_lerobot_train_makes_a_policy_that_lerobot_eval_runs(data, tmp_path):
     assert (tmp_path / "eval" / "eval_info.json").exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["flow_mlp", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("pi05", "groot_n1d6"))]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["flow_mlp", "pi05", "groot_n1d6"])
 def test_lerobot_eval_runs_what_we_export_in_batches(runs, name, tmp_path):
     """Two environments side by side; the figures that it prints are those of its file, and each episode has a film."""
     made = runs(name)
@@ -196,7 +196,6 @@ def test_an_exported_pi05_needs_nothing_of_ours(runs):
 # -- lerobot-rollout ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.exhaustive
 def test_lerobot_rollout_drives_the_simulated_arm_and_records_what_it_did(runs, tmp_path):
     """Strategy "episodic". The recorded actions, given to the environment that the arm stands for, lead through the
     recorded states: the policy saw and moved what it was trained on. LeRobot records neither reward nor success, so
@@ -206,7 +205,8 @@ def test_lerobot_rollout_drives_the_simulated_arm_and_records_what_it_did(runs, 
     root, made = tmp_path / "recorded", runs("flow_mlp")
     episodes = ("--dataset.num_episodes=2", "--dataset.episode_time_s=1", "--dataset.reset_time_s=0.1")
     options = ("--robot.views=[]", "--strategy.type=episodic", "--strategy.reset_to_initial_position=false")
-    shown = run("lerobot-rollout", *rollout(made.policy, *options, *recording("cube", root, *episodes)))
+    words = rollout(made.policy, *options, *recording("cube", root, *episodes))
+    shown = run("lerobot-rollout", *words, begin=forked.run)
     assert "Rollout finished" in shown
     config = DatasetConfig("you/rollout_cube", root, success_at_end=False)
     dataset = open_dataset(config)

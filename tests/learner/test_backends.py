@@ -84,8 +84,8 @@ def launch(root, kind, num_processes, *runs, vla_of=None):
 
 
 def meet(root, *runs, vla_of):
-    """Two processes as the launcher would start them for ddp_cpu.yaml, without the seconds that three fresh interpreters
-    take to begin: `make test-all` launches them, and tests/test_bugs.py two of its own."""
+    """Two processes as the launcher starts them for ddp_cpu.yaml, without the seconds that three fresh interpreters
+    take. `make test-all` launches them, and test_bugs.py two of its own."""
     jobs = write_jobs(root, *runs, vla_of=vla_of)
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]

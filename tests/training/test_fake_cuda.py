@@ -9,6 +9,7 @@ import torch
 from fake_cuda import fake_gpu
 
 from poco_vla import ChunkBatch, GlobalBatchRNG, Poco, PocoConfig, load_adapter
+from poco_vla.algorithms import STAGES
 from poco_vla.data import batches
 from poco_vla.training import updates
 
@@ -43,7 +44,8 @@ def adapter(request):
     return request.param, policy, policy.example_obs(STATES)
 
 
-@pytest.mark.parametrize("stage", ["sft", "warmup", "online"])
+# The last stage has the losses of the others.
+@pytest.mark.parametrize("stage", [*(pytest.param(one, marks=pytest.mark.exhaustive) for one in STAGES[:-1]), "online"])
 def test_an_update_keeps_to_its_device_and_does_not_wait_for_it(adapter, stage):
     name, policy, example = adapter
     answers = dict(ANSWERS.get(name, {}))
