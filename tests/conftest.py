@@ -6,6 +6,7 @@ import os
 import uuid
 
 import pytest
+import torch
 from datasets import arrow_dataset
 from shape_checks import check_again
 
@@ -67,7 +68,10 @@ def pytest_runtest_setup():
 
 
 def pytest_runtest_teardown():
-    """SVT-AV1, called by a test through LeRobot as root, leaves this thread ahead of all others of the machine."""
+    """Undo what libraries do to the whole process: LeRobot's commands switch TF32 on; SVT-AV1, which LeRobot calls, as
+    root puts its thread ahead of all others of the machine."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
     if hasattr(os, "sched_setscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 

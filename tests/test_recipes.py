@@ -13,6 +13,7 @@ import pytest
 from poco_vla.cli.smoke import smoke_run
 from poco_vla.config import RewardConfig, TrainConfig, flat, to_json
 from poco_vla.errors import PocoError
+from poco_vla.rendering.render import opengl_context
 from poco_vla.simulators import environment
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -149,7 +150,8 @@ def run_here(tmp_path, monkeypatch, fresh_accelerate):
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         runpy.run_path(str(RECIPES / name), run_name="__main__")
 
-    return run
+    yield run
+    opengl_context.cache_clear()  # which has remembered that rays draw
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from poco_vla import load_adapter
 from poco_vla.cli import run_recipe
+from poco_vla.rendering.render import opengl_context
 
 pytest.importorskip("ogbench")
 RECIPE = Path(__file__).parents[2] / "recipes" / "pi05_pick_pen.py"
@@ -40,6 +41,7 @@ def folder(tmp_path_factory):
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("MUJOCO_GL", "disable")
         yield made
+    opengl_context.cache_clear()  # which has remembered that rays draw
 
 
 def recipe_of(*arguments):
