@@ -1,5 +1,6 @@
 """Data: rewards, demonstrations, the replay buffer and the prefix cache."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,14 @@ class RewardConfig:
     """Added at the step that reaches success, in units of reward; source "success" only (paper: sparse 0/1)."""
     step: float = 0.0
     """Added at every step, in units of reward (paper's text: 0; authors' code: -0.01)."""
+
+    def largest_return(self, gamma: float) -> float:
+        """Return the most that an episode can be worth, discounted by `gamma` per control step; inf where rewards are
+        recorded. Nothing comes after a success, so that the best one comes at once, unless steps are worth more."""
+        if self.source == "recorded":
+            return math.inf
+        endless = self.step / (1 - gamma) if gamma < 1 else math.copysign(math.inf, self.step) if self.step else 0.0
+        return max(self.step + self.success, endless)
 
     @classmethod
     def named(cls, name: str) -> "RewardConfig":

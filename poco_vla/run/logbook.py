@@ -46,6 +46,7 @@ class Logbook:
 
     Attributes:
         beside: further figures since its last call that differ from run to run, as rates do.
+        watch: is shown the means of each line of the online stage.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Logbook:
         self._ages = (0, 0)
         self._logged = (time.monotonic(), progress.update, progress.env_steps)
         self.beside: Callable[[], Mapping[str, float]] = dict
+        self.watch: Callable[[Mapping[str, float]], object] = dict
 
     def begin(self) -> None:
         """Updates begin now: rates count from here."""
@@ -137,6 +139,8 @@ class Logbook:
         assert isinstance(means, Tensor)
         scalars = dict(zip(totals, means.tolist(), strict=True))
         self._windows = {}
+        if stage == "online":
+            self.watch(scalars)
         now = self.progress
         if stage != "sft":
             scalars |= self._acting()

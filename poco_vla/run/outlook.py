@@ -1,8 +1,13 @@
-"""One warning when nothing ever succeeds: without a success there is nothing that the critic could tell apart."""
+"""One warning when nothing ever succeeds, and one when the critic promises more than any episode can bring.
 
-from collections.abc import Callable, Sequence
+Without a success there is nothing that a critic could tell apart; and one that overestimates leads the policy astray.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 from poco_vla.checkpointing.progress import Progress
+from poco_vla.config import RewardConfig
 from poco_vla.data import Episode
 
 ENOUGH = 20
@@ -12,16 +17,30 @@ ADVICE = (
     "the environment, episodes long enough to succeed, and a policy that imitates at all (more --sft-steps)"
 )
 
+VALUES = ("q", "candidate_q", "target")
+"""Metrics that are mean values of chunks, in units of discounted reward."""
+TOLERANCE = 0.05
+"""By how much a mean value may exceed the largest return, in rewards of a step or of success: a critic is not exact."""
+AGAINST_OVERESTIMATES = (
+    "Success usually falls while it does. What helps: a pessimistic aggregation (min, or mean_minus_std of more "
+    "critics), a smaller optim.critic_lr, fewer updates_per_step"
+)
+
 
 class Outlook:
-    """Counts successes of demonstrations, evaluations and online episodes, and warns once.
+    """Counts successes of demonstrations, evaluations and online episodes, looks at the critic, and warns once of each.
 
     Args:
-        tell: gets the warning.
+        tell: gets the warnings.
+        reward: bounds what an episode can be worth; None where nobody looks at values.
+        gamma: discount per control step.
     """
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self, tell: Callable[[str], None], reward: RewardConfig | None = None, gamma: float = 1.0) -> None:
         self._tell, self._told = tell, False
+        self._largest = math.inf if reward is None else reward.largest_return(gamma)
+        self._margin = 0.0 if reward is None else TOLERANCE * max(abs(reward.success), abs(reward.step))
+        self._told_of_values = False
         self._demos = self._succeeded = 0
 
     def demonstrated(self, demos: Sequence[Episode]) -> None:
@@ -44,6 +63,22 @@ class Outlook:
         elif len(now.evaluations) > 1 and now.episodes >= ENOUGH:
             self._warn(
                 f"nothing but demonstrations has succeeded so far: {self._succeeded} of {self._demos} of them, {counts}"
+            )
+
+    def learned(self, means: Mapping[str, float]) -> None:
+        """Look at the critic's mean values over some online updates, by their metrics' names.
+
+        Values of soft actor-critics hold entropy beside the return: no bound is known.
+        """
+        values = {name: means[name] for name in VALUES if name in means}
+        if self._told_of_values or "entropy" in means or not values:
+            return
+        name = max(values, key=values.__getitem__)
+        if values[name] > self._largest + self._margin:
+            self._told_of_values = True
+            self._tell(
+                f"the critic overestimates: {name} is {values[name]:.4g} in the mean, and no episode can be worth more "
+                f"than {self._largest:.4g} by this reward. {AGAINST_OVERESTIMATES}."
             )
 
     def _warn(self, found: str) -> None:

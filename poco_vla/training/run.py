@@ -179,16 +179,17 @@ def _assemble(context: RunContext, failures: Failures, resources: ExitStack) -> 
     project.project_dir = project.logging_dir = str(config.output_dir)
     beside = config.interaction.mode != "synchronous"  # else a resumed run makes the same weights again
     versions, weights = ReservedVersions(config.output_dir, folder.write, used=is_main and beside), WeightsVersion()
-    outlook = Outlook(display.say)
-
     algorithm_class, options = load_algorithm(config.algorithm), options_of(config)
+    gamma = algorithm_class.gamma(options)
+    outlook = Outlook(display.say, config.reward, gamma)
+    logbook.watch = outlook.learned
     data = open_data(config, accelerator, display)
     torch.manual_seed(config.seed)
     policy = open_policy(config, data, accelerator)
     demos = data.read(policy, config, display)
     replay = Replay(
         horizon=config.horizon,
-        gamma=algorithm_class.gamma(options),
+        gamma=gamma,
         reward=config.reward,
         config=config.replay,
         folder=config.output_dir,

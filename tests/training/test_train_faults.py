@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import shutil
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -18,7 +19,7 @@ from poco_vla.checkpointing.progress import Progress
 from poco_vla.checkpointing.provenance import Provenance
 from poco_vla.checkpointing.schedule import CheckpointClock
 from poco_vla.checkpointing.versions import AHEAD, ReservedVersions
-from poco_vla.config import InteractionConfig
+from poco_vla.config import InteractionConfig, RewardConfig
 from poco_vla.data import Episode
 from poco_vla.data.dataset import describe_dataset
 from poco_vla.errors import CheckpointError, NonFiniteError, OtherProcessError, PocoError, SimulatorError
@@ -318,6 +319,52 @@ def test_a_run_in_which_nothing_succeeds_says_so_once(outcomes, successes, onlin
             break
     assert len(lines) == (told is not None)
     assert told is None or lines[0].startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("reward", "largest"),
+    [
+        (RewardConfig(success=20.0, step=0.0), 20.0),
+        (RewardConfig.named("minus_one"), 0.0),
+        (RewardConfig(success=1.0, step=0.25), 0.25 / (1 - 0.9)),
+        (RewardConfig.named("semi_sparse"), math.inf),
+    ],
+)
+def test_no_episode_is_worth_more_than_the_largest_return(reward, largest):
+    """Against every length of an episode that succeeds at its last step, and one that never does."""
+    assert reward.largest_return(0.9) == pytest.approx(largest)
+    if reward.source == "success":
+        worth = [reward.step * (1 - 0.9**n) / 0.1 + reward.success * 0.9 ** (n - 1) for n in range(1, 400)]
+        assert max(*worth, reward.step / 0.1) == pytest.approx(largest)
+
+
+@pytest.mark.parametrize(
+    ("means", "told"),
+    [
+        ({"q": 12.0, "candidate_q": 21.5, "target": 13.0}, "candidate_q is 21.5 in the mean"),
+        ({"q": 12.0, "candidate_q": 20.9}, None),  # within a twentieth
+        ({"q": 25.0, "entropy": 1.0}, None),
+        ({"bc_loss": 30.0}, None),
+    ],
+)
+def test_values_above_any_return_are_told_once(means, told):
+    lines = []
+    outlook = Outlook(lines.append, RewardConfig(success=20.0, step=0.0))
+    for _ in range(2):
+        outlook.learned(means)
+    assert len(lines) == (told is not None)
+    assert told is None or told in lines[0]
+
+
+def test_a_run_says_that_its_critic_overestimates(tmp_path, data, capfd):
+    """It begins far above: the last bias of its networks is 5, and nothing is worth more than 1."""
+    with opened(small(tmp_path / "run", data, reward=RewardConfig())) as trainer:
+        with torch.no_grad():
+            for name, bias in trainer.updater.algorithm.critic.named_parameters():
+                if name == "biases.2":  # of three layers
+                    bias.fill_(5.0)
+        trainer.run()
+    assert "the critic overestimates" in " ".join(capfd.readouterr().out.split())
 
 
 def test_the_number_of_successful_demonstrations_is_said_at_the_start(tmp_path, data, capfd):
