@@ -148,10 +148,6 @@ class QChunking[C: QChunkingConfig](Algorithm):
     def trained_groups(self, phase: Phase) -> frozenset[str]:
         return frozenset({"actor"}) if phase == "sft" else super().trained_groups(phase)
 
-    @classmethod
-    def gamma(cls, config: QChunkingConfig) -> float:
-        return config.gamma
-
 
 class BestOfN(QChunking[BestOfNConfig]):
     """QC: imitates all data; the critic chooses the best of N samples, in acting and in its own target."""

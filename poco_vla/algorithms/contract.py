@@ -157,8 +157,9 @@ class Algorithm(nn.Module):
 
     @classmethod
     def gamma(cls, config: Any) -> float:
-        """Return the discount per control step of the returns that the losses read."""
-        return 1.0
+        """Return the discount per control step of the returns that the losses read: the option `gamma` if there is one,
+        else 1."""
+        return getattr(config, "gamma", 1.0)
 
     # -- acting ---------------------------------------------------------------------------------------------------
 

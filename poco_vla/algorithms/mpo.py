@@ -278,7 +278,3 @@ class Mpo(GaussianActor):
     def trained_groups(self, phase: Phase) -> frozenset[str]:
         online = {group["name"] for group in self.parameter_groups()} - {"actor"}
         return frozenset({"sft": {"gaussian"}, "warmup": {"critic"}}.get(phase, online))
-
-    @classmethod
-    def gamma(cls, config: MpoConfig) -> float:
-        return config.gamma

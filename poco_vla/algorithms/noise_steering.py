@@ -236,10 +236,6 @@ class Dsrl(Algorithm):
             )
         return super().fit(config)
 
-    @classmethod
-    def gamma(cls, config: DsrlConfig) -> float:
-        return config.gamma
-
 
 def require_base(config: TrainConfig) -> None:
     """Raise ConfigError if a run neither starts from a trained policy nor trains one by SFT."""

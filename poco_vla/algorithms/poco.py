@@ -259,7 +259,3 @@ class Poco(Algorithm):
 
     def acts_with(self, n: int) -> tuple[str, ...]:
         return ("target_critic",) if n > 1 else ()
-
-    @classmethod
-    def gamma(cls, config: PocoConfig) -> float:
-        return config.gamma

@@ -184,10 +184,6 @@ class SoftActorCritic(Algorithm):
         fraction = 0.5 if config.replay.demo_fraction is None else config.replay.demo_fraction
         return replace(config, replay=replace(config.replay, demo_fraction=fraction), algorithm_options=options)
 
-    @classmethod
-    def gamma(cls, config: Any) -> float:
-        return config.gamma
-
 
 def actor_and_temperature(
     temperature: Temperature, log_prob: Float[Tensor, " B"], q: Float[Tensor, " B"], target: float, *, log: bool = False

@@ -246,6 +246,18 @@ def _check_acting(probe: _Probe) -> Iterator[str]:
                 yield f"{name} of for_acting() gives another chunk than the whole algorithm's"
 
 
+def _check_options(probe: _Probe) -> Iterator[str]:
+    """What a run asks the class, beside its losses."""
+    option, used = getattr(probe.options, "gamma", None), probe.kind.gamma(probe.options)
+    if option is not None and option != used:
+        yield f"gamma(config) is {used}, the option is {option}: returns would be discounted otherwise than it says"
+    if probe.kind.ranks_candidates:
+        algorithm = probe.made().eval()
+        found = algorithm.for_acting(3).act(algorithm.encode(probe.batch), 3, torch.Generator().manual_seed(3))
+        if tuple(found.shape) != (len(probe.batch), probe.policy.spec.horizon, probe.policy.spec.width):
+            yield f"ranks_candidates is True, and act of the best of 3 returned shape {list(found.shape)}"
+
+
 def _check_state(probe: _Probe) -> Iterator[str]:
     """After some updates, state_dict and random numbers make an algorithm of other weights the same one."""
     algorithm, other = probe.made(), probe.made(seed=1)
@@ -278,5 +290,6 @@ _CHECKS: tuple[tuple[str, Callable[[_Probe], Iterator[str]]], ...] = (
     ("noise", _check_noise),
     ("reads_next", _check_reads),
     ("acting", _check_acting),
+    ("options", _check_options),
     ("state", _check_state),
 )

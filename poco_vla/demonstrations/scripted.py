@@ -46,8 +46,12 @@ def demonstrations_root(spec: EnvSpec, config: DemonstrationConfig) -> Path:
         made += f"_steps{config.steps}"
     if config.recovery:
         made += f"_recovery{config.recovery:g}"
+    if spec.max_episode_steps is not None:
+        made += f"_at_most{spec.max_episode_steps}"
     form = "" if config.video else "_png"
-    return config.root / f"{_in_a_name(spec.task)}{options}_{made}{form}"
+    # OGBench's tasks have names that no other simulator's have.
+    kind = "" if spec.type == EnvSpec.type else f"{_in_a_name(spec.type)}_"
+    return config.root / f"{kind}{_in_a_name(spec.task)}{options}_{made}{form}"
 
 
 def _in_a_name(value: Any) -> str:
@@ -201,7 +205,7 @@ def demonstrate(
     space = getattr(env, "observation_space", None)
     read = ObservationReader(space, name).read if space is not None else flat_observation
     declared = declared_limit(env)
-    most = limits.steps or (2 * declared if declared else UNLIMITED)
+    most = limits.steps or declared or UNLIMITED  # a wrapper's limit is not on what is unwrapped
     observation, _ = env.reset(seed=seed)
     if disturb_at:
         observation = _disturb(env, noise, rng, disturb_at, observation)

@@ -5,8 +5,10 @@ main process acts, evaluates and writes.
 
 The state of a run is one list of named parts, each with `state()` and `load()`: :mod:`run` makes it (`parts` in
 `_assemble`), and :mod:`checkpoints` alone walks it, to save the run and to resume it. What the next update depends on
-has to be in a part; a new one is added to that list. Files of checkpoints are written by `poco_vla.checkpointing`;
-demonstrations and online episodes are not in them, but checked by their digests and read back from disk.
+has to be in a part; a new one is added to that list, and to `checkpoints.WITH_TENSORS` if its state holds tensors.
+Files of checkpoints are written by `poco_vla.checkpointing`; demonstrations and online episodes are not in them, but
+checked by their digests and read back from disk. What may differ on resume is said where the field is
+(`poco_vla.roles`).
 
 :mod:`trainer` is the loop, :mod:`updates` one update. What all parts share is in `poco_vla.run`, and how a run acts and
 what it learns from in `poco_vla.experience`.

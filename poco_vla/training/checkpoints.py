@@ -110,6 +110,8 @@ class Checkpoints:
             found = {key: value for key, value in values[name].items() if isinstance(value, Tensor)}
             values[name] = {key: value for key, value in values[name].items() if key not in found}
             tensors |= found
+        if lost := [name for name, state in values.items() if _holds_tensors(state)]:
+            raise TypeError(f"the state of {', '.join(lost)} holds tensors: name it in WITH_TENSORS")
         values = {name: state for name, state in values.items() if state != {} or name in NEEDED}
         checkpoint.save(
             self.root,
@@ -123,3 +125,9 @@ class Checkpoints:
             keep_every=self.config.checkpoint_keep_every,
             statistics=states["statistics"],
         )
+
+
+def _holds_tensors(state: Any) -> bool:
+    """Return True if a tensor is anywhere in a state, where JSON would keep its first digits as text."""
+    inner = state.values() if isinstance(state, Mapping) else state if isinstance(state, list | tuple) else ()
+    return isinstance(state, Tensor) or any(map(_holds_tensors, inner))

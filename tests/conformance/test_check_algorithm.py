@@ -95,9 +95,21 @@ class HiddenNetwork(Poco):
         return super().act(prefix, 3, generator)
 
 
+class ForgetsItsDiscount(Poco):
+    @classmethod
+    def gamma(cls, config):
+        return 1.0
+
+
+class RanksNothing(Imitation):
+    ranks_candidates = True
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
+        (ForgetsItsDiscount, SMALL, r"gamma\(config\) is 1.0, the option is 0.99"),
+        (RanksNothing, ImitationConfig(), "options: raised AssertionError: RanksNothing does not rank candidates"),
         (LeakingCritic, SMALL, 'in phase "warmup" the gradient reaches group "actor", which trained_groups does not'),
         (ForgottenCritic, SMALL, r"in no parameter group, so that it never trains: critic\.weights"),
         (DrawsItself, ImitationConfig(), "online_loss draws random numbers itself"),

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 
 import forked
 import gymnasium as gym
@@ -81,13 +82,22 @@ def test_the_second_call_takes_what_is_there(tmp_path):
 
 
 def test_whatever_decides_the_content_is_in_the_folders_name(tmp_path):
-    specs = [expert_spec(), expert_spec(episode_length=7), EnvSpec()]
+    specs = [expert_spec(), expert_spec(episode_length=7), EnvSpec(), EnvSpec(max_episode_steps=50)]
+    specs += [EnvSpec(type="reach", task=""), EnvSpec(type="push_block", task="")]
     configs = [wanted(tmp_path), wanted(tmp_path, episodes=5), wanted(tmp_path, noise=0.2), wanted(tmp_path, seed=1)]
     roots = {demonstrations_root(spec, config) for spec in specs for config in configs}
     assert len(roots) == len(specs) * len(configs)
     for spec in specs:
-        side_by_side = EnvSpec(type=spec.type, task=spec.task, options=spec.options, num_envs=9)
+        side_by_side = replace(spec, num_envs=9)
         assert demonstrations_root(side_by_side, configs[0]) == demonstrations_root(spec, configs[0])
+
+
+@pytest.mark.parametrize("limit", [2, None])
+def test_a_demonstration_is_no_longer_than_an_episode_may_be(limit):
+    """Also where a wrapper of Gymnasium's keeps the limit, which the environment inside does not."""
+    env = gym.make("tiny/ExpertPoint-v0", task="reach", episode_length=12, pixels=False, max_episode_steps=limit)
+    episode = demonstrate(env.unwrapped, 0.0, np.random.default_rng(0), seed=0)
+    assert (len(episode), episode.succeeded) == ((2, False) if limit else (3, True))
 
 
 def test_the_folders_name_can_be_read(tmp_path):

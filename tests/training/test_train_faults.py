@@ -288,6 +288,19 @@ def test_the_first_process_that_fails_says_why_and_the_others_name_it(tmp_path):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
 
 
+def test_a_part_whose_tensors_would_be_lost_is_a_bug(tmp_path, data):
+    """JSON would keep their first digits, as text."""
+
+    class Forgotten:
+        def state(self):
+            return {"mean": [torch.ones(2)]}
+
+    with opened(small(tmp_path / "run", data, online_steps=0)) as trainer:
+        trainer.checkpoints.parts["forgotten"] = Forgotten()
+        with pytest.raises(TypeError, match="the state of forgotten holds tensors: name it in WITH_TENSORS"):
+            trainer.checkpoints.save()
+
+
 # -- nothing succeeds -------------------------------------------------------------------------------------------------
 
 
