@@ -422,7 +422,8 @@ def test_every_error_on_the_troubleshooting_page_is_one_that_the_library_writes(
 
 
 def test_the_environment_that_the_simulators_page_writes_can_be_trained_in(tmp_path, monkeypatch):
-    from poco_vla.config import EnvSpec
+    from poco_vla.cli.smoke import smoke_run
+    from poco_vla.config import EnvSpec, TrainConfig
     from poco_vla.rollout import EnvPool
 
     page = (GUIDES / "simulators.md").read_text()
@@ -438,6 +439,19 @@ def test_the_environment_that_the_simulators_page_writes_can_be_trained_in(tmp_p
             towards = -10 * pool.obs["observation.state"][:, None].repeat(2, axis=1)
             ended, _ = pool.step(towards.clip(-1, 1).astype("float32"))
     assert ended[0].succeeded
+    (episode, *_) = read_demonstrations(EnvSpec("reach", in_process=True), tmp_path)
+    assert episode.succeeded
+    assert smoke_run(TrainConfig(env=EnvSpec("reach"))).env.max_episode_steps == 250
+
+
+def read_demonstrations(spec, folder):
+    from poco_vla.config import DatasetConfig, DemonstrationConfig
+    from poco_vla.data import open_dataset, read_episodes
+    from poco_vla.demonstrations.scripted import ensure_demonstrations
+
+    root = ensure_demonstrations(spec, DemonstrationConfig(episodes=2, workers=1, root=folder / "data"))
+    config = DatasetConfig(repo_id="local/data", root=root)
+    return read_episodes(open_dataset(config), config, ["observation.state"])
 
 
 def test_the_adapters_page_lists_every_module_that_adapters_may_import():

@@ -116,7 +116,7 @@ def smoke_run(config: TrainConfig) -> TrainConfig:
         policy=policy,
         policy_options=options,
         demonstrations=demos,
-        env=replace(env, options=env.options | {"episode_length": limit}, num_envs=2) if env else None,
+        env=replace(_limited(env, limit), num_envs=2) if env else None,
         poco=replace(config.poco, num_candidates=2, critic_hidden=(32, 32)),
         algorithm_options=_tiny_options(config),
         optim=replace(config.optim, batch_size=16),
@@ -126,6 +126,15 @@ def smoke_run(config: TrainConfig) -> TrainConfig:
         online_steps=min(3 * limit, config.online_steps),
         output_dir=_below(root, config.output_dir),
     )
+
+
+def _limited(env: EnvSpec, steps: int) -> EnvSpec:
+    """Return `env` with episodes of at most `steps`: its own option where it has one, else the run's limit."""
+    from poco_vla.simulators import environment
+
+    if hasattr(environment(env), "episode_length"):
+        return replace(env, options=env.options | {"episode_length": steps})
+    return replace(env, max_episode_steps=steps)
 
 
 def _below(root: Path, path: Path) -> Path:

@@ -12,9 +12,10 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -204,8 +205,7 @@ def demonstrate(
     limits, name = limits or TimeLimits(), name or str(env)
     space = getattr(env, "observation_space", None)
     read = ObservationReader(space, name).read if space is not None else flat_observation
-    declared = declared_limit(env)
-    most = limits.steps or declared or UNLIMITED  # a wrapper's limit is not on what is unwrapped
+    most = limits.steps or declared_limit(env) or UNLIMITED
     observation, _ = env.reset(seed=seed)
     if disturb_at:
         observation = _disturb(env, noise, rng, disturb_at, observation)
@@ -267,8 +267,10 @@ class Collector:
     """The environment of a process that collects demonstrations."""
 
     def __init__(self, make: Callable[[], gym.Env], limits: TimeLimits, name: str) -> None:
-        self.limits, self.name = limits, name
-        self.env: Any = make().unwrapped
+        wrapped = make()
+        # A limit that a wrapper keeps is none of the environment inside, which alone has an expert.
+        self.limits = replace(limits, steps=limits.steps or declared_limit(wrapped))
+        self.name, self.env = name, cast("Any", wrapped.unwrapped)
         # On the instance, so that an expert's own steps are limited as well.
         self.env.step = _limited(self.env.step, limits.step)
         self.env.reset = _limited(self.env.reset, limits.reset)

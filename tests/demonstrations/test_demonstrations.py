@@ -3,6 +3,7 @@
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 
 import forked
 import gymnasium as gym
@@ -17,6 +18,7 @@ from poco_vla.data import open_dataset, read_episodes
 from poco_vla.demonstrations import scripted as demonstrations
 from poco_vla.demonstrations.scripted import demonstrate, demonstrations_root, ensure_demonstrations
 from poco_vla.errors import ConfigError, SimulatorError
+from poco_vla.rollout.chunk_env import TimeLimits
 
 
 def expert_spec(**options):
@@ -95,8 +97,9 @@ def test_whatever_decides_the_content_is_in_the_folders_name(tmp_path):
 @pytest.mark.parametrize("limit", [2, None])
 def test_a_demonstration_is_no_longer_than_an_episode_may_be(limit):
     """Also where a wrapper of Gymnasium's keeps the limit, which the environment inside does not."""
-    env = gym.make("tiny/ExpertPoint-v0", task="reach", episode_length=12, pixels=False, max_episode_steps=limit)
-    episode = demonstrate(env.unwrapped, 0.0, np.random.default_rng(0), seed=0)
+    make = partial(gym.make, "tiny/ExpertPoint-v0", max_episode_steps=limit)
+    collector = demonstrations.Collector(make, TimeLimits(), "tiny")
+    episode = demonstrate(collector.env, 0.0, np.random.default_rng(0), seed=0, limits=collector.limits)
     assert (len(episode), episode.succeeded) == ((2, False) if limit else (3, True))
 
 
