@@ -461,6 +461,18 @@ def test_the_adapters_page_lists_every_module_that_adapters_may_import():
     assert {name for row in rows for name in re.findall(r"`([\w.]+)`", row[0])} == modules
 
 
+def test_the_adapters_page_lists_what_an_adapter_may_leave_out():
+    from poco_vla import FlowPolicy
+    from poco_vla.conformance.interface import OPTIONAL
+
+    (rows,) = [rows for _, header, rows in tables(text_of("adapters/README.md")) if header[0] == "A `FlowPolicy`"]
+    needed, optional = (set(re.findall(r"`(\w+)`", row[1])) for row in rows)
+    assert optional >= OPTIONAL.keys()
+    assert not needed & OPTIONAL.keys()
+    known = {*dir(FlowPolicy), *FlowPolicy.__annotations__, "preprocess", "postprocess"}
+    assert needed | optional <= known
+
+
 def test_guides_are_short_and_their_pictures_small():
     assert all(len((GUIDES / path.name).read_text().splitlines()) <= 125 for path in GUIDES.glob("*.md"))
     assert all(path.stat().st_size < 100_000 for path in GUIDES.glob("*.png"))

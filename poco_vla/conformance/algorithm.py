@@ -247,7 +247,7 @@ def _check_acting(probe: _Probe) -> Iterator[str]:
 
 
 def _check_options(probe: _Probe) -> Iterator[str]:
-    """What a run asks the class, beside its losses."""
+    """Compare what a run asks the class, beside its losses, with the options."""
     option, used = getattr(probe.options, "gamma", None), probe.kind.gamma(probe.options)
     if option is not None and option != used:
         yield f"gamma(config) is {used}, the option is {option}: returns would be discounted otherwise than it says"

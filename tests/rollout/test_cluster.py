@@ -163,7 +163,7 @@ def test_workers_play_what_pools_here_would_play_with_the_same_weights_up_to_the
 def test_a_killed_worker_and_a_killed_node_are_replaced_and_no_half_of_an_episode_is_kept(acting, nodes, node_too):
     """SIGKILL to one of two workers, after some episodes: the seeds that it was in never come; later ones of its place
     do. Then to a whole node; another takes its place."""
-    interaction = acting(point_policy(), point_spec(2, in_process=not node_too))
+    interaction = acting(point_policy(), point_spec(2, in_process=False))
     received = played(interaction, 1e9, lambda got: len(episodes_of(got)) >= 4)
     os.kill(pid_of(interaction, 0), signal.SIGKILL)
     wait_until(lambda: interaction._slots[0].lives == 2, PATIENCE)
