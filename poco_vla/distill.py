@@ -11,7 +11,6 @@ from poco_vla.flow import VelocityField, interpolate, target_velocity
 from poco_vla.types import ActionSpec, ChunkBatch, Metrics
 
 type Anchor = Literal["all", "demos", "demos_and_successes"]
-ANCHORS: tuple[Anchor, ...] = ("all", "demos", "demos_and_successes")
 
 
 @runtime_checkable  # for the test run's machine-checked signatures

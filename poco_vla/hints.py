@@ -56,6 +56,13 @@ def _is_a(kind: Any, *bases: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, bases)
 
 
+def choices_of(hint: Any) -> tuple[str, ...]:
+    """Return the values of a Literal type; nothing for any other, be it a union with one."""
+    (alternative, *others) = _alternatives(hint)
+    kind, args = _parts(alternative)
+    return args if kind is Literal and not others else ()
+
+
 def kind_of(hint: Any) -> str:
     """Return a type in words, such as "a whole number or null"."""
     return " or ".join(dict.fromkeys(_kind(one)[0] for one in _alternatives(hint)))

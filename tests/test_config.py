@@ -1,13 +1,24 @@
 """The algorithm's options: the paper's defaults, and values that cannot work."""
 
 import re
+from copy import copy
 from dataclasses import FrozenInstanceError
+from typing import get_type_hints
 
 import pytest
 
 from poco_vla import DemonstrationConfig, EvalConfig, PocoConfig, PocoError, TrainConfig
-from poco_vla.config import from_json
-from poco_vla.errors import ConfigError
+from poco_vla.algorithms import available_algorithms, load_algorithm
+from poco_vla.config import (
+    GuardConfig,
+    InteractionConfig,
+    PrefixConfig,
+    ReplayConfig,
+    RewardConfig,
+    from_json,
+)
+from poco_vla.errors import ConfigError, UnknownNameError
+from poco_vla.hints import choices_of
 
 
 def test_defaults_are_the_papers():
@@ -97,6 +108,26 @@ def test_a_value_of_another_type_is_refused_when_a_configuration_is_read(name, v
     """Also of `algorithm_options`, which a recipe gives: an unchecked text would choose nothing and say nothing."""
     with pytest.raises(ConfigError, match=re.escape(f"{name} of PocoConfig is {value!r}; expected {expected}")):
         from_json(PocoConfig, {name: value})
+
+
+RECORDS = [RewardConfig, DemonstrationConfig, ReplayConfig, PrefixConfig, InteractionConfig, GuardConfig, TrainConfig]
+RECORDS += [load_algorithm(name).config_class for name in available_algorithms()]
+CHOSEN = [(record, name) for record in RECORDS for name, hint in get_type_hints(record).items() if choices_of(hint)]
+
+
+@pytest.mark.parametrize(("record", "name"), CHOSEN, ids=[f"{record.__name__}.{name}" for record, name in CHOSEN])
+def test_a_choice_that_there_is_not_is_refused_when_a_record_is_built(record, name):
+    """In Python too: an unknown aggregation would be taken for another one and say nothing. Here a record's `__init__`
+    checks types by itself (jaxtyping), so that what a user's calls is called alone."""
+    built = copy(TrainConfig(online_steps=0) if record is TrainConfig else record())
+    object.__setattr__(built, name, "nonsense")
+    with pytest.raises(UnknownNameError, match=f'no {name} named "nonsense". Known: '):
+        built.__post_init__()
+
+
+def test_the_choices_of_every_algorithm_are_among_them():
+    assert {(PocoConfig, "aggregation"), (TrainConfig, "precision")} < set(CHOSEN)
+    assert len(CHOSEN) >= 30
 
 
 @pytest.mark.parametrize(("name", "value"), [("flow_steps", None), ("zeta", "auto"), ("critic_hidden", (8, 8))])

@@ -12,9 +12,9 @@ from torch import Tensor
 from poco_vla.algorithms.contract import Algorithm, Loss, ParameterGroup, Phase, group
 from poco_vla.algorithms.critics import CriticOptions, chunk_critic
 from poco_vla.algorithms.imitation import ImitationNoise, imitation_loss, imitation_noise
-from poco_vla.config.checks import check_choices, check_counts
+from poco_vla.config.checks import check_counts
 from poco_vla.critic import TargetNetwork, aggregate, best_of, td_loss, td_target
-from poco_vla.distill import ANCHORS, Anchor
+from poco_vla.distill import Anchor
 from poco_vla.noise import GlobalBatchRNG, crossing_weights
 from poco_vla.policy import FlowPolicy, Prefix, propose
 from poco_vla.types import ChunkBatch
@@ -33,7 +33,6 @@ class QChunkingConfig(CriticOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self, aggregation=("mean", "min"), anchor=ANCHORS)
         if self.flow_steps is not None:
             check_counts(self, "flow_steps")
 

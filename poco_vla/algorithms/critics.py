@@ -29,7 +29,7 @@ class TdOptions:
     """E, critics in the ensemble (authors)."""
 
     def __post_init__(self) -> None:
-        check_choices(self, error_mean=("valid", "all"), target_mixes=("after", "before"))
+        check_choices(self)
         check_shares(self, "gamma", "tau")
         check_counts(self, "critic_members")
 

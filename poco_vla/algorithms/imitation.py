@@ -8,7 +8,7 @@ from torch import Tensor
 
 from poco_vla.algorithms.contract import Algorithm, Loss, Phase
 from poco_vla.config.checks import check_choices
-from poco_vla.distill import ANCHORS, Anchor, anchor_rows, flow_errors
+from poco_vla.distill import Anchor, anchor_rows, flow_errors
 from poco_vla.noise import UpdateNoise, row_weights
 from poco_vla.policy import Prefix
 from poco_vla.types import ChunkBatch
@@ -18,14 +18,14 @@ from poco_vla.types import ChunkBatch
 class ImitationConfig:
     """Options of imitation."""
 
-    anchor: Literal["all", "demos", "demos_and_successes"] = "demos"
+    anchor: Anchor = "demos"
     """Chunks that are imitated online: the demonstrations, those and the policy's own successes (self-imitation), or
     everything."""
     error_mean: Literal["valid", "all"] = "valid"
     """Denominator of masked means: entries that count, or all of them."""
 
     def __post_init__(self) -> None:
-        check_choices(self, anchor=ANCHORS, error_mean=("valid", "all"))
+        check_choices(self)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from poco_vla.algorithms.contract import Loss, ParameterGroup, Phase, group
 from poco_vla.algorithms.critics import CriticOptions, chunk_critic
 from poco_vla.algorithms.gaussian_actor import GaussianActor, split_kl
-from poco_vla.config.checks import check_choices, check_counts, check_positive, check_widths
+from poco_vla.config.checks import check_counts, check_positive, check_widths
 from poco_vla.critic import TargetNetwork, aggregate, polyak_update, td_loss, td_target
 from poco_vla.dual import Duals, temperature_loss
 from poco_vla.gaussian import SQUASH_LIMIT, Gaussian, SquashedGaussian
@@ -75,7 +75,6 @@ class MpoConfig(CriticOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self, form=("acme", "rlax", "fixed"), bc_form=("nll", "mse"))
         check_positive(
             self, "temperature", "alpha_mean", "alpha_std", "epsilon", "epsilon_mean", "epsilon_std", "dual_lr"
         )

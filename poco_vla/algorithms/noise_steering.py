@@ -53,7 +53,7 @@ class DsrlConfig:
     """Epsilon of their LayerNorms (authors)."""
 
     def __post_init__(self) -> None:
-        check_choices(self, action=("chunk", "noise"), aggregation=("mean", "min"))
+        check_choices(self)
         check_shares(self, "gamma", "tau")
         check_counts(self, "critic_members", "distill_every")
         check_positive(self, "noise_bound", "initial_temperature")

@@ -10,7 +10,7 @@ from torch import Tensor
 from poco_vla.algorithms.contract import Algorithm, Loss, ParameterGroup, Phase, Stage, group
 from poco_vla.algorithms.critics import TdOptions
 from poco_vla.config import TrainConfig
-from poco_vla.config.checks import check_choices, check_counts, check_positive, check_widths
+from poco_vla.config.checks import check_counts, check_positive, check_widths
 from poco_vla.critic import ChunkCritic, TargetNetwork, aggregate, td_loss, td_target, values_for_actor
 from poco_vla.errors import ConfigError
 from poco_vla.gaussian import GaussianNetwork, Temperature
@@ -43,7 +43,6 @@ class EnsembleConfig(TdOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self, aggregation=("mean", "min"))
         check_positive(self, "initial_temperature")
         check_widths(self, "hidden")
         if self.target_members is not None and not 1 <= self.target_members <= self.critic_members:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from poco_vla.config.checks import require, require_seed
+from poco_vla.config.checks import check_choices, require, require_seed
 from poco_vla.roles import machine, method, reporting
 
 DEFAULT_ENV, DEFAULT_TASK = "ogbench", "cube-single-singletask-task1-v0"
@@ -95,6 +95,7 @@ class InteractionConfig:
     """Ray: GPUs that each worker asks for, such as 0.25; above 0 the policy acts on one."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         require(
             self.ranks == "main" or self.mode in ("synchronous", "asynchronous"),
             f'interaction.ranks is "each", but with mode "{self.mode}" one process deals with all that act: '

@@ -1,9 +1,9 @@
 """Conditions that a record holds when it is built."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 from poco_vla.errors import ConfigError, UnknownNameError
+from poco_vla.hints import choices_of
 
 
 def require(holds: bool, message: str) -> None:
@@ -17,11 +17,12 @@ def require_seed(name: str, seed: int) -> None:
     require(0 <= seed < 2**31, f"{name} is {seed}; a seed is a number from 0 to {2**31 - 1}")
 
 
-def check_choices(options: Any, **choices: Sequence[str]) -> None:
-    """Raise UnknownNameError for an option that is none of its choices."""
-    for name, known in choices.items():
-        if getattr(options, name) not in known:
-            raise UnknownNameError(name, getattr(options, name), known)
+def check_choices(options: Any) -> None:
+    """Raise UnknownNameError for an option of a record that is none of the choices of its Literal type."""
+    for name, hint in get_type_hints(type(options)).items():
+        known, value = choices_of(hint), getattr(options, name)
+        if known and value not in known:
+            raise UnknownNameError(name, str(value), known)
 
 
 def check_positive(options: Any, *names: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from poco_vla.config.checks import require, require_seed
+from poco_vla.config.checks import check_choices, require, require_seed
 from poco_vla.errors import UnknownNameError
 from poco_vla.roles import machine, method
 
@@ -24,6 +24,9 @@ class RewardConfig:
     """Added at the step that reaches success, in units of reward; source "success" only (paper: sparse 0/1)."""
     step: float = 0.0
     """Added at every step, in units of reward (paper's text: 0; authors' code: -0.01)."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     def largest_return(self, gamma: float) -> float:
         """Return the most that an episode can be worth, discounted by `gamma` per control step; inf where rewards are
@@ -110,6 +113,7 @@ class DemonstrationConfig:
     """Processes that collect side by side; None is one per core. The dataset does not depend on it."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         require_seed("demonstrations.seed", self.seed)
         require(self.episodes >= 1, f"demonstrations.episodes is {self.episodes}; at least 1")
         require(0 <= self.recovery <= 1, f"demonstrations.recovery is {self.recovery}; it must lie in [0, 1]")
@@ -145,6 +149,7 @@ class ReplayConfig:
     demonstrations is not learned from: it is set aside in the run's folder. None takes any number that stays finite."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         require(self.capacity >= 1, f"replay.capacity is {self.capacity}; at least 1 step")
         require(self.max_bytes is None or self.max_bytes >= 1, f"replay.max_bytes is {self.max_bytes}; at least 1")
         require(
@@ -186,6 +191,7 @@ class PrefixConfig:
     scale per token)."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("device_bytes", "ram_bytes", "disk_bytes"):
             require(getattr(self, name) >= 0, f"prefixes.{name} is {getattr(self, name)}; it must not be negative")
         require(

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from poco_vla.config.checks import require
+from poco_vla.config.checks import check_choices, require
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class PocoConfig:
     """LayerNorm epsilon (authors' code: 1e-6)."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         require(self.num_candidates >= 1, f"num_candidates (N) is {self.num_candidates}; it must be at least 1")
         require(self.eta > 0, f"eta is {self.eta}; the E-step temperature must be above 0 (0.001 is nearly greedy)")
         bound, most = self.eta_bound, math.log(self.num_candidates)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from poco_vla.config.acting import EnvSpec, EvalConfig, InteractionConfig
-from poco_vla.config.checks import require, require_seed
+from poco_vla.config.checks import check_choices, require, require_seed
 from poco_vla.config.data import DatasetConfig, DemonstrationConfig, PrefixConfig, ReplayConfig, RewardConfig
 from poco_vla.config.poco import PocoConfig
 from poco_vla.config.values import num_bytes
@@ -31,6 +31,7 @@ class GuardConfig:
     """Restorations after which the run ends with the last good head."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         require(self.least >= 5, f"guard.least is {self.least}; fewer than 5 episodes prove nothing")
         require(self.window >= self.least, f"guard.window is {self.window}, fewer than guard.least ({self.least})")
         require(0 < self.beta_factor <= 1, f"guard.beta_factor is {self.beta_factor}; it must lie in (0, 1]")
@@ -159,6 +160,7 @@ class TrainConfig:
     """Torch threads of the learner on a CPU; None is torch's own choice."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         require_seed("seed", self.seed)
         require(self.horizon >= 1, f"horizon (H) is {self.horizon}; at least 1")
         for name in ("sft_steps", "warmup_steps", "online_steps", "checkpoint_every", "checkpoint_keep_every"):

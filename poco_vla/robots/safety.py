@@ -7,10 +7,11 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from poco_vla.errors import ConfigError, PocoError
+from poco_vla.errors import ConfigError, PocoError, UnknownNameError
 
 LARGEST = float(np.finfo(np.float32).max)
 """Largest magnitude of a limit: actions are float32."""
+MODES = ("clip", "refuse")
 
 
 class ActionError(PocoError):
@@ -40,6 +41,8 @@ class ActionLimits:
     mode: Literal["clip", "refuse"] = "refuse"
 
     def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UnknownNameError("mode", str(self.mode), MODES)
         for name in _named(self.low) | _named(self.high) or {""}:
             low, high = _value(self.low, name), _value(self.high, name)
             for kind, value in (("low", low), ("high", high)):
