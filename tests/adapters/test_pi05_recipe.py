@@ -17,6 +17,7 @@ from lerobot.utils.import_utils import register_third_party_plugins
 from safetensors.torch import load_file
 
 from poco_vla import load_adapter
+from poco_vla.algorithms import load_algorithm
 from poco_vla.cli import run_recipe
 from poco_vla.rendering.render import opengl_context
 
@@ -107,6 +108,24 @@ def recipe(run):
     """The recipe by its command line, on the data of the first run."""
     yield recipe_of
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["bc", "qc", "dsrl", "expo", "reinflow"])
+def test_another_algorithm_runs_from_sft_to_export(name, recipe, folder, capsys):
+    """It says so where plain samples of the exported policy are not how the algorithm acts."""
+    # 100 steps are 10 chunks: three rollouts, of which the first is the value's.
+    few = ("--reinflow.rollout-steps", "3") if name == "reinflow" else ()
+    recipe("--tiny", *SMALL, *few, "--log-every", "1", "--algorithm", name, "--output-dir", name)
+    shown, kind, path = capsys.readouterr().out, load_algorithm(name), folder / name
+    for words in ("success after SFT", f"success after {kind.title}", "lerobot-eval"):
+        assert words in shown
+    assert set(stages(path)) == set(kind.stages())
+    assert ("are not how it was trained to act" in shown) == (name in ("qc", "dsrl", "expo"))
+    base, policy = (load_file(one / "model.safetensors") for one in (folder / "runs/tiny/pi05_base", path / "policy"))
+    changed = {key for key in base if not base[key].equal(policy[key])}
+    assert changed
+    assert all(policy[key].isfinite().all() for key in changed)
 
 
 @pytest.mark.exhaustive
