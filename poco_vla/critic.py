@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from copy import deepcopy
-from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -12,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poco_vla.dense import batched_linear, row_blocks, suits_onednn
+from poco_vla.dense import batched_linear, ensemble_norm, gelu, layer_norm, row_blocks, suits_onednn
 from poco_vla.types import Metrics
 
 ACTIVATIONS = {
     "silu": F.silu,
-    "gelu": partial(F.gelu, approximate="tanh"),  # flax's nn.gelu, which the authors' code uses
+    "gelu": gelu,  # flax's nn.gelu, which the authors' code uses
     "relu": F.relu,
     "tanh": torch.tanh,
 }
@@ -98,27 +97,32 @@ class ChunkCritic(nn.Module):
     def _of_members(
         self, features: Float[Tensor, "B D"], actions: Float[Tensor, "B N HA"], members: Int[Tensor, " M"] | None
     ) -> Float[Tensor, "E B N"]:
-        if suits_onednn(actions):  # one after another, so that nothing is stacked but the values
-            each = range(self.weights[0].shape[0]) if members is None else members.tolist()
-            return torch.cat([self._values(features, actions, slice(e, e + 1)) for e in each])
-        return self._values(features, actions, slice(None) if members is None else members)
+        groups = [list(group) for group in (self.weights, self.biases, self.gains, self.shifts)]
+        if members is not None:
+            groups = [[p[members] for p in group] for group in groups]
+        if not suits_onednn(actions):
+            return self._values(features, actions, groups)
+        # One after another, so that nothing is stacked but the values.
+        parts = [[p.split(1) for p in group] for group in groups]
+        each = range(len(groups[0][0]))
+        return torch.cat([self._values(features, actions, [[p[e] for p in group] for group in parts]) for e in each])
 
     def _values(
-        self, features: Float[Tensor, "B D"], actions: Float[Tensor, "B N HA"], of: slice | Tensor
+        self, features: Float[Tensor, "B D"], actions: Float[Tensor, "B N HA"], groups: Sequence[Sequence[Tensor]]
     ) -> Float[Tensor, "E B N"]:
         batch, num, chunk_dim = actions.shape
-        weights, biases, gains, shifts = (
-            [p[of] for p in group] for group in (self.weights, self.biases, self.gains, self.shifts)
-        )
+        weights, biases, gains, shifts = groups
         members = len(weights[0])
         state_weight, action_weight = weights[0].split([self.feature_dim, chunk_dim], dim=1)
         of_state = batched_linear(features.expand(members, -1, -1), state_weight, biases[0])
         of_action = batched_linear(actions.flatten(0, 1).expand(members, -1, -1), action_weight)
         h = (of_state.unsqueeze(2) + of_action.unflatten(1, (batch, num))).flatten(1, 2)
         for weight, bias, gain, shift in zip(weights[1:], biases[1:], gains, shifts, strict=True):
-            h = F.layer_norm(h if self.norm_first else self.activation(h), h.shape[-1:], eps=self.layer_norm_eps)
-            h = torch.addcmul(shift, h, gain)
-            h = batched_linear(self.activation(h) if self.norm_first else h, weight, bias)
+            if self.norm_first:
+                h = self.activation(ensemble_norm(h, gain, shift, self.layer_norm_eps))
+            else:
+                h = torch.addcmul(shift, layer_norm(self.activation(h), self.layer_norm_eps), gain)
+            h = batched_linear(h, weight, bias)
         return h.reshape(members, batch, num)
 
 

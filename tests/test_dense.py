@@ -1,4 +1,4 @@
-"""Dense layers by oneDNN give what torch's give, forward and backward, and are left to torch where not theirs."""
+"""Dense layers, norms and GELU give what torch's give, forward and backward; other layers are left to torch."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from poco_vla import ChunkCritic, dense, linear
-from poco_vla.dense import CPU_ROWS, batched_linear, row_blocks
+from poco_vla.dense import CPU_ROWS, batched_linear, ensemble_norm, gelu, layer_norm, row_blocks, states_at_once
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
@@ -121,3 +121,43 @@ def test_a_critics_values_are_the_same_in_blocks():
     with torch.no_grad():
         close(critic(features, chunk), whole, 16)
         torch.testing.assert_close(critic(features, chunk, torch.tensor([2, 0])), critic(features, chunk)[[2, 0]])
+
+
+def with_gradients(function, *inputs):
+    """What a function gives, and its gradients for those inputs that have one."""
+    inputs = [x.clone().requires_grad_(x.requires_grad) for x in inputs]
+    y = function(*inputs)
+    y.backward(normal(*y.shape, seed=9).to(y))
+    return [y.detach(), *(x.grad for x in inputs if x.requires_grad)]
+
+
+def test_a_norm_is_torchs():
+    x = normal(3, 40, 24).requires_grad_()
+    ours, theirs = (with_gradients(f, x) for f in (lambda x: layer_norm(x, 1e-5), lambda x: F.layer_norm(x, (24,))))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wanted", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+def test_a_norm_of_an_ensemble_is_each_members_own(wanted):
+    inputs = [normal(3, 40, 24), normal(3, 1, 24, seed=1), normal(3, 1, 24, seed=2)]
+    inputs = [x.double().requires_grad_(need) for x, need in zip(inputs, wanted, strict=True)]
+    plain = lambda x, gain, shift: F.layer_norm(x, (24,), eps=1e-6) * gain + shift  # noqa: E731
+    ours = with_gradients(lambda *xs: ensemble_norm(*xs, 1e-6), *inputs)
+    torch.testing.assert_close(ours, with_gradients(plain, *inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_gelu_is_torchs():
+    x = (4 * normal(50, 24)).double().requires_grad_()
+    ours, theirs = (with_gradients(f, x) for f in (gelu, lambda x: F.gelu(x, approximate="tanh")))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    large = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], requires_grad=True)
+    assert torch.equal(gelu(large.detach()), F.relu(large.detach()))
+    assert with_gradients(gelu, large)[1].isfinite().all()
+
+
+def test_a_cpu_computes_as_many_states_at_once_as_suit_its_caches():
+    assert states_at_once(256, 33, "cpu") == CPU_ROWS // 33 == 62
+    assert states_at_once(256, CPU_ROWS + 1, "cpu") == 1
+    assert states_at_once(256, 0, "cpu") == states_at_once(256, 33, "cuda") == 256

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from poco_vla.algorithms import Algorithm, Phase
 from poco_vla.config import TrainConfig, num_bytes
-from poco_vla.dense import CPU_ROWS
+from poco_vla.dense import states_at_once
 from poco_vla.errors import ConfigError
 from poco_vla.noise import UpdateNoise
 from poco_vla.types import ChunkBatch
@@ -78,10 +78,7 @@ class Budget:
             return config.optim.micro_batch
         if config.memory is not None:
             return self._fitting(batch, noise, phase, num_bytes(config.memory))
-        chunks = self.algorithm.chunks_per_state(phase)
-        if self.accelerator.device.type == "cpu" and chunks:
-            return max(1, CPU_ROWS // chunks)
-        return len(batch)
+        return states_at_once(len(batch), self.algorithm.chunks_per_state(phase), self.accelerator.device.type)
 
     def _fitting(self, batch: ChunkBatch, noise: UpdateNoise, phase: Phase, memory: int) -> int:
         """Parts are measured, each twice as large as the one before, until one does not fit. Between the last two the

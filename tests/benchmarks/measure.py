@@ -26,7 +26,7 @@ from rich.table import Table
 from poco_vla import ChunkBatch, GlobalBatchRNG, Poco, PocoConfig
 from poco_vla.config import DemonstrationConfig, ReplayConfig, TrainConfig
 from poco_vla.data import Episode, Replay, chunk_batch
-from poco_vla.dense import CPU_ROWS, _product
+from poco_vla.dense import _product, states_at_once
 from poco_vla.noise import micro_batches
 from poco_vla.rollout import EnvPool
 from poco_vla.training import Trainer
@@ -155,12 +155,12 @@ class Way:
 
 def ways(args: Args, device: str) -> dict[str, Way]:
     """The plain path of each stage, and the fast ones of the online update."""
-    part = max(1, CPU_ROWS // (1 + args.size.candidates)) if device == "cpu" else None
+    part = states_at_once(args.size.batch, 1 + args.size.candidates, device)
     found = {
         "BC": Way("sft"),
         "critic (warm-up)": Way("warmup"),
         "POCO, batch at once": Way("online"),
-        **({f"POCO, {part} at once": Way("online", part)} if part else {}),
+        **({f"POCO, {part} at once": Way("online", part)} if device == "cpu" else {}),
         "POCO, candidates in bfloat16": Way("online", part, "bfloat16"),
     }
     if args.compiled:
@@ -321,27 +321,32 @@ def random_batch(size: Size, device: str) -> ChunkBatch:
     ).to(device)
 
 
-def once_seconds(work: Callable[[], Any], device: str = "cpu") -> float:
+def once_seconds(work: Callable[[], Any], device: str = "cpu", clock: Callable[[], float] = time.perf_counter) -> float:
     def wait() -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
     wait()
-    started = time.perf_counter()
+    started = clock()
     work()
     wait()
-    return time.perf_counter() - started
+    return clock() - started
 
 
-def best_seconds(work: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
-    """Least wall time of each, after one run that does not count. Short ones run ten times a round."""
+def best_seconds(
+    work: dict[str, Callable[[], Any]],
+    rounds: int,
+    device: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Least time of each by a clock, after one run that does not count. Short ones run ten times a round."""
     best = {}
     for _ in range(rounds + 1):
         for name, one in work.items():
             first = name not in best
-            took = once_seconds(one, device)
+            took = once_seconds(one, device, clock)
             if not first and took < 0.2:
-                took = min(took, *(once_seconds(one, device) for _ in range(9)))
+                took = min(took, *(once_seconds(one, device, clock) for _ in range(9)))
             best[name] = math.inf if first else min(best[name], took)
     return best
 

@@ -78,7 +78,7 @@ def vmpo(golden: Golden) -> Numbers:
         yield "log_prob", grid(algorithm.log_prob(prefix, batch.acted))
         yield "kl_loss", grid(terms["kl_mean_loss"] + terms["kl_std_loss"])
         yield "alpha_loss", grid(terms["alpha_mean_loss"] + terms["alpha_std_loss"])
-        kl_mean, kl_std = algorithm.divergences(prefix)
+        kl_mean, kl_std = algorithm.divergences(prefix, algorithm.gaussian(prefix.features))
         yield "kl_mean", grid(kl_mean)
         yield "kl_cov", grid(kl_std)
         loss, _ = algorithm.value_loss(prefix, batch)

@@ -17,6 +17,7 @@ from poco_vla.config.checks import check_counts, check_positive, check_shares
 from poco_vla.critic import polyak_update
 from poco_vla.dual import Duals, top_samples_weights
 from poco_vla.gae import n_step_returns
+from poco_vla.gaussian import Gaussian
 from poco_vla.noise import GlobalBatchRNG, UpdateNoise
 from poco_vla.policy import FlowPolicy, Prefix
 from poco_vla.types import ChunkBatch, RolloutBatch
@@ -162,19 +163,24 @@ class Vmpo(GaussianActor, OnPolicy):
         assert noise.weights is not None
         assert noise.dual_loss is not None
         assert noise.dual_slope is not None
-        eta = self.duals("temperature")[0]
+        eta, new = self.duals("temperature")[0], self.gaussian(prefix.features)
         terms = {
-            "policy_loss": -noise.weights * self.log_prob(prefix, batch.acted),
+            "policy_loss": -noise.weights * new.log_prob(batch.acted["sample"]),
             # Value and gradient of the loss over the whole batch, whatever part of it is computed here.
             "temperature_loss": noise.dual_loss + noise.dual_slope * (eta - eta.detach()),
         }
-        return terms | self.trust_region_terms(*self.divergences(prefix))
+        return terms | self.trust_region_terms(*self.divergences(prefix, new))
 
-    def divergences(self, prefix: Prefix) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]:
-        """Return KL(target || present) of each number of a chunk, with the target's spread or its mean in both."""
+    def divergences(self, prefix: Prefix, new: Gaussian) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]:
+        """Return KL(target || new) of each number of a chunk, with the target's spread or its mean in both.
+
+        Args:
+            prefix: of the states, for the target Gaussian.
+            new: Gaussian of each state by the present weights.
+        """
         with torch.no_grad():
             old = self.target_gaussian(prefix.features)
-        return split_kl(old, self.gaussian(prefix.features))
+        return split_kl(old, new)
 
     def after_step(self, phase: Phase) -> None:
         self.duals.project()
