@@ -28,6 +28,7 @@ from poco_vla.experience.interactions import (
 from poco_vla.experience.prefixes import open_prefixes
 from poco_vla.experience.rollouts import Rollouts, open_rollouts
 from poco_vla.learner.accelerator import learner_of, open_accelerator
+from poco_vla.learner.allocator import keep_freed_memory
 from poco_vla.learner.arithmetic import arithmetic_told, gpu_arithmetic
 from poco_vla.learner.backends import Learner
 from poco_vla.learner.broadcast import Sharing
@@ -138,6 +139,8 @@ def build(config: TrainConfig) -> TrainingRun:
     options_of(config)  # they are checked before anything is opened
     fitted = "; ".join(differences(asked, config))
     accelerator = open_accelerator(config)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     precision = launched_precision(config)
     told = precision_told(config, precision)
     config = replace(config, mixed_precision=precision, output_dir=choose_folder(config, accelerator))

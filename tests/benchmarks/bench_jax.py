@@ -1,26 +1,36 @@
-"""One POCO update of ours against the same in JAX, jitted whole, as the authors' and QC's released code is written.
+"""One POCO update of ours against the same in JAX, jitted whole, as the authors' and QC's released code is written; and
+updates of QC, FQL and RLPD-AC against that code itself.
 
     pip install jax optax
     python tests/benchmarks/bench_jax.py [--quick]
+    pip install jax==0.6.0 flax==0.10.5 optax==0.2.4 distrax==0.1.5 tensorflow-probability==0.25.0 ml_collections
+    git clone https://github.com/ColinQiyangLi/qc && python tests/benchmarks/bench_jax.py --official qc
 
-The JAX update takes our weights, batch and random numbers, and has to give our loss before it is timed. Like QC's code
-it feeds [state, chunk, t] to the first layer as one input, and stacks the critics.
+The POCO update in JAX takes our weights, batch and random numbers, and has to give our loss before it is timed. Like
+QC's code it feeds [state, chunk, t] to the first layer as one input, and stacks the critics. On one core, time is that of
+the processor, which changes less with other work on the machine.
 """
 
 import math
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
+from bench_algorithms import Measured
 from measure import HERE, Rows, Size, Way, best_seconds, device_name, keep_in, mlp, random_batch, table_of, update_of
 from rich.console import Console
 
 from poco_vla import GlobalBatchRNG, Poco, PocoConfig
-from poco_vla.dense import CPU_ROWS
+from poco_vla.dense import states_at_once
 
 try:
     import jax
@@ -40,6 +50,8 @@ class Args:
     """Sizes of the update."""
     quick: bool = False
     """A twentieth of the batch, once; nothing is kept."""
+    official: Path | None = None
+    """A clone of github.com/ColinQiyangLi/qc, whose updates are measured beside ours."""
 
 
 def main(argv: Sequence[str] | None = None) -> Rows:
@@ -48,15 +60,21 @@ def main(argv: Sequence[str] | None = None) -> Rows:
     size = replace(args.size, batch=max(4, args.size.batch // 20)) if args.quick else args.size
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
     gap, theirs = jax_update(size)
-    part = max(1, CPU_ROWS // (1 + size.candidates)) if device == "cpu" else None
+    part = states_at_once(size.batch, 1 + size.candidates, device)
     work = {
         "JAX, jitted": theirs,
         "ours": update_of(size, Way("online", part), device),
         "ours, candidates in bfloat16": update_of(size, Way("online", part, "bfloat16"), device),
     }
-    seconds = best_seconds(work, 1 if args.quick else 4, device)
+    if args.official is not None:
+        for name in OFFICIAL:
+            work[f"{name}: JAX, official"] = official_update(name, size, args.official)
+            work[f"{name}: ours"] = Measured(name, size, device).whole_update
+    clock = time.process_time if os.cpu_count() == 1 or len(os.sched_getaffinity(0)) == 1 else time.perf_counter
+    seconds = best_seconds(work, 1 if args.quick else 4, device, clock)
+    peers = {what: what.replace("ours", "JAX, official") for what in seconds if ":" in what}
     rows = [
-        {"what": what, "ms": took * 1e3, "updates/s": 1 / took, "x JAX": took / seconds["JAX, jitted"]}
+        {"what": what, "ms": took * 1e3, "updates/s": 1 / took, "x JAX": took / seconds[peers.get(what, "JAX, jitted")]}
         for what, took in seconds.items()
     ]
     console = Console() if Console().is_terminal else Console(width=120)
@@ -174,6 +192,42 @@ def critic_of(critic: Any) -> Tree:
     """Our ensemble's weights."""
     groups = {"w": critic.weights, "b": critic.biases, "gain": critic.gains, "shift": critic.shifts}
     return {name: [array(p) for p in group] for name, group in groups.items()}
+
+
+OFFICIAL = ("qc", "qc_fql", "fql", "rlpd_ac")
+"""Algorithms of ours whose authors' code is in ColinQiyangLi/qc."""
+
+
+def official_update(name: str, size: Size, folder: Path) -> Callable[[], Any]:
+    """The update of QC's released code, jitted, on random numbers; at its own sizes but for those of `size`."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    module = import_module("agents.acrlpd" if name == "rlpd_ac" else "agents.acfql")
+    horizon = 1 if name == "fql" else size.horizon
+    config = module.get_config()
+    config.horizon_length = horizon
+    config.actor_hidden_dims = (size.width,) * size.layers
+    if name == "qc":
+        config.actor_type, config.actor_num_samples = "best-of-n", size.candidates
+    kind = module.ACRLPDAgent if name == "rlpd_ac" else module.ACFQLAgent
+    agent = kind.create(0, np.zeros(size.state_dim, np.float32), np.zeros(size.action_dim, np.float32), config)
+    rng = np.random.default_rng(0)
+    ones = np.ones((size.batch, horizon), np.float32)
+    batch = {
+        "observations": rng.standard_normal((size.batch, size.state_dim), np.float32),
+        "next_observations": rng.standard_normal((size.batch, horizon, size.state_dim), np.float32),
+        "actions": rng.uniform(-1, 1, (size.batch, horizon, size.action_dim)).astype(np.float32),
+        "rewards": 0 * ones,
+        "masks": ones,
+        "valid": ones,
+    }
+    holder = {"agent": agent}
+
+    def run() -> None:
+        holder["agent"], _ = holder["agent"].update(batch)
+        jax.block_until_ready(holder["agent"].network.params)
+
+    return run
 
 
 def array(tensor: Any) -> Any:
