@@ -116,12 +116,14 @@ class ChunkCritic(nn.Module):
         state_weight, action_weight = weights[0].split([self.feature_dim, chunk_dim], dim=1)
         of_state = batched_linear(features.expand(members, -1, -1), state_weight, biases[0])
         of_action = batched_linear(actions.flatten(0, 1).expand(members, -1, -1), action_weight)
-        h = (of_state.unsqueeze(2) + of_action.unflatten(1, (batch, num))).flatten(1, 2)
+        add = torch.add if torch.is_grad_enabled() else Tensor.add_
+        h = add(of_action.unflatten(1, (batch, num)), of_state.unsqueeze(2)).flatten(1, 2)
         for weight, bias, gain, shift in zip(weights[1:], biases[1:], gains, shifts, strict=True):
             if self.norm_first:
                 h = self.activation(ensemble_norm(h, gain, shift, self.layer_norm_eps))
             else:
-                h = torch.addcmul(shift, layer_norm(self.activation(h), self.layer_norm_eps), gain)
+                h = layer_norm(self.activation(h), self.layer_norm_eps)
+                h = torch.addcmul(shift, h, gain, out=None if torch.is_grad_enabled() else h)
             h = batched_linear(h, weight, bias)
         return h.reshape(members, batch, num)
 

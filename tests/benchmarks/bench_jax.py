@@ -3,12 +3,12 @@ updates of QC, FQL and RLPD-AC against that code itself.
 
     pip install jax optax
     python tests/benchmarks/bench_jax.py [--quick]
-    pip install jax==0.6.0 flax==0.10.5 optax==0.2.4 distrax==0.1.5 tensorflow-probability==0.25.0 ml_collections
+    pip install flax distrax ml_collections
     git clone https://github.com/ColinQiyangLi/qc && python tests/benchmarks/bench_jax.py --official qc
 
 The POCO update in JAX takes our weights, batch and random numbers, and has to give our loss before it is timed. Like
-QC's code it feeds [state, chunk, t] to the first layer as one input, and stacks the critics. On one core, time is that of
-the processor, which changes less with other work on the machine.
+QC's code it feeds [state, chunk, t] to the first layer as one input, and stacks the critics. On one core, time is the
+processor's, which changes less with other work on the machine.
 """
 
 import math
