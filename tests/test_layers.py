@@ -43,7 +43,7 @@ DOORS = {
         *{"posterior", "types"},
     },
     "algorithms.on_policy": {
-        *{"algorithms", "config", "critic", "dual", "errors", "gae", "mlp", "noise", "policy", "types"},
+        *{"algorithms", "config", "critic", "dual", "errors", "gae", "gaussian", "mlp", "noise", "policy", "types"},
     },
     "devices": {"errors"},
     "files": {"errors"},
