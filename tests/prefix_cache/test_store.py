@@ -219,7 +219,7 @@ def test_an_entry_whose_bytes_are_not_whole_is_not_believed(tmp_path, damage):
 
 WRITER = """
 import sys
-sys.path.insert(0, {here!r})
+sys.path[:0] = {here!r}
 from pathlib import Path
 from test_store import entry, persistent
 one, key = persistent(Path({folder!r}), 10**9), 0
@@ -233,7 +233,7 @@ while True:
 
 def test_a_writer_that_is_killed_leaves_only_whole_entries(tmp_path):
     """Three times over, each at another moment, and the next one goes on in the same files."""
-    program = WRITER.format(here=str(Path(__file__).parent), folder=str(tmp_path))
+    program = WRITER.format(here=[str(folder) for folder in Path(__file__).parents[:2]], folder=str(tmp_path))
     writer = forked.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     try:
         assert writer.stdout is not None
