@@ -31,10 +31,9 @@ def _one_fork_server_for_all_simulators():
 def _no_hash_of_each_episode():
     """LeRobot makes each episode a `datasets.Dataset`, which hashes itself to name a cache that nobody reads here: a
     third of the time in which an episode is recorded."""
-    name = arrow_dataset.generate_fingerprint
-    arrow_dataset.generate_fingerprint = lambda dataset: uuid.uuid4().hex
-    yield
-    arrow_dataset.generate_fingerprint = name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrow_dataset, "generate_fingerprint", lambda dataset: uuid.uuid4().hex)
+        yield
 
 
 @pytest.fixture(scope="session")

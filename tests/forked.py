@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import types
+from functools import cache
 from pathlib import Path
 
 IMPORTED = (
@@ -31,13 +32,11 @@ IMPORTED = (
     "poco_vla.training.trainer",
     "scipy.stats",
 )
-"""What is imported before a program begins; more would do no harm, and less would only take longer."""
+"""Imported before a program begins; more would do no harm, and less would only take longer."""
 
 
 class Popen(subprocess.Popen):
     """`subprocess.Popen` of a Python program, without the start of an interpreter."""
-
-    _server = None
 
     def _execute_child(self, *arguments):
         """Send the program and its standard streams to the server; all other ways of starting one stay as they are."""
@@ -92,14 +91,13 @@ def run(args, *, check=False, timeout=None, **options):
     return done
 
 
+@cache
 def server():
     """Return the socket of this process's server, which ends when the socket is closed."""
-    if Popen._server is None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()])
-        Popen._server = ours
-    return Popen._server
+    ours, theirs = socket.socketpair()
+    with theirs:
+        subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+    return ours
 
 
 # -- the process that is forked ---------------------------------------------------------------------------------------

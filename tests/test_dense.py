@@ -124,7 +124,7 @@ def test_a_critics_values_are_the_same_in_blocks():
 
 
 def with_gradients(function, *inputs):
-    """What a function gives, and its gradients for those inputs that have one."""
+    """Return what a function gives, and its gradients for those inputs that have one."""
     inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
     y = function(*inputs)
     y.backward(normal(*y.shape, seed=9).to(y))

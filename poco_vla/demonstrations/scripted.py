@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -270,7 +270,8 @@ class Collector:
         wrapped = make()
         # A limit that a wrapper keeps is none of the environment inside, which alone has an expert.
         self.limits = replace(limits, steps=limits.steps or declared_limit(wrapped))
-        self.name, self.env = name, cast("Any", wrapped.unwrapped)
+        self.name = name
+        self.env: Any = wrapped.unwrapped
         # On the instance, so that an expert's own steps are limited as well.
         self.env.step = _limited(self.env.step, limits.step)
         self.env.reset = _limited(self.env.reset, limits.reset)

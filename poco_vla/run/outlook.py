@@ -3,7 +3,6 @@
 Without a success there is nothing that a critic could tell apart; and one that overestimates leads the policy astray.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 from poco_vla.checkpointing.progress import Progress
@@ -32,14 +31,14 @@ class Outlook:
 
     Args:
         tell: gets the warnings.
-        reward: bounds what an episode can be worth; None where nobody looks at values.
+        reward: bounds what an episode can be worth.
         gamma: discount per control step.
     """
 
-    def __init__(self, tell: Callable[[str], None], reward: RewardConfig | None = None, gamma: float = 1.0) -> None:
+    def __init__(self, tell: Callable[[str], None], reward: RewardConfig, gamma: float) -> None:
         self._tell, self._told = tell, False
-        self._largest = math.inf if reward is None else reward.largest_return(gamma)
-        self._margin = 0.0 if reward is None else TOLERANCE * max(abs(reward.success), abs(reward.step))
+        self._largest = reward.largest_return(gamma)
+        self._margin = TOLERANCE * max(abs(reward.success), abs(reward.step))
         self._told_of_values = False
         self._demos = self._succeeded = 0
 

@@ -394,7 +394,7 @@ def test_serve_answers_a_client_until_it_is_interrupted(run):
 
 @pytest.mark.parametrize(("adapter", "has_base"), [("flow_mlp", False), ("pi05", True)])
 def test_a_tiny_run_has_a_base_where_the_model_starts_from_one(adapter, has_base, tmp_path, monkeypatch):
-    """As `--adapter pi05 --tiny` gives it to a recipe whose own policy is a small network."""
+    """Fit a recipe whose own policy is a small network, as `--adapter pi05 --tiny` does."""
     monkeypatch.chdir(tmp_path)
     recipe = TrainConfig(adapter=adapter, env=EnvSpec())
     tiny, smoke = tiny_pick_task(recipe), smoke_run(recipe)

@@ -19,13 +19,6 @@ def settings():
     return backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cuda.cudnn_sdp_enabled()
 
 
-@pytest.fixture(autouse=True)
-def as_torch_begins(monkeypatch):
-    """Begin as torch does: LeRobot's own commands, which other tests run in this process, leave TF32 on."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-
-
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_accelerate_does_not_choose_the_precision(monkeypatch):
     """Accelerate switches TF32 on, without a word, where a run on CUDA is compiled."""
@@ -39,6 +32,7 @@ def test_accelerate_does_not_choose_the_precision(monkeypatch):
     before = settings()
     opening.open_accelerator(TrainConfig(online_steps=0))
     assert settings() == before
+    assert before[0] is False
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])

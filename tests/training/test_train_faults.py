@@ -322,7 +322,7 @@ def demos(*outcomes):
 )
 def test_a_run_in_which_nothing_succeeds_says_so_once(outcomes, successes, online, told):
     lines = []
-    outlook = Outlook(lines.append)
+    outlook = Outlook(lines.append, RewardConfig(), gamma=0.99)
     outlook.demonstrated(demos(*outcomes))
     now = Progress(episodes=online, recent=[False] * min(20, online))
     for count in (*successes, 0):
@@ -362,7 +362,7 @@ def test_no_episode_is_worth_more_than_the_largest_return(reward, largest):
 )
 def test_values_above_any_return_are_told_once(means, told):
     lines = []
-    outlook = Outlook(lines.append, RewardConfig(success=20.0, step=0.0))
+    outlook = Outlook(lines.append, RewardConfig(success=20.0, step=0.0), gamma=0.99)
     for _ in range(2):
         outlook.learned(means)
     assert len(lines) == (told is not None)
