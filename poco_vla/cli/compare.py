@@ -11,7 +11,7 @@ import tyro
 
 from poco_vla.cli.choices import Choices, choose
 from poco_vla.cli.configuration import parse_config
-from poco_vla.cli.option_values import groups_of
+from poco_vla.cli.option_values import flag_of, groups_of
 from poco_vla.config import TrainConfig, differences, from_json
 from poco_vla.errors import ConfigError, PocoError, UnknownNameError
 from poco_vla.files import read_json
@@ -303,7 +303,7 @@ def _split_options(words: Sequence[str], algorithms: Sequence[str]) -> tuple[lis
     common: list[str] = []
     own: dict[str, list[str]] = {}
     for group in groups_of(words):
-        flag = group[0].partition("=")[0].replace("_", "-")
+        flag = flag_of(group[0])
         if flag in REFUSED:
             raise ConfigError(f"{flag} is not for the runs of a comparison: {REFUSED[flag]}")
         head, dot, _ = flag.removeprefix("--").partition(".")
@@ -321,7 +321,7 @@ def _without(words: Sequence[str], *flags: str) -> list[str]:
     plain = [flag.replace("_", "-") for flag in flags]
 
     def is_one(group: Sequence[str]) -> bool:
-        flag = group[0].partition("=")[0].replace("_", "-")
+        flag = flag_of(group[0])
         return any(flag == one or flag.startswith(f"{one}.") for one in plain)
 
     return [word for group in groups_of(words) if not is_one(group) for word in group]

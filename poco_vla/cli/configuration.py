@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from poco_vla.cli.option_values import read_options
+from poco_vla.cli.option_values import flag_of, read_options
 from poco_vla.cli.options import Option, options_of_adapter, options_of_algorithm, options_of_env
 from poco_vla.cli.parser import Listed, Parser, parse
 from poco_vla.config import ALGORITHM_SECTIONS, DemonstrationConfig, EnvSpec, TrainConfig
@@ -92,8 +92,7 @@ def parse_config(
     )
     if not chosen.no_env:
         return parsed
-    flags = {word.partition("=")[0].replace("_", "-") for word in rest}
-    acts = parsed.interaction.mode == "remote" or "--online-steps" in flags
+    acts = parsed.interaction.mode == "remote" or "--online-steps" in map(flag_of, rest)
     return replace(parsed, env=None, demonstrations=None, online_steps=parsed.online_steps if acts else 0)
 
 

@@ -79,6 +79,11 @@ def groups_of(args: Sequence[str]) -> Iterator[list[str]]:
             begin = end
 
 
+def flag_of(word: str) -> str:
+    """Return the flag that a word of a command line is, as `--help` spells it and without its value."""
+    return word.partition("=")[0].replace("_", "-")
+
+
 def _path(word: str, prefix: str) -> list[str] | None:
     """Return the names that a flag gives below `prefix`; None for any other word."""
     flag = word.partition("=")[0]

@@ -20,6 +20,7 @@ from tyro.constructors import (
 )
 
 from poco_vla.cli.errors import shown_once
+from poco_vla.cli.option_values import flag_of
 from poco_vla.cli.options import Option, docs_of, text_of
 from poco_vla.config import ALGORITHM_SECTIONS, TrainConfig
 from poco_vla.errors import ConfigError
@@ -90,7 +91,7 @@ def parse(
 def _unknown(word: str, known: Sequence[str]) -> str:
     if not word.startswith("-"):
         return f'"{word}" belongs to no option'
-    flag = word.partition("=")[0].replace("_", "-")
+    flag = flag_of(word)
     if "." in flag and (algorithm := _algorithm_of(flag)):
         return f'"{flag}" is an option of algorithm "{algorithm}": choose it with --algorithm {algorithm}'
     close = get_close_matches(flag, known, n=1)
