@@ -8,7 +8,8 @@ import pytest
 
 from poco_vla.config import EnvSpec, TrainConfig, to_json
 from poco_vla.errors import DataError
-from poco_vla.report import write_comparison
+from poco_vla.report import write_comparison, write_comparisons
+from poco_vla.report.aggregate import interquartile_mean, probability_of_improvement, stratified_interval
 from poco_vla.report.comparison import compared, fisher_exact, read_comparison
 from poco_vla.report.published import credit_of, published_by_source
 from poco_vla.terminal import SafeConsole
@@ -150,3 +151,56 @@ def test_published_curves_of_both_sources_are_found_by_the_environments_name():
     assert "arXiv 2601.14234" in credit_of("QAM")
     assert set(published_by_source("lift")) == {"QC"}
     assert published_by_source("cube-single-singletask-task1-v0") == {}
+
+
+def test_aggregates_are_those_of_rliable():
+    """rliable 1.2.0: aggregate_iqm and probability_of_improvement, runs in rows and tasks in columns."""
+    x = np.array([[0.8, 0.5, 0.9], [0.7, 0.52, 0.85], [0.79, 0.6, 0.85], [0.9, 0.4, 0.9]])
+    y = np.array([[0.8, 0.3, 0.9], [0.6, 0.5, 0.7], [0.75, 0.61, 0.95]])
+    assert interquartile_mean(list(x.T)) == pytest.approx(0.765)
+    assert interquartile_mean(list(y.T)) == pytest.approx(0.692)
+    assert probability_of_improvement(list(x.T), list(y.T)) == pytest.approx(0.5555555555555556)
+    low, high = stratified_interval(probability_of_improvement, list(x.T), list(y.T))
+    assert 0.2 < low < 0.5556 < high < 0.9
+    alike = [np.array([0.5, 0.5]), np.array([0.7])]
+    assert stratified_interval(interquartile_mean, alike) == pytest.approx([0.5667, 0.5667], abs=1e-4)
+
+
+def test_several_comparisons_make_one_page(tmp_path):
+    """POCO has both tasks, QC ends below its start once, RLPD has one task."""
+    for task, finals in {"one": ((80, 70), (60, 10)), "two": ((50, 50), (50, 40))}.items():
+        for name, successes in zip(("poco", "qc"), finals, strict=True):
+            for seed, last in enumerate(successes):
+                write_run(tmp_path / task, name, seed, (20, 40, last))
+        (tmp_path / task / "logs").mkdir()
+    write_run(tmp_path / "one", "rlpd", 0, (0, 0, 5), policy=None)
+    for task in ("one", "two"):
+        write_comparison(tmp_path / task)
+    written = write_comparisons(tmp_path)
+    figures = json.loads((tmp_path / "comparisons.json").read_text())
+    qc, rlpd = figures["algorithms"]["qc"], figures["algorithms"]["rlpd"]
+    assert (qc["tasks"], qc["runs"], qc["below_start"], rlpd["tasks"]) == (2, 4, 1, 1)
+    assert qc["final"] == pytest.approx(0.45), "the middle two of 10, 40, 50 and 60"
+    assert qc["worst_drop"] == pytest.approx(-0.1)
+    better = {(one["a"], one["b"]): one["probability"] for one in figures["improvement"]}
+    assert better["poco", "qc"] == pytest.approx((1.0 + 0.75) / 2)
+    assert better["qc", "poco"] == pytest.approx(1 - better["poco", "qc"])
+    page = (tmp_path / "comparisons.html").read_text()
+    assert "0.88" in page
+    assert "1 of 2" in page
+    assert (tmp_path / "comparisons.png").read_bytes()[:4] == b"\x89PNG"
+    console = SafeConsole(width=100, record=True, file=StringIO())
+    console.print(written.table)
+    assert "75" in console.export_text()
+
+
+def test_a_page_without_comparisons_or_of_older_ones_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no comparison in"):
+        write_comparisons(tmp_path)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "comparison.json").write_text(json.dumps({"algorithms": {"qc": {"final": 1.0}}}))
+    with pytest.raises(DataError, match=r"poco-vla compare .*one writes it again"):
+        write_comparisons(tmp_path)
+    (tmp_path / "one" / "comparison.json").write_text("[]")
+    with pytest.raises(DataError, match="does not hold"):
+        write_comparisons(tmp_path)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -17,6 +17,10 @@ from poco_vla.errors import ConfigError, PocoError, UnknownNameError
 from poco_vla.files import read_json
 from poco_vla.roles import role_of
 from poco_vla.terminal import SafeConsole
+
+if TYPE_CHECKING:
+    from poco_vla.report.comparison_page import WrittenComparison
+    from poco_vla.report.comparisons_page import WrittenComparisons
 
 SFT = "sft"
 """Folder of the SFT runs of a comparison, beside those of its algorithms."""
@@ -50,11 +54,15 @@ class Compare:
     """Folder of the comparison; runs/compare/NAME of the recipe when left out."""
     report_only: bool = False
     """Write the report of what is there, and run nothing."""
+    page: bool = False
+    """Given a folder of comparisons (runs/compare): one page of all of them, with aggregates over tasks."""
     options: tyro.conf.Suppress[tuple[str, ...]] = ()
     """Words for the runs."""
 
     def execute(self) -> None:
         """Run what is missing, and write the report."""
+        if self.page:
+            return _page(self.recipe)
         if self.recipe.is_dir():
             return _report(self.recipe)
         root = self.output or Path("runs/compare") / self.recipe.stem
@@ -88,7 +96,7 @@ def split_compare(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, rest
 
 
-OWN = ("--algorithms", "--seeds", "--jobs", "--output", "--report-only", "--no-report-only")
+OWN = ("--algorithms", "--seeds", "--jobs", "--output", "--report-only", "--no-report-only", "--page", "--no-page")
 """Options that are not the recipe's."""
 
 
@@ -357,8 +365,24 @@ def _report(root: Path) -> None:
     """Write the report of a comparison, and print its table."""
     from poco_vla.report import write_comparison
 
+    _show(write_comparison(root))
+
+
+def _page(root: Path) -> None:
+    """Write the page of all comparisons in a folder, and print its table.
+
+    Raises:
+        ConfigError: it is no folder.
+    """
+    from poco_vla.report import write_comparisons
+
+    if not root.is_dir():
+        raise ConfigError(f"--page takes a folder of comparisons, such as runs/compare; {root} is none")
+    _show(write_comparisons(root))
+
+
+def _show(written: "WrittenComparison | WrittenComparisons") -> None:
     console = SafeConsole()
-    written = write_comparison(root)
     console.print(written.table)
     for path in written.paths:
         console.print(path)

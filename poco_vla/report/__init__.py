@@ -1,6 +1,7 @@
 """Pictures, tables and one HTML page of runs, from the files that a run writes."""
 
 from poco_vla.report.comparison_page import write_comparison
+from poco_vla.report.comparisons_page import write_comparisons
 from poco_vla.report.console import finish, result_table
 from poco_vla.report.curves import WINDOW, Curve, curve_of, read_curve
 from poco_vla.report.page import write_page
@@ -25,5 +26,6 @@ __all__ = [
     "read_run",
     "result_table",
     "write_comparison",
+    "write_comparisons",
     "write_page",
 ]

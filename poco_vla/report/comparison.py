@@ -75,6 +75,7 @@ class Entry:
         curve, finished = self.curve, self.group.finished
         assert curve is not None
         after, (successes, episodes) = self.rates("after"), self.episodes()
+        areas = [_area(run) for run in finished]
         low, high = (float(ends[0]) for ends in bootstrap_interval(after[:, None]))
         wilson = wilson_interval(successes, episodes)
         own = ("algorithm_options.", f"{self.name}.")
@@ -85,14 +86,17 @@ class Entry:
             "horizon": self.horizon,
             "shared_sft": self.shares_sft,
             "start": float(self.rates("before").mean()),
+            "start_of_seeds": [float(rate) for rate in self.rates("before")],
             "final": float(after.mean()),
             "final_of_seeds": [float(rate) for rate in after],
             "bootstrap_95": [low, high],
             "successes": successes,
             "episodes": episodes,
             "wilson_95": list(wilson),
-            "area": float(np.mean([_area(run) for run in finished])),
+            "area": float(np.mean(areas)),
+            "area_of_seeds": areas,
             "worst_drop": float(min(0.0, (curve.mean - curve.mean[0]).min())),
+            "drop_of_seeds": [_drop(run) for run in finished],
             "restored_heads": sum(run.result.get("restored_heads", 0) for run in finished),
             "stopped_early": sum(bool(run.result.get("stopped_early")) for run in finished),
             "env_steps": _mean([run.result["env_steps"] for run in finished]),
@@ -167,6 +171,12 @@ def _area(run: RunRecord) -> float:
     steps, rates = table["env_steps"].to_numpy(float), table["success"].to_numpy(float)
     length = steps[-1] - steps[0]
     return float(np.trapezoid(rates, steps) / length) if length else float(rates[-1])
+
+
+def _drop(run: RunRecord) -> float:
+    """Return how far a run's evaluations fall below its first, at most 0."""
+    rates = points(run.path, "evaluation")["success"].to_numpy(float)
+    return float((rates - rates[0]).min())
 
 
 def _ms_per_update(run: RunRecord) -> float | None:

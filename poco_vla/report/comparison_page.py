@@ -41,8 +41,7 @@ def write_comparison(root: Path) -> WrittenComparison:
     """
     entries = read_comparison(root)
     figures = compared(entries)
-    sft = shared_start(entries)
-    figures["sft"] = sft
+    figures["sft"] = shared_start(entries)
     published = published_by_source(entries[0].group.task)
     end = max((one["curve"]["steps"][-1] for one in figures["algorithms"].values()), default=0.0)
     figures["published"] = [
@@ -53,9 +52,9 @@ def write_comparison(root: Path) -> WrittenComparison:
     ]
     with atomic_file(root / "comparison.json") as partial:
         partial.write_text(to_text(figures))
-    picture = draw_comparison(entries, sft, root / "picture.png", published)
+    picture = draw_comparison(figures, root / "picture.png", published)
     with atomic_file(root / "report.html") as partial:
-        partial.write_text(_page(entries, figures, comparison_svg(entries, sft, published)), encoding="utf-8")
+        partial.write_text(_page(entries, figures, comparison_svg(figures, published)), encoding="utf-8")
     return WrittenComparison(ComparisonTable(figures), (root / "comparison.json", picture, root / "report.html"))
 
 
