@@ -143,8 +143,7 @@ class Head:
                 f"(fingerprint {self.fingerprint}, found {found}). Give the one that it was trained on with `base`"
             )
         weights = self.read_weights(folder)
-        own = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        check_tensors(_shapes(own), _shapes(weights), folder / self.file)
+        check_tensors(_shapes(_trained(module)), _shapes(weights), folder / self.file)
         module.load_state_dict(weights, strict=False)
 
     def check(self, folder: Path) -> None:
@@ -269,7 +268,7 @@ def write_head(
     """
     if source is None:
         raise PolicyError("this policy was built from no checkpoint, so that a head alone could not be put on anything")
-    weights = {name: p.detach().cpu().contiguous() for name, p in module.named_parameters() if p.requires_grad}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(module).items()}
     save_file(weights, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
     head = Head(
         adapter=adapter,
@@ -390,6 +389,12 @@ def peft_names(keys: Iterable[str], lora: bool) -> dict[str, str]:
             continue
         names[own] = key
     return names
+
+
+def _trained(module: nn.Module) -> dict[str, Tensor]:
+    """Return what trains, as its module saves it: of a layer that trains in part, the whole."""
+    state = module.state_dict()
+    return {name: state[name] for name, p in module.named_parameters() if p.requires_grad}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -58,7 +58,9 @@ def plain_velocity(
 
 
 def _linear(layer: CategoryLinear, x: Tensor, embodiment: Tensor) -> Tensor:
-    return torch.bmm(x, layer.W[embodiment]) + layer.b[embodiment][:, None]
+    every = len(embodiment)  # a layer that trains one slot has no other
+    weight, bias = (p[embodiment] if layer.W.ndim == 3 else p.expand(every, *p.shape) for p in (layer.W, layer.b))
+    return torch.bmm(x, weight) + bias[:, None]
 
 
 def _mlp(mlp: Any, x: Tensor, embodiment: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from groot_folders import (
 )
 from lerobot_policy_groot_n1d6.adapter import GrootN1d6Adapter
 from lerobot_policy_groot_n1d6.model import tokens
+from lerobot_policy_groot_n1d6.model.head import ActionHead
 from lerobot_policy_groot_n1d6.processing.steps import EMBODIMENT_ID
 from lerobot_policy_groot_n1d6.processing.steps import STATE as PROCESSED_STATE
 from plain_groot import plain_velocity
@@ -29,6 +30,7 @@ from plain_groot import plain_velocity
 from poco_vla import PolicyError, check_policy, flow_errors, integrate, load_adapter, propose
 from poco_vla.data.batches import chunk_batch, preprocess_obs
 from poco_vla.data.replay import Transitions
+from poco_vla.policy import copy_policy
 
 GR1 = {"embodiment": {"tag": "gr1"}}
 """The embodiment that the small checkpoint describes: a hand in [0, 1], an arm within 1 of the state's."""
@@ -258,9 +260,37 @@ def test_embodiment_networks_can_be_left_out(saved):
     assert all((p.grad is not None) == p.requires_grad for p in policy.head.parameters())
 
 
-def test_only_the_own_embodiments_slot_gets_a_gradient(policy, obs):
-    grad = gradients(policy, obs)["action_encoder.W1.W"]
-    assert [slot for slot in range(len(grad)) if grad[slot].any()] == [10]
+def test_the_own_embodiments_slot_alone_is_trained_and_learns_as_among_all(monkeypatch):
+    alone = GrootN1d6Adapter.tiny()
+    monkeypatch.setattr(ActionHead, "train_slot", lambda head, slot: None)
+    among = GrootN1d6Adapter.tiny()
+    before = {name: tensor.clone() for name, tensor in among.policy.state_dict().items()}
+    assert alone.head.action_encoder.W1.W.shape == among.head.action_encoder.W1.W.shape[1:]
+    for policy in (alone, among):
+        optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+        for _ in range(3):
+            prefix = policy.encode(policy.example_obs(2))
+            x, t = draws(policy, 2, states=2)
+            optimizer.zero_grad()
+            policy.velocity(prefix, x, t).square().mean().backward()
+            optimizer.step()
+    own, other = alone.policy.state_dict(), among.policy.state_dict()
+    assert own.keys() == other.keys()
+    for name, tensor in other.items():
+        assert own[name].equal(tensor), name
+    name = "action_head.action_encoder.W2.W"
+    changed = [slot for slot in range(len(own[name])) if not own[name][slot].equal(before[name][slot])]
+    assert changed == [10]
+
+
+def test_a_head_that_trains_one_slot_refuses_another(policy, obs):
+    with pytest.raises(ValueError, match="only slot 10 is trained here: give embodiment=10, not 3"):
+        policy.head.state_tokens(obs[PROCESSED_STATE], 3)
+
+
+def test_copies_of_a_policy_share_the_slots_that_do_not_train(policy):
+    one, other = policy.head.action_encoder.W1, copy_policy(policy).head.action_encoder.W1
+    assert one._all.tensors["W"] is other._all.tensors["W"]
 
 
 def test_a_new_head_needs_no_new_prefix_for_gradients(policy, obs):

@@ -118,6 +118,7 @@ class GrootN1d6Adapter(FlowPolicy):
             self.postprocess = naming.Reordered(pipelines[1], self.order, after=True)
         (encode,) = (step for step in pipelines[0].steps if isinstance(step, EncodeStep))
         self.embodiment = encode.embodiment
+        self.head.train_slot(self.embodiment.slot)
         self.state_dim = self.embodiment.state_dim
         self.feature_dim = policy.sizes.language.width + self.state_dim
         columns = [view.column for view in self.embodiment.views] + [key.column for key in self.embodiment.state]
@@ -207,7 +208,7 @@ class GrootN1d6Adapter(FlowPolicy):
 
     def native_sample(self, obs: Mapping[str, Any], noise: Tensor) -> Tensor:
         """The policy's own sampler, one candidate per row, keys and values made for it."""
-        return self.policy.sample(obs, noise)
+        return self.policy.sample({**obs, EMBODIMENT_ID: self.embodiment.slot}, noise)
 
     # -- loading and saving ---------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lerobot_policy_groot_n1d6.model.configuration import HeadSizes
-from lerobot_policy_groot_n1d6.model.embodiment import ActionEncoder, CategoryMlp, Embodiment
+from lerobot_policy_groot_n1d6.model.embodiment import ActionEncoder, CategoryLinear, CategoryMlp, Embodiment
 from lerobot_policy_groot_n1d6.model.layers import layer_norm
 from lerobot_policy_groot_n1d6.model.tokens import Group, Tokens
 from lerobot_policy_groot_n1d6.model.transformer import Attention, Memory, Transformer
@@ -32,6 +32,12 @@ class ActionHead(nn.Module):
         self.model = Transformer(sizes)
         if sizes.mask_token:
             self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+
+    def train_slot(self, slot: int) -> None:
+        """Leave one embodiment's weights to be trained, if those of all of them are."""
+        for layer in self.modules():
+            if isinstance(layer, CategoryLinear) and layer.W.requires_grad:
+                layer.train_slot(slot)
 
     def condition(self, features: Float[Tensor, "*batch C2"]) -> Float[Tensor, "*batch C2"]:
         """The head's own norm of vision-language features, in float32. Token by token: sort before or after."""
