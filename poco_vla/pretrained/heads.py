@@ -194,15 +194,16 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def saved_dtype(folder: Path) -> str | None:
-    """Return the dtype of the frozen part that a folder's poco.json says; None where it says none.
+def saved_dtype(folder: Path, option: str = "dtype") -> str | None:
+    """Return the dtype of the frozen part, or of that of it which an `option` names, that a folder's poco.json says;
+    None where it says none.
 
     Raises:
         PolicyError: it is not one of :data:`DTYPES`.
     """
-    dtype = read_about(folder).get("options", {}).get("dtype")
+    dtype = read_about(folder).get("options", {}).get(option)
     if dtype is not None and dtype not in DTYPES:
-        raise PolicyError(f"{folder / ABOUT}: dtype is {dtype!r:.100}, expected one of {', '.join(DTYPES)}")
+        raise PolicyError(f"{folder / ABOUT}: {option} is {dtype!r:.100}, expected one of {', '.join(DTYPES)}")
     return dtype
 
 

@@ -22,7 +22,7 @@ from poco_vla_pi05.prefix import Pi05Prefix, encode
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from poco_vla import check_policy, flow_errors, integrate, propose
+from poco_vla import PolicyError, check_policy, flow_errors, integrate, propose
 from poco_vla.adapting import weights
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
@@ -552,3 +552,25 @@ def test_a_bfloat16_head_becomes_float32(policy):
     again = Pi05.wrap(policy.policy)
     assert {p.dtype for p in again.head.parameters()} == {torch.float32}
     assert again.compute == torch.bfloat16
+
+
+def test_siglip_in_bfloat16_is_an_option_that_a_save_remembers(tmp_path):
+    """Features are what float32's are but for bfloat16's rounding; LeRobot's own bfloat16 of the VLM is coarser."""
+    Pi05.tiny().save_pretrained(tmp_path / "policy")
+    exact = Pi05.from_pretrained(tmp_path / "policy", dtype="bfloat16")
+    rounded = Pi05.from_pretrained(tmp_path / "policy", dtype="bfloat16", vision_dtype="bfloat16")
+    vision = [name for name, _ in rounded.policy.named_parameters() if "vision_tower" in name or "projector" in name]
+    own, other = dict(rounded.policy.named_parameters()), dict(exact.policy.named_parameters())
+    assert vision
+    for name in own:
+        assert own[name].dtype == (torch.bfloat16 if name in vision else other[name].dtype), name
+    obs = exact.example_obs(4)
+    features, found = exact.encode(obs).features, rounded.encode(obs).features
+    assert not found.equal(features)
+    assert (found - features).norm() < 0.01 * features.norm()
+    rounded.save_head(tmp_path / "head")
+    rounded.save_pretrained(tmp_path / "whole")
+    for saved in ("head", "whole"):
+        assert Pi05.from_pretrained(tmp_path / saved).encode(obs).features.equal(found), saved
+    with pytest.raises(PolicyError, match="vision_dtype"):
+        Pi05.from_pretrained(tmp_path / "policy", vision_dtype="float16")

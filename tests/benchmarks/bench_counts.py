@@ -1,6 +1,6 @@
 """FLOPs, bytes, kernel launches and peak memory of one update of POCO at full size, counted without a GPU.
 
-    python tests/benchmarks/bench_counts.py [pi05] [pi05_cold] [groot] [groot_cold] [mlp] [--keep] [--check]
+    python tests/benchmarks/bench_counts.py [pi05] [pi05_cold] [pi05_cold_bf16] [groot] [groot_cold] [mlp] [--check]
 
 The update runs on tensors that have a shape, a dtype and no numbers (torch's FakeTensorMode), by the code that a GPU
 runs: attention and RMS norm count as one kernel each, every other operator as one, views as none. The rooflines are
@@ -73,7 +73,7 @@ NO_KERNEL = {
 ON_HOST = {"time_code"}
 """Functions whose numbers the host has: on a GPU nothing waits there."""
 
-type Name = Literal["pi05", "pi05_cold", "groot", "groot_cold", "mlp"]
+type Name = Literal["pi05", "pi05_cold", "pi05_cold_bf16", "groot", "groot_cold", "mlp"]
 
 
 @dataclass
@@ -271,12 +271,12 @@ def features(cameras: int = 2) -> dict[str, Any]:
     }
 
 
-def pi05(*, cold: bool) -> Model:
+def pi05(*, cold: bool, vision: torch.dtype = torch.float32) -> Model:
     from lerobot.policies.pi05.configuration_pi05 import PI05Config
     from poco_vla_pi05 import expert
     from poco_vla_pi05.adapter import Pi05
     from poco_vla_pi05.architecture import Architecture, empty_policy
-    from poco_vla_pi05.checkpoint import FLOAT32_PARTS, drop_language_heads
+    from poco_vla_pi05.checkpoint import drop_language_heads, frozen_dtype
 
     config = PI05Config(**features(), dtype="bfloat16", device="cpu")
     with _disable_current_modes():
@@ -284,8 +284,8 @@ def pi05(*, cold: bool) -> Model:
         drop_language_heads(policy)
     weights = {}
     for name, p in policy.named_parameters():
-        exact = Pi05.in_head(name) or any(part in name for part in FLOAT32_PARTS)
-        weights[name] = torch.empty(p.shape, dtype=torch.float32 if exact else torch.bfloat16)
+        dtype = torch.float32 if Pi05.in_head(name) else frozen_dtype(name, torch.bfloat16, vision)
+        weights[name] = torch.empty(p.shape, dtype=dtype)
     policy.load_state_dict(weights, strict=False, assign=True)
     for module in policy.modules():
         for name, buffer in module._buffers.items():
@@ -389,6 +389,7 @@ def mlp() -> Model:
 MODELS: dict[str, Any] = {
     "pi05": lambda: pi05(cold=False),
     "pi05_cold": lambda: pi05(cold=True),
+    "pi05_cold_bf16": lambda: pi05(cold=True, vision=torch.bfloat16),
     "groot": lambda: groot(cold=False),
     "groot_cold": lambda: groot(cold=True),
     "mlp": mlp,
@@ -530,7 +531,14 @@ def exceeded(name: str, found: dict[str, Any]) -> list[str]:
 class Args:
     """Count an update."""
 
-    models: Annotated[tuple[Name, ...], tyro.conf.Positional] = ("pi05", "pi05_cold", "groot", "groot_cold", "mlp")
+    models: Annotated[tuple[Name, ...], tyro.conf.Positional] = (
+        "pi05",
+        "pi05_cold",
+        "pi05_cold_bf16",
+        "groot",
+        "groot_cold",
+        "mlp",
+    )
     """What to count; `_cold` encodes its states, the others take prefixes out of the store."""
     keep: bool = False
     """Write the counts to results/counts.json."""

@@ -38,6 +38,8 @@ from poco_vla_pi05.tokenizer import DEFAULT, byte_tokenizer, load_tokenizer, sav
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FOLDER = "tokenizer"
+VISION_DTYPE = "vision_dtype"
+"""Option, and what poco.json calls it."""
 LORA_TARGETS = (*TRANSFORMER_LAYERS, *PROJECTIONS)
 """Every projection of the head but the adaRMS ones (`dense`). LeRobot 0.6.1's own default misses `time_mlp_*`."""
 
@@ -51,23 +53,27 @@ class Pi05Options:
         asset: openpi's dataset id, where a checkpoint has several.
         recompute: see :class:`Pi05`.
         compute: see :class:`Pi05`.
+        vision_dtype: dtype of SigLIP; when None that which a saved head was trained on, else LeRobot's float32.
     """
 
     tokenizer: str | Path | None = None
     asset: str | None = None
     recompute: bool = True
     compute: Literal["bfloat16", "float32"] | None = None
+    vision_dtype: Literal["bfloat16", "float32"] | None = None
 
     def __post_init__(self) -> None:
         check_choice("compute", self.compute, DTYPES)
+        check_choice("vision_dtype", self.vision_dtype, DTYPES)
 
 
 @dataclass(frozen=True)
 class Pi05Parts:
-    """Hold what a policy needs beside its configuration and weights: its tokenizer, and its sizes."""
+    """Hold what a policy needs beside its configuration and weights: its tokenizer, its sizes, and SigLIP's dtype."""
 
     tokenizer: Any
     architecture: Architecture
+    vision: torch.dtype
 
 
 class Pi05(LeRobotVla):
@@ -75,7 +81,7 @@ class Pi05(LeRobotVla):
 
     The head is the action expert without its language head and the four projections around it: 430,098,464 parameters
     in float32, or a LoRA on them. Everything else is frozen in the backbone's dtype, by default the configuration's,
-    except SigLIP and norms, which LeRobot keeps in float32; "bfloat16" saves 7 GB.
+    except SigLIP and norms, which LeRobot keeps in float32; "bfloat16" saves 7 GB. `vision_dtype` rounds SigLIP, too.
 
     pi0.5 counts time from the action (1 is noise) and predicts noise - action; this class converts both. Chunks are not
     clipped, as in pi0.5's own sampler: quantile normalisation leaves 2 % of the demonstrated actions outside [-1, 1].
@@ -144,6 +150,13 @@ class Pi05(LeRobotVla):
         core: Any = self.policy.model.paligemma_with_expert
         return core.paligemma.model.language_model.layers[0].self_attn.q_proj.weight.dtype
 
+    @property
+    def _about(self) -> dict[str, Any]:
+        vision: Any = self.policy.model.paligemma_with_expert.paligemma.model.vision_tower
+        dtype = next(vision.parameters()).dtype
+        own = {} if dtype == torch.float32 else {VISION_DTYPE: str(dtype).removeprefix("torch.")}
+        return super()._about | own
+
     # -- the contract -------------------------------------------------------------------------------------------
 
     def check_processed(self, processed: Mapping[str, Any]) -> None:
@@ -209,7 +222,8 @@ class Pi05(LeRobotVla):
         folder = found.source.folder
         beside = folder / TOKENIZER_FOLDER
         tokenizer = own.tokenizer or (beside if beside.is_dir() else saved_tokenizer(folder))
-        return Pi05Parts(load_tokenizer(tokenizer), Architecture.of_folder(found.whole.folder))
+        vision = own.vision_dtype or heads.saved_dtype(folder, VISION_DTYPE) or "float32"
+        return Pi05Parts(load_tokenizer(tokenizer), Architecture.of_folder(found.whole.folder), getattr(torch, vision))
 
     @classmethod
     def build_pipelines(
@@ -223,7 +237,8 @@ class Pi05(LeRobotVla):
     ) -> PI05Policy:
         policy = empty_policy(config, parts.architecture)
         backbone = getattr(torch, dtype or config.dtype)
-        checkpoint.load_weights(policy, opened, backbone=backbone, in_head=cls.in_head, device=device)
+        dtypes = {"backbone": backbone, "vision": parts.vision}
+        checkpoint.load_weights(policy, opened, **dtypes, in_head=cls.in_head, device=device)
         return policy
 
     @classmethod

@@ -27,8 +27,10 @@ VLM_HEAD = f"{CORE}paligemma.lm_head.weight"
 EXPERT_HEAD = f"{CORE}gemma_expert.lm_head.weight"
 """The two language heads: 790 M parameters that no action depends on. They are not kept in memory."""
 
-FLOAT32_PARTS = ("vision_tower", "multi_modal_projector", "input_layernorm", "post_attention_layernorm", "model.norm")
-"""What LeRobot keeps in float32 when the rest is bfloat16 (modeling_pi05.py, to_bfloat16_for_selected_params)."""
+VISION_PARTS = ("vision_tower", "multi_modal_projector")
+NORMS = ("input_layernorm", "post_attention_layernorm", "model.norm")
+"""These two kinds LeRobot keeps in float32 when the rest is bfloat16 (modeling_pi05.py,
+to_bfloat16_for_selected_params)."""
 
 OPENPI_SIZES = {"action_dim": 65_536, "action_horizon": 4096}
 """Largest sizes of openpi's config.json that are taken."""
@@ -119,6 +121,7 @@ def load_weights(
     opened: weights.Weights,
     *,
     backbone: torch.dtype,
+    vision: torch.dtype,
     in_head: Callable[[str], bool],
     device: str,
 ) -> None:
@@ -127,7 +130,8 @@ def load_weights(
     Args:
         policy: from :func:`poco_vla_pi05.architecture.empty_policy`.
         opened: the tensors.
-        backbone: dtype of what is frozen, except the parts that LeRobot keeps in float32.
+        backbone: dtype of what is frozen, except SigLIP and norms.
+        vision: SigLIP's.
         in_head: True for the name of a parameter that trains: float32.
         device: where they go.
 
@@ -136,11 +140,17 @@ def load_weights(
     """
 
     def dtype_of(name: str) -> torch.dtype:
-        exact = in_head(name) or any(part in name for part in FLOAT32_PARTS)
-        return torch.float32 if exact else backbone
+        return torch.float32 if in_head(name) else frozen_dtype(name, backbone, vision)
 
     drop_language_heads(policy)
     fill_policy(policy, opened, names=_lerobot_names, dtype_of=dtype_of, device=device)
+
+
+def frozen_dtype(name: str, backbone: torch.dtype, vision: torch.dtype) -> torch.dtype:
+    """Return the dtype of a frozen parameter: `vision` in SigLIP, float32 in norms, `backbone` elsewhere."""
+    if any(part in name for part in VISION_PARTS):
+        return vision
+    return torch.float32 if any(part in name for part in NORMS) else backbone
 
 
 def _lerobot_names(keys: Iterable[str]) -> dict[str, str]:
