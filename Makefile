@@ -10,6 +10,9 @@ LAUNCH := .venv/bin/accelerate launch --quiet --num_processes 1 --num_machines 1
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder \
           --durations 40 --durations-min 2
 
+# What LeRobot and its simulators promise: adapters and exports, datasets, recording, environments.
+NEXT := tests/adapters tests/conformance tests/data tests/recording tests/simulators tests/test_lerobot_rl.py
+
 # A sourced ROS puts the packages of another Python on this path.
 unexport PYTHONPATH
 # Where no bytecode may be kept, every process compiles torch and LeRobot anew: twice the start-up of some hundred tests.
@@ -22,7 +25,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint typecheck pytest bench benchpi benchgroot counts gpu format pins clean FORCE
+.PHONY: help setup demo test test-all lint typecheck pytest bench benchpi benchgroot counts gpu format next pins clean FORCE
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r verb text; do printf '  make %-10s %s\n' "$$verb" "$$text"; done
@@ -73,9 +76,13 @@ format: $(STAMP)  ## put the style right where ruff can
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
+next:  ## try the newest LeRobot, also where the pins forbid it: the tests of what this library takes from it
+	@bash .ci/setup next
+	$(subst .venv/,.ci/.venv-next/,$(PYTEST)) -m "not exhaustive" $(or $(ARGS),$(NEXT))
+
 pins:  ## resolve the newest versions into .ci/constraints.txt
 	@bash .ci/setup pins
 
 clean:  ## remove .venv and caches; what runs wrote stays
-	rm -rf .venv .ci/.venv .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .ci/.venv .ci/.venv-next .pytest_cache .ruff_cache .hypothesis build dist
 	find poco_vla adapters recipes tests -type d -name __pycache__ -prune -exec rm -rf {} +
