@@ -160,8 +160,9 @@ def test_aggregates_are_those_of_rliable():
     assert interquartile_mean(list(x.T)) == pytest.approx(0.765)
     assert interquartile_mean(list(y.T)) == pytest.approx(0.692)
     assert probability_of_improvement(list(x.T), list(y.T)) == pytest.approx(0.5555555555555556)
-    low, high = stratified_interval(probability_of_improvement, list(x.T), list(y.T))
+    low, high = stratified_interval(probability_of_improvement, list(x.T), list(y.T)) or [0.0, 0.0]
     assert 0.2 < low < 0.5556 < high < 0.9
+    assert stratified_interval(interquartile_mean, [np.array([0.5]), np.array([0.7])]) is None, "no second seed"
     alike = [np.array([0.5, 0.5]), np.array([0.7])]
     assert stratified_interval(interquartile_mean, alike) == pytest.approx([0.5667, 0.5667], abs=1e-4)
 

@@ -39,14 +39,19 @@ def probability_of_improvement(scores: Scores, others: Scores) -> Floats:
     return np.asarray(np.mean(rates, axis=0))
 
 
-def stratified_interval(statistic: Callable[..., Floats], *scores: Scores, resamples: int = RESAMPLES) -> list[float]:
+def stratified_interval(
+    statistic: Callable[..., Floats], *scores: Scores, resamples: int = RESAMPLES
+) -> list[float] | None:
     """Return the ends of a statistic's 95 % percentile bootstrap: the seeds of each task are drawn anew, tasks stay.
+    None if no task has a second seed, which would be no interval.
 
     Args:
         statistic: of one or several algorithms' scores.
         scores: of each algorithm, drawn independently of the others'.
         resamples: draws.
     """
+    if all(len(task) == 1 for one in scores for task in one):
+        return None
     generator = np.random.default_rng(0)
 
     def drawn(task: Floats) -> Floats:

@@ -103,7 +103,7 @@ def comparisons_figure(tasks: Mapping[str, Figures]) -> Figure:
         axes.set_title(title, loc="left", fontsize=10, color=COLOURS["ink"])
     for axes in panels[len(tasks) :]:
         axes.set_visible(False)
-    left, right = 0.5 / width, 1.35 / width
+    left, right = 0.65 / width, 1.35 / width
     figure.subplots_adjust(
         left=left / columns,
         right=1 - right / columns,

@@ -191,8 +191,9 @@ def _row(one: Mapping[str, Any], num_tasks: int) -> list[str]:
 def _cell(one: Mapping[str, Any] | None) -> dict[str, str] | None:
     if one is None:
         return None
-    low, high = one["interval_95"]
-    return {"probability": f"{one['probability']:.2f}", "interval": f"[{low:.2f}, {high:.2f}]"}
+    ends = one["interval_95"]
+    interval = "one seed" if ends is None else f"[{ends[0]:.2f}, {ends[1]:.2f}]"
+    return {"probability": f"{one['probability']:.2f}", "interval": interval}
 
 
 def _table(tasks: Tasks, figures: Mapping[str, Any]) -> Table:
@@ -212,5 +213,5 @@ def _percent(rate: float | None) -> str:
     return "-" if rate is None else f"{100 * rate:.0f}"
 
 
-def _interval(ends: Sequence[float]) -> str:
-    return f"[{100 * ends[0]:.0f}, {100 * ends[1]:.0f}]"
+def _interval(ends: Sequence[float] | None) -> str:
+    return "one seed" if ends is None else f"[{100 * ends[0]:.0f}, {100 * ends[1]:.0f}]"
