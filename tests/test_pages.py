@@ -42,11 +42,11 @@ NAMES = [str(path) for path in PAGES]
 IN_SMALL = {
     '{"episode_length": 120}': '{"episode_length": 120}, num_envs=1, in_process=True',
     "DemonstrationConfig(episodes=20)": "DemonstrationConfig(episodes=1, workers=1)",
-    "episodes=100, every=10_000": "episodes=1, videos=False",
+    "episodes=100, every=2_500": "episodes=1, videos=False",
     "episodes=100, seed=7": "episodes=1, seed=7",
     "sft_steps=3_000": "sft_steps=4",
     "warmup_steps=3_000": "warmup_steps=2",
-    "online_steps=20_000": "online_steps=150, updates_per_step=0.05",
+    "online_steps=10_000": "online_steps=150, updates_per_step=0.05",
 }
 """What takes the place of sizes in a Python block that trains."""
 SHELL = {"cd", "export", "unset", "source", "git", "hf", "ray", "cat", "nvidia-smi"}
