@@ -331,7 +331,8 @@ class Baseline:
 
 def _slice(layer: Any, x: torch.Tensor, embodiment: torch.Tensor) -> torch.Tensor:
     """In the place of `plain_groot._linear`: all rows are of one embodiment."""
-    return x @ layer.W[SLOT] + layer.b[SLOT]
+    weight, bias = (p if layer.W.ndim == 2 else p[SLOT] for p in (layer.W, layer.b))  # the one that trains, or of all
+    return x @ weight + bias
 
 
 # -- what is expected -------------------------------------------------------------------------------------------------
