@@ -13,7 +13,7 @@ from poco_vla.report.curves import Floats
 RESAMPLES = 2_000
 """Draws of the bootstrap, as in rliable's examples."""
 Scores = Sequence[Floats]
-"""Of each task [..., S] the scores of its seeds; leading axes are draws of the bootstrap."""
+"""Scores of the seeds, [..., S] of each task; leading axes are draws of the bootstrap."""
 
 
 def interquartile_mean(scores: Scores) -> Floats:
