@@ -8,9 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from poco_vla.files import atomic_file
 from poco_vla.report.curves import Curve
-from poco_vla.report.plots import COLOURS, Label, plain_axes, to_svg, write_labels
+from poco_vla.report.plots import COLOURS, Label, plain_axes, to_svg, write_figure, write_labels
 
 PALETTE = {
     "poco": "#0b64c0",
@@ -113,13 +112,6 @@ def comparisons_figure(tasks: Mapping[str, Figures]) -> Figure:
         wspace=(left + right) / (1 - left - right),
     )
     return figure
-
-
-def write_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure, whole or not at all."""
-    with atomic_file(path) as partial:
-        figure.savefig(partial, dpi=150, format=path.suffix.removeprefix(".").lower())
-    return path
 
 
 def draw_task(axes: Axes, figures: Figures, published: Published, *, size: float = 10.5, gap: float = 0.052) -> bool:

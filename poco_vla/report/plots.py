@@ -76,6 +76,11 @@ def draw_curves(runs: Sequence[Path], path: Path) -> Path:
     gap = (axis + names) / (1 - axis - names)
     sides = {"left": axis / columns, "right": 1 - names / columns}
     figure.subplots_adjust(**sides, bottom=edge, top=1 - edge, hspace=0.35, wspace=gap)
+    return write_figure(figure, path)
+
+
+def write_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure, whole or not at all."""
     with atomic_file(path) as partial:
         figure.savefig(partial, dpi=150, format=path.suffix.removeprefix(".").lower())
     return path
